@@ -1,0 +1,76 @@
+"""Train, compress and recover mixture-of-experts language models in one resumable PyTorch Lightning run.
+
+Importing this package is light: names are looked up when they are used, and transformers learns of the compressed model
+classes when it is imported itself (before or after), so that ``AutoModelForCausalLM.from_pretrained`` loads a compressed
+folder after ``import moe_lightning``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it.
+_HOMES = {
+    "CompressionPlan": "plan",
+    "CompressionResult": "compression",
+    "ExpertDrop": "trimming",
+    "KeepExperts": "plan",
+    "Likelihood": "evaluation",
+    "MixtralModule": "modules",
+    "ModelShape": "plan",
+    "ModelSize": "sizes",
+    "NoviceExperts": "plan",
+    "Novices": "trimming",
+    "Statistics": "statistics",
+    "TextDataModule": "data",
+    "build": "surgery",
+    "collect": "statistics",
+    "compress": "compression",
+    "evaluate": "evaluation",
+    "from_pretrained": "checkpoints",
+    "measure": "sizes",
+    "save_pretrained": "checkpoints",
+}
+_PACKAGES = ("callbacks",)
+
+__all__ = ["__version__", *_PACKAGES, *sorted(_HOMES)]  # noqa: PLE0604 - the names of the table above
+
+if TYPE_CHECKING:
+    from moe_lightning import callbacks
+    from moe_lightning.checkpoints import from_pretrained, save_pretrained
+    from moe_lightning.compression import CompressionResult, compress
+    from moe_lightning.data import TextDataModule
+    from moe_lightning.evaluation import Likelihood, evaluate
+    from moe_lightning.sizes import ModelSize, measure
+    from moe_lightning.modules import MixtralModule
+    from moe_lightning.plan import CompressionPlan, KeepExperts, ModelShape, NoviceExperts
+    from moe_lightning.statistics import Statistics, collect
+    from moe_lightning.surgery import build
+    from moe_lightning.trimming import ExpertDrop, Novices
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"moe_lightning.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moe_lightning' has no attribute {name!r}")
+    module = importlib.import_module(f"moe_lightning.{_HOMES[name]}")
+    value = getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _register(_: object) -> None:
+    importlib.import_module("moe_lightning.surgery.models")
+
+
+wrapt.register_post_import_hook(_register, "transformers")

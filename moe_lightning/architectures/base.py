@@ -1,0 +1,97 @@
+"""What every architecture tells about a model of its family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from moe_kernels.experts import Activation
+from torch import Tensor, nn
+
+from moe_lightning.plan import CompressionPlan, ModelShape
+
+CONFIG_KEY = "moe_lightning"
+"""Key of ``config.json`` under which a compressed model's plan stands."""
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """One MoE layer of a live model.
+
+    Attributes:
+        index: Number of the decoder layer in the original model.
+        name: Name of the block in ``model.named_modules()``.
+        block: The sparse block: its forward takes the hidden states after the norm.
+        router: Its forward returns ``(logits [tokens, experts], weights [tokens, k], index [tokens, k])``.
+        experts: Its forward takes ``(hidden [tokens, hidden], index [tokens, k], weight [tokens, k])``.
+        decoder_layer: The layer around the block.
+    """
+
+    index: int
+    name: str
+    block: nn.Module
+    router: nn.Module
+    experts: nn.Module
+    decoder_layer: nn.Module
+
+
+@dataclass(frozen=True)
+class OpenExperts:
+    """The weights inside an experts module, whatever class it is.
+
+    Attributes:
+        gate_up_proj: ``[slots, 2 * intermediate, hidden]``.
+        down_proj: ``[slots, hidden, intermediate]``.
+        slot_map: Slot or novice of each router row, int64 ``[experts]``.
+        novices: ``[novices, hidden]`` or None.
+        activation: Activation of the gate half.
+    """
+
+    gate_up_proj: Tensor
+    down_proj: Tensor
+    slot_map: Tensor
+    novices: Tensor | None
+    activation: Activation
+
+
+class Architecture(ABC):
+    """Where things are in the models of one family, and how they are computed there."""
+
+    model_type: ClassVar[str]
+    compressed_model_type: ClassVar[str]
+
+    @abstractmethod
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ValueError where the model is not laid out as this architecture expects."""
+
+    @abstractmethod
+    def shape_of_config(self, config: Any) -> ModelShape:
+        """Return the shape that a config describes, its plan applied."""
+
+    @abstractmethod
+    def moe_layers(self, model: nn.Module) -> list[MoELayer]:
+        """Return the MoE layers of a live model, ascending."""
+
+    @abstractmethod
+    def open_experts(self, layer: MoELayer) -> OpenExperts:
+        """Return the weights of a layer's experts."""
+
+    @abstractmethod
+    def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
+        """Return the list of decoder layers."""
+
+    def shape(self, model: nn.Module) -> ModelShape:
+        """Return the shape of a live model: its config with its plan applied."""
+        return self.shape_of_config(model.config)
+
+    @staticmethod
+    def plan_of_config(config: Any) -> CompressionPlan:
+        """Return the plan that a config carries, or an empty one.
+
+        Raises:
+            ValueError: The entry is there but is not a plan.
+        """
+        entry = getattr(config, CONFIG_KEY, None) or {}
+        plan = entry.get("plan") if isinstance(entry, dict) else None
+        return CompressionPlan.from_dict(plan) if plan else CompressionPlan()

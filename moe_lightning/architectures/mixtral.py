@@ -1,0 +1,78 @@
+"""Mixtral in transformers 5: a router in ``mlp.gate``, fused experts in ``mlp.experts``."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from moe_lightning.architectures.base import Architecture, MoELayer, OpenExperts
+from moe_lightning.experts import CompressedExperts
+from moe_lightning.plan import ExpertLayout, ModelShape
+
+
+class MixtralArchitecture(Architecture):
+    """``g(x)`` is the softmax over all experts in fp32, cut to the top k and renormalised to 1; no shared experts."""
+
+    model_type: ClassVar[str] = "mixtral"
+    compressed_model_type: ClassVar[str] = "moe_lightning_mixtral"
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ValueError where the layers are not where transformers 5 puts them."""
+        inner = getattr(model, "model", None)
+        layers = getattr(inner, "layers", None)
+        if layers is None or not hasattr(model, "lm_head"):
+            raise ValueError(f"{type(model).__name__} is not a MixtralForCausalLM: pass the model with its language head")
+        for layer in layers:
+            mlp = getattr(layer, "mlp", None)
+            if not hasattr(mlp, "gate") or not hasattr(mlp, "experts"):
+                raise ValueError("this Mixtral does not have transformers 5's layout (mlp.gate, mlp.experts): use transformers>=5.15")
+
+    def shape_of_config(self, config: Any) -> ModelShape:
+        """Return the shape that a Mixtral config describes, its plan applied."""
+        everyone = tuple(range(config.num_local_experts))
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = ModelShape(
+            architecture=self.model_type,
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            vocab_size=config.vocab_size,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=head_dim,
+            tie_word_embeddings=bool(config.tie_word_embeddings),
+            num_experts=config.num_local_experts,
+            top_k=config.num_experts_per_tok,
+            layouts=tuple(ExpertLayout(layer, everyone) for layer in range(config.num_hidden_layers)),
+        )
+        return self.plan_of_config(config).check(shape)
+
+    def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
+        """Return ``model.model.layers``."""
+        return model.model.layers  # type: ignore[union-attr,return-value]
+
+    def moe_layers(self, model: nn.Module) -> list[MoELayer]:
+        """Return one entry for each decoder layer: all of Mixtral's are sparse."""
+        return [
+            MoELayer(
+                index=index,
+                name=f"model.layers.{index}.mlp",
+                block=layer.mlp,
+                router=layer.mlp.gate,
+                experts=layer.mlp.experts,
+                decoder_layer=layer,
+            )
+            for index, layer in enumerate(self.decoder_layers(model))
+        ]
+
+    def open_experts(self, layer: MoELayer) -> OpenExperts:
+        """Return the weights of transformers' experts or of ours."""
+        experts = layer.experts
+        if isinstance(experts, CompressedExperts):
+            gate_up, down = experts.storage.dense()
+            slot_map = experts.slot_map_on(gate_up.device)
+            return OpenExperts(gate_up, down, slot_map, experts.novices, experts.act_fn)
+        slot_map = torch.arange(experts.gate_up_proj.shape[0], device=experts.gate_up_proj.device)
+        return OpenExperts(experts.gate_up_proj, experts.down_proj, slot_map, None, experts.act_fn)

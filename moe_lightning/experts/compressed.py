@@ -1,0 +1,106 @@
+"""The module that stands in ``mlp.experts`` of a compressed layer.
+
+Legend: N tokens, H hidden, E experts the router knows, K top-k, S real experts, V novices, P routed pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from moe_kernels import combine_pairs, novice_weights, sort_pairs
+from moe_kernels.experts import Activation
+from torch import Tensor, nn
+
+from moe_lightning.experts.storage import Dense
+
+
+class CompressedExperts(nn.Module):
+    """The experts of a layer, of which only the real ones store weights.
+
+    Has the signature of transformers' experts modules, ``forward(hidden [tokens, hidden], index [tokens, k],
+    weight [tokens, k]) -> [tokens, hidden]``, and its own dispatch: transformers' implementations would index a stack of
+    fewer experts with the router's numbers.
+
+    ``y = sum_{i real} g_i(x) E_i(x) + sum_{i novice} g_i(x) v_i`` (2406.02500 eq. 7 with the novices of 2507.00390).
+
+    Attributes:
+        storage: Weights of the real experts, one slot each.
+        novices: Novice vectors ``[novices, hidden]``, or None where the layer has none.
+        slot_map: For each router row the slot (``>= 0``) or ``-1 - number`` of a novice. Derived from the plan, so it is in
+            no state dict.
+        num_experts: Router rows, E.
+    """
+
+    novices: nn.Parameter | None
+
+    def __init__(
+        self,
+        storage: Dense,
+        slot_map: Sequence[int],
+        novices: nn.Parameter | None,
+        act_fn: Activation,
+    ) -> None:
+        """Put storage, novices and the map between them together.
+
+        Args:
+            storage: Weights of the real experts.
+            slot_map: One entry for each router row.
+            novices: ``[novices, hidden]`` or None.
+            act_fn: Activation of the gate half.
+
+        Raises:
+            ValueError: The map does not name every slot and every novice exactly once.
+        """
+        super().__init__()
+        num_novices = 0 if novices is None else novices.shape[0]
+        if sorted(slot_map) != list(range(-num_novices, storage.num_slots)):
+            raise ValueError(
+                f"slot map {list(slot_map)} does not name each of {storage.num_slots} slots and {num_novices} novices once"
+            )
+        self.storage = storage
+        self.slot_map = tuple(slot_map)
+        self.act_fn = act_fn
+        self.register_parameter("novices", novices)
+        self._slot_map_tensor: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """Router rows, E."""
+        return len(self.slot_map)
+
+    @property
+    def num_novices(self) -> int:
+        """Novices, V."""
+        return 0 if self.novices is None else self.novices.shape[0]
+
+    def slot_map_on(self, device: torch.device) -> Tensor:
+        """Return ``slot_map`` as an int64 tensor ``[E]`` on a device, made once."""
+        # A buffer would stay on the meta device after transformers' loading, which fills only what the files hold.
+        if self._slot_map_tensor is None or self._slot_map_tensor.device != device:
+            with torch.inference_mode(False):
+                self._slot_map_tensor = torch.tensor(self.slot_map, dtype=torch.int64, device=device)
+        return self._slot_map_tensor
+
+    def forward(self, hidden_NH: Tensor, index_NK: Tensor, weight_NK: Tensor) -> Tensor:
+        """Mix real experts and novices.
+
+        Args:
+            hidden_NH: Input of the block after its norm, ``[tokens, hidden]``.
+            index_NK: Router rows chosen, int64 ``[tokens, k]``.
+            weight_NK: Routing weights, ``[tokens, k]``.
+
+        Returns:
+            ``[tokens, hidden]`` in the type of ``hidden_NH``; sums are in fp32.
+        """
+        slot_map = self.slot_map_on(hidden_NH.device)
+        pairs = sort_pairs(index_NK, slot_map, self.storage.num_slots)
+        mixed_NH = combine_pairs(self.storage(hidden_NH, pairs, self.act_fn), pairs, weight_NK)
+        if self.novices is not None:
+            weights_NV = novice_weights(index_NK, weight_NK, slot_map, self.num_novices).to(mixed_NH.dtype)
+            mixed_NH = mixed_NH + weights_NV @ self.novices.to(mixed_NH.dtype)
+        return mixed_NH.to(hidden_NH.dtype)
+
+    def extra_repr(self) -> str:
+        """Say how many experts are real and how many are novices."""
+        return f"num_experts={self.num_experts}, real={self.storage.num_slots}, novices={self.num_novices}"

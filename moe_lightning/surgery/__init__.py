@@ -1,0 +1,23 @@
+"""The only code that changes a model's structure, and the model classes that the structure needs."""
+
+from moe_lightning.surgery.apply import Surgery, apply_plan, plan_of, rebuild
+from moe_lightning.surgery.build import build
+from moe_lightning.surgery.models import (
+    CompressedMixtralConfig,
+    CompressedMixtralForCausalLM,
+    register_with_transformers,
+)
+from moe_lightning.surgery.optimizer import carry_optimizer, parameter_groups
+
+__all__ = [
+    "CompressedMixtralConfig",
+    "CompressedMixtralForCausalLM",
+    "Surgery",
+    "apply_plan",
+    "build",
+    "carry_optimizer",
+    "parameter_groups",
+    "plan_of",
+    "rebuild",
+    "register_with_transformers",
+]
