@@ -1,0 +1,52 @@
+# Everything a developer runs. Each target makes the virtual environment first where it is missing or out of date.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench bench-gpu docs clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+# torch goes first and alone: pip then keeps that build (CPU or CUDA) when it resolves everything else.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, not %s: make PYTHON=python3.12" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[dev]" -c constraints.txt
+	@touch $@
+
+install: $(STAMP)  ## Create .venv with the versions of constraints.txt
+
+demo: $(STAMP)  ## Train a small Mixtral on real text, compress it in mid-run, recover, test, compare
+	$(BIN)/moe-lightning fit -c configs/quickstart.yaml --overwrite true
+	$(BIN)/moe-lightning test -c configs/quickstart.yaml --ckpt_path last
+	$(BIN)/python examples/quickstart.py
+
+test: $(STAMP)  ## Run the test suite
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## Check style, docstrings and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## Rewrite the sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## Time a MoE layer on the CPU
+	$(BIN)/python benchmarks/moe_layer.py --device cpu
+
+bench-gpu: $(STAMP)  ## Time a MoE layer on the GPU
+	$(BIN)/python benchmarks/moe_layer.py --device cuda
+
+docs: $(STAMP)  ## Write the API reference to build/docs
+	$(BIN)/pdoc --docformat google --output-directory build/docs moe_lightning moe_kernels
+
+clean:  ## Remove build products (not .venv, not runs/)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,87 @@
+"""The command line: ``moe-lightning COMMAND ...``.
+
+This file stays light: ``--version`` and ``--help`` answer without importing torch. Each command lives in a module of its own,
+imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from moe_lightning import __version__
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "fit": ("moe_lightning.cli.lightning", "train a Mixtral on text; compress and recover it in mid-run"),
+    "validate": ("moe_lightning.cli.lightning", "likelihood on the validation split"),
+    "test": ("moe_lightning.cli.lightning", "likelihood on the test split"),
+    "predict": ("moe_lightning.cli.lightning", "continue prompts"),
+    "compress": ("moe_lightning.cli.compress", "compress a checkpoint that already exists, without training"),
+}
+"""Name of each command: the module whose ``main(arguments)`` runs it, and what it does."""
+
+EXAMPLES = """\
+examples:
+  moe-lightning fit -c quickstart
+  moe-lightning fit -c quickstart --trainer.max_steps 1000 --model.learning_rate 0.001 --run_dir runs/longer
+  moe-lightning fit -c quickstart --ckpt_path last
+  moe-lightning test -c quickstart --ckpt_path last
+"""
+
+
+def help_text() -> str:
+    """Return what ``moe-lightning --help`` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {description}" for name, (_, description) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: moe-lightning COMMAND [-c CONFIG] [options]",
+            "",
+            "Train, compress, recover and test mixture-of-experts language models.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "options:",
+            "  -h, --help     show this text",
+            "  --version      show the version",
+            "",
+            "'moe-lightning COMMAND --help' lists all options of a command. Every option can stand in a YAML file too: -c takes",
+            "the path of one, or the name of one that comes with the package. Later files and options override earlier ones.",
+            "",
+            EXAMPLES,
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: Command and options; those of the process when None.
+
+    Returns:
+        Exit status: 0 when all went well, 2 for a mistake in the arguments.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(help_text(), end="")
+        return 0
+    if given[0] == "--version":
+        print(f"moe-lightning {__version__}")
+        return 0
+    command = given[0]
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        print(
+            f"moe-lightning: there is no command {command!r}.{hint} The commands are {', '.join(COMMANDS)}, and options "
+            "come after the command.",
+            file=sys.stderr,
+        )
+        return 2
+    run: Callable[[Sequence[str]], int] = importlib.import_module(COMMANDS[command][0]).main
+    # The Lightning commands share one module and read the command themselves; the others get their options only.
+    return run(given if COMMANDS[command][0].endswith(".lightning") else given[1:])
