@@ -26,10 +26,10 @@ _HOMES = {
     "ModelSize": "sizes",
     "NoviceExperts": "plan",
     "Novices": "trimming",
-    "Statistics": "statistics",
+    "Statistics": "criteria",
     "TextDataModule": "data",
     "build": "surgery",
-    "collect": "statistics",
+    "collect": "criteria",
     "compress": "compression",
     "evaluate": "evaluation",
     "from_pretrained": "checkpoints",
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from moe_lightning.sizes import ModelSize, measure
     from moe_lightning.modules import MixtralModule
     from moe_lightning.plan import CompressionPlan, KeepExperts, ModelShape, NoviceExperts
-    from moe_lightning.statistics import Statistics, collect
+    from moe_lightning.criteria import Statistics, collect
     from moe_lightning.surgery import build
     from moe_lightning.trimming import ExpertDrop, Novices
 

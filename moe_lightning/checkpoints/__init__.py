@@ -1,0 +1,14 @@
+"""Reading and writing models as Hugging Face folders."""
+
+from moe_lightning.checkpoints.folders import Format, check_format, from_pretrained, save_pretrained
+from moe_lightning.checkpoints.inspect import check_checkpoint, read_config, stored_bytes
+
+__all__ = [
+    "Format",
+    "check_checkpoint",
+    "check_format",
+    "from_pretrained",
+    "read_config",
+    "save_pretrained",
+    "stored_bytes",
+]

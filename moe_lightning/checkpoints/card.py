@@ -1,0 +1,56 @@
+"""The model card: what the folder holds and where it comes from."""
+
+from __future__ import annotations
+
+import json
+
+from transformers import PreTrainedModel
+
+from moe_lightning.plan import ModelShape
+from moe_lightning.sizes import measure
+from moe_lightning.surgery import plan_of
+
+
+def model_card(model: PreTrainedModel, shape: ModelShape, format: str) -> str:
+    """Return the text of ``README.md``.
+
+    Args:
+        model: The model that is written.
+        shape: Its shape.
+        format: ``native`` or ``transformers``.
+    """
+    plan = plan_of(model)
+    size = measure(model)
+    whole = shape.uncompressed().parameters
+    base = plan.origin.get("base_model") or getattr(model, "name_or_path", "") or "trained from scratch"
+    load = "from transformers import AutoModelForCausalLM\n"
+    if plan and format == "native":
+        load = "import moe_lightning\n" + load
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"tags: [mixtral, mixture-of-experts{', moe-lightning, compressed' if plan else ', moe-lightning'}]",
+        "---",
+        "",
+        f"# {'Compressed ' if plan else ''}Mixtral",
+        "",
+        f"* base model: {base}",
+        f"* parameters: {size.parameters:,} ({size.parameters / whole:.1%} of {whole:,})",
+        f"* bytes in memory: {size.bytes:,}",
+        "",
+        "```python",
+        load + 'model = AutoModelForCausalLM.from_pretrained("this folder")',
+        "```",
+        "",
+    ]
+    if plan:
+        lines += ["## Experts", "", "| layer | real experts | novices | dropped |", "|--:|---|---|---|"]
+        for layout in shape.layouts:
+            dropped = [expert for expert in range(shape.num_experts) if expert not in layout.router]
+            cells = (" ".join(map(str, group)) or "-" for group in (layout.real, layout.novices, dropped))
+            lines.append(f"| {layout.layer} | " + " | ".join(cells) + " |")
+        lines += ["", "## Lineage", ""]
+        for step in plan.origin.get("history", []):
+            lines += ["```json", json.dumps(step, indent=2), "```", ""]
+    lines.append("Made with moe-lightning.")
+    return "\n".join(lines) + "\n"

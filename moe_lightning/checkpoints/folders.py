@@ -1,0 +1,186 @@
+"""Hugging Face folders: written whole or not at all, loaded without a missing or an unexpected key."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from moe_lightning.architectures import architecture_of
+from moe_lightning.architectures.base import CONFIG_KEY
+from moe_lightning.checkpoints.card import model_card
+from moe_lightning.checkpoints.inspect import check_checkpoint
+from moe_lightning.files import check_output_folder, written_folder
+from moe_lightning.plan import ModelShape
+from moe_lightning.surgery import plan_of, register_with_transformers
+
+Format = Literal["auto", "native", "transformers"]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+TOKENIZER_FOLDERS = ("additional_chat_templates",)
+
+
+def _why_not_plain(shape: ModelShape) -> str | None:
+    """Say why a shape cannot be written as a plain Mixtral, or None where it can."""
+    with_novices = [layout.layer for layout in shape.layouts if layout.novices]
+    if with_novices:
+        return f"layers {with_novices} have novices"
+    counts = sorted({len(layout.router) for layout in shape.layouts})
+    if len(counts) > 1:
+        return f"its layers have different numbers of experts ({', '.join(map(str, counts))})"
+    return None
+
+
+def check_format(shape: ModelShape, format: Format) -> Literal["native", "transformers"]:
+    """Decide in which format a model of a shape is written.
+
+    Args:
+        shape: Shape of the model to write.
+        format: ``native`` (loads after ``import moe_lightning``), ``transformers`` (a plain Mixtral that transformers alone
+            loads), or ``auto``: the plain one wherever the model can be written so.
+
+    Raises:
+        ValueError: Unknown format, or ``transformers`` where the model cannot be written so; the message says why.
+    """
+    if format not in ("auto", "native", "transformers"):
+        raise ValueError(f"unknown format {format!r}: choose auto, native or transformers")
+    reason = _why_not_plain(shape)
+    if format == "transformers" and reason:
+        raise ValueError(f"the model cannot be written as a plain Mixtral because {reason}: use format=native or auto")
+    if format == "native" or reason:
+        return "native"
+    return "transformers"
+
+
+def _plain_model(model: PreTrainedModel, shape: ModelShape) -> MixtralForCausalLM:
+    """Return a plain Mixtral that shares the tensors of a compressed one with the same experts in every layer."""
+    config: Any = copy.deepcopy(model.config)
+    config.__class__ = MixtralConfig
+    config.num_local_experts = len(shape.layouts[0].router)
+    # The numbers in the plan are those of the model before: it is lineage here, not something to apply.
+    setattr(config, CONFIG_KEY, {"lineage": plan_of(model).to_dict()})
+    with torch.device("meta"):
+        plain = MixtralForCausalLM(config)
+    state = {name.replace(".experts.storage.", ".experts."): value for name, value in model.state_dict().items()}
+    plain.load_state_dict(state, strict=True, assign=True)
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    for name in TOKENIZER_FOLDERS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    directory: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str] | None = None,
+    format: Format = "auto",
+    *,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Write a model as a Hugging Face folder, whole or not at all.
+
+    The folder holds the config with the plan, sharded safetensors, the generation config, the tokenizer and a model card with
+    the lineage.
+
+    Args:
+        model: A Mixtral, compressed or not.
+        directory: Folder to write.
+        tokenizer: Tokenizer to save, or a folder whose tokenizer files (chat template included) are copied as they are.
+        format: ``auto`` writes a plain Mixtral, which transformers alone loads, where whole experts were dropped uniformly
+            and nothing else; ``native`` and ``transformers`` force one.
+        overwrite: Replace a folder that holds something.
+        max_shard_size: Largest size of a weight file.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: The folder holds something and ``overwrite`` is not set.
+        ValueError: The format cannot hold the model, or a parameter is not finite.
+    """
+    shape = architecture_of(model).shape(model)
+    chosen = check_format(shape, format)
+    check_output_folder(directory, overwrite, "overwrite=True")
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"{name} is not finite: nothing was written")
+    compressed = bool(plan_of(model))
+    written: PreTrainedModel = _plain_model(model, shape) if compressed and chosen == "transformers" else model
+    with written_folder(directory, overwrite) as folder:
+        bar = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        try:
+            written.save_pretrained(folder, max_shard_size=max_shard_size)
+        finally:
+            if bar:
+                transformers_logging.enable_progress_bar()
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            tokenizer.save_pretrained(folder)
+        elif tokenizer is not None:
+            _copy_tokenizer(Path(tokenizer), folder)
+        (folder / "README.md").write_text(model_card(model, shape, chosen))
+    return Path(directory)
+
+
+def from_pretrained(
+    directory: str | os.PathLike[str],
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """Load a plain or compressed Mixtral folder, in eval mode.
+
+    Per-expert tensors (``block_sparse_moe.experts.N.w1|w2|w3``) and fused ones both load.
+
+    Args:
+        directory: Folder in Hugging Face layout.
+        dtype: Type of the weights; None keeps the one they were saved in.
+        device: Where the model goes.
+
+    Returns:
+        The model; a compressed folder gives the compressed class.
+
+    Raises:
+        FileNotFoundError: The folder or one of its files is missing.
+        ValueError: Another family, a damaged file, or weights that do not fit the config (missing, unexpected or of another
+            size): nothing is ever filled with random values.
+    """
+    check_checkpoint(directory)
+    register_with_transformers()
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(directory), dtype=dtype or "auto", output_loading_info=True, local_files_only=True
+        )
+    finally:
+        if bar:
+            transformers_logging.enable_progress_bar()
+    problems = {kind: sorted(map(str, names))[:5] for kind, names in info.items() if names}
+    if problems:
+        raise ValueError(f"the weights in {directory} do not fit its config: {problems}")
+    return model.to(device).eval()

@@ -1,0 +1,6 @@
+"""The one driver: observe, propose, check, fill."""
+
+from moe_lightning.compression.driver import as_methods, check_methods, compress
+from moe_lightning.compression.result import CompressionResult, ModuleStatus
+
+__all__ = ["CompressionResult", "ModuleStatus", "as_methods", "check_methods", "compress"]

@@ -1,0 +1,229 @@
+"""``ml.compress``: in place, and all or nothing.
+
+observe (collect what the method needs) -> propose (edits) -> check (against the shape) -> apply (surgery) -> fill (values),
+once for each method; the second method sees the model as the first left it.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from moe_lightning.architectures import architecture_of
+from moe_lightning.compression.result import CompressionResult, ModuleStatus
+from moe_lightning.method import Method
+from moe_lightning.plan import CompressionPlan, Edit, ModelShape
+from moe_lightning.sizes import measure
+from moe_lightning.statistics import Statistics, collect
+from moe_lightning.surgery import Surgery, apply_plan, plan_of
+from moe_lightning.trimming import Replay
+
+Batches = Iterable[Mapping[str, Any]]
+
+
+def as_methods(methods: Method | Sequence[Method]) -> list[Method]:
+    """Return methods as a list.
+
+    Raises:
+        ValueError: There is none.
+        TypeError: Something else is among them.
+    """
+    listed = [methods] if isinstance(methods, Method) else list(methods)
+    if not listed:
+        raise ValueError("there is nothing to do: give at least one method, e.g. Novices(ratio=0.25)")
+    for method in listed:
+        if not isinstance(method, Method):
+            raise TypeError(f"{method!r} is not a compression method: give objects like Novices(ratio=0.25)")
+    return listed
+
+
+def check_methods(shape: ModelShape, methods: Sequence[Method]) -> ModelShape:
+    """Try a list of methods out on a shape, before anything is measured.
+
+    Args:
+        shape: Shape of the model as it is.
+        methods: The methods, in order.
+
+    Returns:
+        A shape with the sizes that the model will have.
+
+    Raises:
+        ValueError: A method does not fit what the ones before it leave.
+    """
+    for method in methods:
+        shape = method.check(shape)
+    return shape
+
+
+def compress(
+    model: PreTrainedModel,
+    batches: Batches,
+    methods: Method | Sequence[Method] | None = None,
+    *,
+    plan: CompressionPlan | None = None,
+    origin: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> CompressionResult:
+    """Compress a model in place, all or nothing: when anything fails the model is as it was.
+
+    Args:
+        model: A Mixtral with its language head, compressed before or not.
+        batches: Calibration batches: dicts with ``input_ids`` ``[batch, sequence]`` and optional ``attention_mask``.
+        methods: Methods in the order in which they are applied.
+        plan: A plan to replay instead of methods. It is the whole plan of an uncompressed model.
+        origin: Where the calibration data comes from, plain types; kept in the plan.
+        progress: Show progress bars.
+
+    Returns:
+        The model, its plan, the statistics and the numbers that prove what was done.
+
+    Raises:
+        ValueError: The methods or the plan do not fit the model, or there is no calibration data. Found before the
+            calibration pass wherever the shape alone tells.
+        RuntimeError: The parameters touched differ from those claimed, or a value filled in is not finite.
+    """
+    if (methods is None) == (plan is None):
+        raise ValueError("give either methods or a plan to replay, and not both")
+    if plan is not None:
+        if plan_of(model):
+            raise ValueError("the model is compressed already: replay a plan on the uncompressed model that it was made for")
+        methods = [Replay(plan)]
+    chosen = as_methods(methods if methods is not None else [])
+    architecture = architecture_of(model)
+    shape_before = architecture.shape(model)
+    check_methods(shape_before, chosen)
+    if isinstance(batches, Iterator) and len(chosen) > 1:
+        batches = list(batches)  # every method makes a pass of its own
+    size_before = measure(model)
+    first: Statistics | None = None
+    surgeries: list[Surgery] = []
+    tokens: dict[int, dict[int, int]] = {}
+    try:
+        for method in chosen:
+            shape = architecture.shape(model)
+            statistics = _observe(model, batches, method, shape, progress)
+            edits = method.propose(shape, statistics)
+            step = {**method.describe(), **_provenance(origin)}
+            surgery = apply_plan(model, plan_of(model).extended(edits, _plain(step)))
+            surgeries.append(surgery)
+            _fill(model, method, edits, statistics)
+            _count_tokens(tokens, edits, statistics)
+            first = first or (statistics if statistics.tensors else None)
+        result = CompressionResult(
+            model=model,
+            plan=plan_of(model),
+            statistics=first,
+            touched=sum(surgery.touched for surgery in surgeries),
+            claimed=sum(surgery.claimed for surgery in surgeries),
+            modules={},
+            size_before=size_before,
+            size_after=measure(model),
+            shape_before=shape_before,
+            shape_after=architecture.shape(model),
+            surgeries=surgeries,
+        )
+        result.modules.update(_statuses(result, tokens))
+        _prove(result)
+    except BaseException:
+        for surgery in reversed(surgeries):
+            surgery.undo()
+        raise
+    for surgery in surgeries:
+        surgery.forget()
+    return result
+
+
+def _observe(
+    model: PreTrainedModel, batches: Batches, method: Method, shape: ModelShape, progress: bool
+) -> Statistics:
+    if not method.needs:
+        return Statistics(shape, {})
+    return collect(model, batches, method.needs, progress=progress)
+
+
+def _provenance(origin: Mapping[str, Any] | None) -> dict[str, Any]:
+    from moe_lightning import __version__
+
+    versions = {
+        "moe-lightning": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    return {"calibration": dict(origin or {}), "versions": versions}
+
+
+def _plain(value: Any) -> Any:
+    """Turn options into types that JSON and ``weights_only`` checkpoints hold."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
+
+
+@torch.no_grad()
+def _fill(model: PreTrainedModel, method: Method, edits: Sequence[Edit], statistics: Statistics) -> None:
+    architecture = architecture_of(model)
+    layers = {layer.index: layer for layer in architecture.moe_layers(model)}
+    layouts = {layout.layer: layout for layout in architecture.shape(model).layouts}
+    for edit in edits:
+        for name, values in method.fill(edit, statistics).items():
+            assert name == "novices", name
+            layer, experts = edit.layer, edit.experts  # type: ignore[attr-defined]
+            # In a replayed plan a later edit may have dropped a novice again.
+            left = [place for place, expert in enumerate(experts) if expert in layouts[layer].novices]
+            if not left:
+                continue
+            parameter, values = layers[layer].experts.novices, values[left]
+            rows = torch.tensor([layouts[layer].novices.index(experts[place]) for place in left], device=parameter.device)
+            if not bool(torch.isfinite(values).all()):
+                raise RuntimeError(f"layer {layer}: the novices of experts {list(experts)} are not finite")
+            with torch.inference_mode(False):
+                parameter.data[rows] = values.to(parameter.device, parameter.dtype)
+
+
+def _count_tokens(tokens: dict[int, dict[int, int]], edits: Sequence[Edit], statistics: Statistics) -> None:
+    name = next((name for name in ("count", "output_count") if name in statistics.tensors), None)
+    if name is None:
+        return
+    for edit in edits:
+        row = statistics[name][statistics.row(edit.layer)]  # type: ignore[attr-defined]
+        known = statistics.shape.layout(edit.layer).router  # type: ignore[attr-defined]
+        tokens.setdefault(edit.layer, {expert: int(row[expert]) for expert in known})  # type: ignore[attr-defined]
+
+
+def _statuses(result: CompressionResult, tokens: dict[int, dict[int, int]]) -> Iterator[tuple[str, ModuleStatus]]:
+    architecture = architecture_of(result.model)
+    kinds = {
+        (edit.layer, expert): edit.novice
+        for edit in result.plan.edits
+        for expert in edit.experts  # type: ignore[attr-defined]
+        if hasattr(edit, "novice")
+    }
+    for layer in architecture.moe_layers(result.model):
+        before, after = result.shape_before.layout(layer.index), result.shape_after.layout(layer.index)
+        if before == after:
+            continue
+        parts = [f"{len(after.real)} of {len(before.real)} experts real"]
+        if after.novices:
+            named = sorted({kinds[layer.index, expert] for expert in after.novices})
+            parts.append(f"{len(after.novices)} novices ({', '.join(named)})")
+        dropped = len(before.router) - len(after.router)
+        if dropped:
+            parts.append(f"{dropped} dropped with their router rows")
+        yield f"{layer.name}.experts", ModuleStatus(", ".join(parts), tokens.get(layer.index, {}))
+
+
+def _prove(result: CompressionResult) -> None:
+    if result.touched != result.claimed:
+        raise RuntimeError(f"touched {result.touched} parameters but the plan claims {result.claimed}")
+    expected = result.shape_after.parameters - result.shape_before.parameters
+    counted = result.size_after.parameters - result.size_before.parameters
+    if expected != counted:
+        raise RuntimeError(f"the model changed by {counted} parameters, its shape says {expected}")

@@ -1,0 +1,77 @@
+"""What a compression did, in numbers that are checked against each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from moe_lightning.plan import CompressionPlan, ModelShape
+from moe_lightning.sizes import ModelSize
+from moe_lightning.statistics import Statistics
+from moe_lightning.surgery import Surgery
+
+
+@dataclass(frozen=True)
+class ModuleStatus:
+    """What happened to one module.
+
+    Attributes:
+        status: In words, e.g. ``4 of 8 experts real, 4 novices (mean)``.
+        tokens: Calibration tokens that reached each expert concerned, by original number; empty where none were counted.
+    """
+
+    status: str
+    tokens: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class CompressionResult:
+    """The outcome of :func:`moe_lightning.compress`.
+
+    Attributes:
+        model: The model, changed in place.
+        plan: Its whole plan, earlier edits included.
+        statistics: What was measured on the model before the first method changed it; None where no method measured.
+        touched: Parameters that went or came, counted in the tensors.
+        claimed: Parameters that the plan says go or come; equal to ``touched``, or compress would have failed.
+        modules: Status of every module that was changed, by its name.
+        size_before: Parameters, bytes and FLOPs before.
+        size_after: The same after.
+        shape_before: Shape before.
+        shape_after: Shape after.
+        surgeries: What each method's surgery replaced, in order; an optimizer follows them.
+    """
+
+    model: nn.Module
+    plan: CompressionPlan
+    statistics: Statistics | None
+    touched: int
+    claimed: int
+    modules: dict[str, ModuleStatus]
+    size_before: ModelSize
+    size_after: ModelSize
+    shape_before: ModelShape
+    shape_after: ModelShape
+    surgeries: list[Surgery] = field(default_factory=list, repr=False)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the numbers as plain types."""
+        return {
+            "touched_parameters": self.touched,
+            "claimed_parameters": self.claimed,
+            "parameters_before": self.size_before.parameters,
+            "parameters_after": self.size_after.parameters,
+            "bytes_before": self.size_before.bytes,
+            "bytes_after": self.size_after.bytes,
+            "modules": {name: module.status for name, module in self.modules.items()},
+        }
+
+    def __str__(self) -> str:
+        before, after = self.size_before, self.size_after
+        return (
+            f"compressed {len(self.modules)} modules: {before.parameters:,} -> {after.parameters:,} parameters "
+            f"({after.parameters / before.parameters:.1%}), {before.bytes / 2**20:,.1f} -> {after.bytes / 2**20:,.1f} MiB; "
+            f"touched {self.touched:,} of {self.claimed:,} parameters claimed"
+        )

@@ -1,0 +1,99 @@
+"""Parameters, bytes and FLOPs of a model, counted in its real tensors. One function, so that every number agrees.
+
+(The public name is ``moe_lightning.measure``; a module of that name would shadow it.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from moe_lightning.architectures import architecture_of
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Size and cost of a model.
+
+    Attributes:
+        parameters: Parameters stored, shared ones once.
+        bytes: Bytes of all parameters and persistent buffers in memory, shared ones once.
+        flops: Floating-point operations of one forward pass over one sequence, 2 for each multiply-add.
+    """
+
+    parameters: int
+    bytes: int
+    flops: int
+
+    def __str__(self) -> str:
+        return f"{self.parameters:,} parameters, {self.bytes / 2**20:,.1f} MiB, {self.flops / 1e9:,.2f} GFLOP a sequence"
+
+
+def _stored_bytes(model: nn.Module) -> int:
+    seen: dict[int, int] = {}
+    for tensor in model.state_dict(keep_vars=True).values():
+        seen[id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())
+
+
+def _shares(routed_share: float | Sequence[float] | None, num_layers: int) -> list[float]:
+    if routed_share is None:
+        return [0.0] * num_layers
+    shares = [float(routed_share)] * num_layers if isinstance(routed_share, int | float) else [float(s) for s in routed_share]
+    if len(shares) != num_layers:
+        raise ValueError(f"routed_share has {len(shares)} entries, the model has {num_layers} MoE layers: give one for each")
+    if not all(0.0 <= share <= 1.0 for share in shares):
+        raise ValueError(f"routed_share must lie in [0, 1], got {shares}")
+    return shares
+
+
+def measure(
+    model: nn.Module, sequence_length: int = 2048, routed_share: float | Sequence[float] | None = None
+) -> ModelSize:
+    """Count parameters, bytes and FLOPs of a model, on any device, ``meta`` included.
+
+    FLOPs are those of the q, k, v, o products, non-causal attention ``4 * S^2 * heads * head_dim``, routers, experts, novice
+    products and the language head, for one sequence. Embedding and norms are not counted.
+
+    Args:
+        model: A Mixtral with its language head, compressed or not.
+        sequence_length: S, tokens.
+        routed_share: Share of the routed (token, expert) pairs that novices get, for all layers or one number for each MoE
+            layer. None gives the upper bound: every token picks real experts.
+
+    Returns:
+        The size.
+
+    Raises:
+        ValueError: Not a supported model, or ``routed_share`` out of range.
+
+    Source: 2406.02500 Table 3 and section 5.1 (what is counted).
+    """
+    architecture = architecture_of(model)
+    layers = architecture.moe_layers(model)
+    shape = architecture.shape(model)
+    tokens = sequence_length
+    attention = sum(
+        module.weight.numel()
+        for layer in architecture.decoder_layers(model)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and ".mlp" not in f".{name}"
+    )
+    products = attention + model.get_output_embeddings().weight.numel()  # type: ignore[operator]
+    scores = 4 * tokens * tokens * shape.num_attention_heads * shape.head_dim * len(architecture.decoder_layers(model))
+    experts = 0.0
+    for layer, share in zip(layers, _shares(routed_share, len(layers)), strict=True):
+        opened = architecture.open_experts(layer)
+        real = opened.gate_up_proj.shape[0]
+        products += layer.router.weight.numel()
+        if opened.novices is not None:
+            products += opened.novices.numel()
+        if real:
+            one = (opened.gate_up_proj.numel() + opened.down_proj.numel()) // real
+            picks = min(shape.top_k * (1.0 - share), real) if routed_share is not None else min(shape.top_k, real)
+            experts += picks * one
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    flops = 2 * tokens * products + scores + round(2 * tokens * experts)
+    return ModelSize(parameters, _stored_bytes(model), flops)
