@@ -1,8 +1,8 @@
 """Train, compress and recover mixture-of-experts language models in one resumable PyTorch Lightning run.
 
 Importing this package is light: names are looked up when they are used, and transformers learns of the compressed model
-classes when it is imported itself (before or after), so that ``AutoModelForCausalLM.from_pretrained`` loads a compressed
-folder after ``import moe_lightning``.
+classes when it is imported itself (before or after), so that ``AutoModelForCausalLM.from_pretrained`` loads a
+compressed folder after ``import moe_lightning``.
 """
 
 from __future__ import annotations
@@ -38,18 +38,40 @@ _HOMES = {
 }
 _PACKAGES = ("callbacks",)
 
-__all__ = ["__version__", *_PACKAGES, *sorted(_HOMES)]  # noqa: PLE0604 - the names of the table above
+__all__ = [
+    "__version__",
+    "callbacks",
+    "CompressionPlan",
+    "CompressionResult",
+    "ExpertDrop",
+    "KeepExperts",
+    "Likelihood",
+    "MixtralModule",
+    "ModelShape",
+    "ModelSize",
+    "NoviceExperts",
+    "Novices",
+    "Statistics",
+    "TextDataModule",
+    "build",
+    "collect",
+    "compress",
+    "evaluate",
+    "from_pretrained",
+    "measure",
+    "save_pretrained",
+]
 
 if TYPE_CHECKING:
     from moe_lightning import callbacks
     from moe_lightning.checkpoints import from_pretrained, save_pretrained
     from moe_lightning.compression import CompressionResult, compress
+    from moe_lightning.criteria import Statistics, collect
     from moe_lightning.data import TextDataModule
     from moe_lightning.evaluation import Likelihood, evaluate
-    from moe_lightning.sizes import ModelSize, measure
     from moe_lightning.modules import MixtralModule
     from moe_lightning.plan import CompressionPlan, KeepExperts, ModelShape, NoviceExperts
-    from moe_lightning.criteria import Statistics, collect
+    from moe_lightning.sizes import ModelSize, measure
     from moe_lightning.surgery import build
     from moe_lightning.trimming import ExpertDrop, Novices
 

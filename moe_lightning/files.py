@@ -56,7 +56,9 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool, option: s
 
 
 @contextmanager
-def written_folder(path: str | os.PathLike[str], overwrite: bool = False, option: str = "overwrite=True") -> Iterator[Path]:
+def written_folder(
+    path: str | os.PathLike[str], overwrite: bool = False, option: str = "overwrite=True"
+) -> Iterator[Path]:
     """Yield an empty folder beside ``path`` that takes its place when the block ends well, and vanishes when it fails.
 
     Args:

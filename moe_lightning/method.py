@@ -1,4 +1,4 @@
-"""What a compression method is: what it needs to know, what it decides, what it fills in. Knows nothing of Lightning."""
+"""What a compression method is: what it needs to know, what it decides, what it fills in. No Lightning here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from moe_lightning.statistics import Statistics
 class Method(ABC):
     """A way to compress a model. Children are dataclasses: YAML, Python and tests build them alike."""
 
-    # Methods that fit one layer at a time will say "layer"; the driver interleaves collect, fill and propagate for them.
+    # Methods that fit one layer at a time will say "layer"; the driver interleaves collect, fill and propagate for
+    # them.
     granularity: ClassVar[Literal["model"]] = "model"
 
     @property

@@ -1,7 +1,8 @@
 """What was decided, and for what shape of model, as plain data. Imports no torch.
 
-A :class:`CompressionPlan` is a tuple of edits. Layer and expert numbers in it are always those of the *original* model, so
-that plans can be re-read, compared and continued. A :class:`ModelShape` is all that a decision needs to know of a model.
+A :class:`CompressionPlan` is a tuple of edits. Layer and expert numbers in it are always those of the *original*
+model, so that plans can be re-read, compared and continued. A :class:`ModelShape` is all that a decision needs to know
+of a model.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the whole model by arithmetic on the sizes alone: the claim that tensors are counted against."""
+        """Parameters of the whole model by arithmetic on the sizes: the claim that tensors are counted against."""
         width, hidden = self.head_dim, self.hidden_size
         attention = hidden * width * (2 * self.num_attention_heads + 2 * self.num_key_value_heads)
         blocks = self.num_layers * (attention + 2 * hidden)
@@ -183,7 +184,7 @@ def _checked_experts(layer: int, experts: tuple[int, ...], known: Iterable[int],
     strangers = [expert for expert in experts if expert not in known]
     if strangers:
         raise ValueError(
-            f"layer {layer}: cannot {verb} experts {strangers}: the layer has experts {sorted(known)} at this point of the plan"
+            f"layer {layer}: cannot {verb} experts {strangers}: it has experts {sorted(known)} at this point of the plan"
         )
 
 

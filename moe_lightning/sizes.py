@@ -28,7 +28,9 @@ class ModelSize:
     flops: int
 
     def __str__(self) -> str:
-        return f"{self.parameters:,} parameters, {self.bytes / 2**20:,.1f} MiB, {self.flops / 1e9:,.2f} GFLOP a sequence"
+        return (
+            f"{self.parameters:,} parameters, {self.bytes / 2**20:,.1f} MiB, {self.flops / 1e9:,.2f} GFLOP a sequence"
+        )
 
 
 def _stored_bytes(model: nn.Module) -> int:
@@ -41,9 +43,15 @@ def _stored_bytes(model: nn.Module) -> int:
 def _shares(routed_share: float | Sequence[float] | None, num_layers: int) -> list[float]:
     if routed_share is None:
         return [0.0] * num_layers
-    shares = [float(routed_share)] * num_layers if isinstance(routed_share, int | float) else [float(s) for s in routed_share]
+    shares = (
+        [float(routed_share)] * num_layers
+        if isinstance(routed_share, int | float)
+        else [float(s) for s in routed_share]
+    )
     if len(shares) != num_layers:
-        raise ValueError(f"routed_share has {len(shares)} entries, the model has {num_layers} MoE layers: give one for each")
+        raise ValueError(
+            f"routed_share has {len(shares)} entries, the model has {num_layers} MoE layers: give one for each"
+        )
     if not all(0.0 <= share <= 1.0 for share in shares):
         raise ValueError(f"routed_share must lie in [0, 1], got {shares}")
     return shares
@@ -54,14 +62,14 @@ def measure(
 ) -> ModelSize:
     """Count parameters, bytes and FLOPs of a model, on any device, ``meta`` included.
 
-    FLOPs are those of the q, k, v, o products, non-causal attention ``4 * S^2 * heads * head_dim``, routers, experts, novice
-    products and the language head, for one sequence. Embedding and norms are not counted.
+    FLOPs are those of the q, k, v, o products, non-causal attention ``4 * S^2 * heads * head_dim``, routers, experts,
+    novice products and the language head, for one sequence. Embedding and norms are not counted.
 
     Args:
         model: A Mixtral with its language head, compressed or not.
         sequence_length: S, tokens.
-        routed_share: Share of the routed (token, expert) pairs that novices get, for all layers or one number for each MoE
-            layer. None gives the upper bound: every token picks real experts.
+        routed_share: Share of the routed (token, expert) pairs that novices get, for all layers or one number for each
+            MoE layer. None gives the upper bound: every token picks real experts.
 
     Returns:
         The size.

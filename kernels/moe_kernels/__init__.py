@@ -1,7 +1,7 @@
 """Operations of a compressed mixture-of-experts block, on tensors only.
 
-Every operation has a twin in plain torch that says what it computes in a few lines; the twin is the path for CPUs and the
-oracle of the tests. This package imports nothing of ``moe_lightning``.
+Every operation has a twin in plain torch that says what it computes in a few lines; the twin is the path for CPUs and
+the oracle of the tests. This package imports nothing of ``moe_lightning``.
 """
 
 from moe_kernels.experts import (

@@ -1,10 +1,11 @@
 """The sum over experts of a mixture-of-experts block, in plain torch.
 
-``y = sum_i g_i(x) * E_i(x)`` where ``E_i`` is either a real expert (a SwiGLU network held in a slot of the weight stack) or a
-novice (a constant vector). ``slot_map[expert]`` says which: ``>= 0`` is a slot, ``< 0`` is novice ``-1 - slot_map[expert]``.
+``y = sum_i g_i(x) * E_i(x)`` where ``E_i`` is either a real expert (a SwiGLU network held in a slot of the
+weight stack) or a novice (a constant vector). ``slot_map[expert]`` says which: ``>= 0`` is a slot, ``< 0`` is novice ``-1 -
+slot_map[expert]``.
 
-Legend of shape suffixes: N tokens, H hidden, I intermediate, E experts the router knows, K top-k, S real experts (slots),
-P routed (token, expert) pairs that reach a real expert, V novices.
+Legend of shape suffixes: N tokens, H hidden, I intermediate, E experts the router knows, K top-k, S real experts
+(slots), P routed (token, expert) pairs that reach a real expert, V novices.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class RoutedPairs(NamedTuple):
     """Routed pairs of real experts, sorted by slot.
 
     Attributes:
-        order: Index of each pair in the flattened ``[N * K]`` routing table, int64 ``[P]``, grouped by slot; inside a slot in
-            the order of the tokens.
+        order: Index of each pair in the flattened ``[N * K]`` routing table, int64 ``[P]``, grouped by slot; inside a
+            slot in the order of the tokens.
         offsets: End of each slot's pairs in ``order``, int32 ``[S]``.
         top_k: K, to turn a pair into its token.
     """

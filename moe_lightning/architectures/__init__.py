@@ -9,7 +9,15 @@ from moe_lightning.architectures.mixtral import MixtralArchitecture
 
 ARCHITECTURES: tuple[Architecture, ...] = (MixtralArchitecture(),)
 
-__all__ = ["ARCHITECTURES", "Architecture", "MixtralArchitecture", "MoELayer", "OpenExperts", "architecture_of", "architecture_named"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "MixtralArchitecture",
+    "MoELayer",
+    "OpenExperts",
+    "architecture_named",
+    "architecture_of",
+]
 
 
 def architecture_named(model_type: str) -> Architecture:

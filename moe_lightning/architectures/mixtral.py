@@ -23,11 +23,15 @@ class MixtralArchitecture(Architecture):
         inner = getattr(model, "model", None)
         layers = getattr(inner, "layers", None)
         if layers is None or not hasattr(model, "lm_head"):
-            raise ValueError(f"{type(model).__name__} is not a MixtralForCausalLM: pass the model with its language head")
+            raise ValueError(
+                f"{type(model).__name__} is not a MixtralForCausalLM: pass the model with its language head"
+            )
         for layer in layers:
             mlp = getattr(layer, "mlp", None)
             if not hasattr(mlp, "gate") or not hasattr(mlp, "experts"):
-                raise ValueError("this Mixtral does not have transformers 5's layout (mlp.gate, mlp.experts): use transformers>=5.15")
+                raise ValueError(
+                    "this Mixtral does not have transformers 5's layout (mlp.gate, mlp.experts): use transformers>=5.15"
+                )
 
     def shape_of_config(self, config: Any) -> ModelShape:
         """Return the shape that a Mixtral config describes, its plan applied."""

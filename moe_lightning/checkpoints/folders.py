@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from moe_lightning.architectures import architecture_of
-from moe_lightning.architectures.base import CONFIG_KEY
 from moe_lightning.checkpoints.card import model_card
 from moe_lightning.checkpoints.inspect import check_checkpoint
 from moe_lightning.files import check_output_folder, written_folder
 from moe_lightning.plan import ModelShape
-from moe_lightning.surgery import plan_of, register_with_transformers
+from moe_lightning.surgery import as_config, plan_of, register_with_transformers
 
 Format = Literal["auto", "native", "transformers"]
 
@@ -53,8 +57,8 @@ def check_format(shape: ModelShape, format: Format) -> Literal["native", "transf
 
     Args:
         shape: Shape of the model to write.
-        format: ``native`` (loads after ``import moe_lightning``), ``transformers`` (a plain Mixtral that transformers alone
-            loads), or ``auto``: the plain one wherever the model can be written so.
+        format: ``native`` (loads after ``import moe_lightning``), ``transformers`` (a plain Mixtral that transformers
+            alone loads), or ``auto``: the plain one wherever the model can be written so.
 
     Raises:
         ValueError: Unknown format, or ``transformers`` where the model cannot be written so; the message says why.
@@ -71,11 +75,9 @@ def check_format(shape: ModelShape, format: Format) -> Literal["native", "transf
 
 def _plain_model(model: PreTrainedModel, shape: ModelShape) -> MixtralForCausalLM:
     """Return a plain Mixtral that shares the tensors of a compressed one with the same experts in every layer."""
-    config: Any = copy.deepcopy(model.config)
-    config.__class__ = MixtralConfig
-    config.num_local_experts = len(shape.layouts[0].router)
     # The numbers in the plan are those of the model before: it is lineage here, not something to apply.
-    setattr(config, CONFIG_KEY, {"lineage": plan_of(model).to_dict()})
+    config = as_config(model.config, MixtralConfig, {"lineage": plan_of(model).to_dict()})
+    config.num_local_experts = len(shape.layouts[0].router)
     with torch.device("meta"):
         plain = MixtralForCausalLM(config)
     state = {name.replace(".experts.storage.", ".experts."): value for name, value in model.state_dict().items()}
@@ -104,15 +106,15 @@ def save_pretrained(
 ) -> Path:
     """Write a model as a Hugging Face folder, whole or not at all.
 
-    The folder holds the config with the plan, sharded safetensors, the generation config, the tokenizer and a model card with
-    the lineage.
+    The folder holds the config with the plan, sharded safetensors, the generation config, the tokenizer and a model
+    card with the lineage.
 
     Args:
         model: A Mixtral, compressed or not.
         directory: Folder to write.
         tokenizer: Tokenizer to save, or a folder whose tokenizer files (chat template included) are copied as they are.
-        format: ``auto`` writes a plain Mixtral, which transformers alone loads, where whole experts were dropped uniformly
-            and nothing else; ``native`` and ``transformers`` force one.
+        format: ``auto`` writes a plain Mixtral, which transformers alone loads, where whole experts were dropped
+            uniformly and nothing else; ``native`` and ``transformers`` force one.
         overwrite: Replace a folder that holds something.
         max_shard_size: Largest size of a weight file.
 
@@ -166,8 +168,8 @@ def from_pretrained(
 
     Raises:
         FileNotFoundError: The folder or one of its files is missing.
-        ValueError: Another family, a damaged file, or weights that do not fit the config (missing, unexpected or of another
-            size): nothing is ever filled with random values.
+        ValueError: Another family, a damaged file, or weights that do not fit the config (missing, unexpected or of
+            another size): nothing is ever filled with random values.
     """
     check_checkpoint(directory)
     register_with_transformers()

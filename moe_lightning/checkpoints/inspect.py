@@ -74,7 +74,9 @@ def read_header(path: Path) -> dict[str, Any]:
     header.pop("__metadata__", None)
     expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != expected:
-        raise ValueError(f"{path} is cut short: it has {size} bytes, its header says {expected}: copy the checkpoint again")
+        raise ValueError(
+            f"{path} is cut short: it has {size} bytes, its header says {expected}: copy the checkpoint again"
+        )
     return header
 
 

@@ -1,7 +1,7 @@
 """``ml.compress``: in place, and all or nothing.
 
-observe (collect what the method needs) -> propose (edits) -> check (against the shape) -> apply (surgery) -> fill (values),
-once for each method; the second method sees the model as the first left it.
+observe (collect what the method needs) -> propose (edits) -> check (against the shape) -> apply (surgery) -> fill
+(values), once for each method; the second method sees the model as the first left it.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def compress(
         raise ValueError("give either methods or a plan to replay, and not both")
     if plan is not None:
         if plan_of(model):
-            raise ValueError("the model is compressed already: replay a plan on the uncompressed model that it was made for")
+            raise ValueError(
+                "the model is compressed already: replay a plan on the uncompressed model that it was made for"
+            )
         methods = [Replay(plan)]
     chosen = as_methods(methods if methods is not None else [])
     architecture = architecture_of(model)
@@ -138,9 +140,7 @@ def compress(
     return result
 
 
-def _observe(
-    model: PreTrainedModel, batches: Batches, method: Method, shape: ModelShape, progress: bool
-) -> Statistics:
+def _observe(model: PreTrainedModel, batches: Batches, method: Method, shape: ModelShape, progress: bool) -> Statistics:
     if not method.needs:
         return Statistics(shape, {})
     return collect(model, batches, method.needs, progress=progress)
@@ -181,7 +181,9 @@ def _fill(model: PreTrainedModel, method: Method, edits: Sequence[Edit], statist
             if not left:
                 continue
             parameter, values = layers[layer].experts.novices, values[left]
-            rows = torch.tensor([layouts[layer].novices.index(experts[place]) for place in left], device=parameter.device)
+            rows = torch.tensor(
+                [layouts[layer].novices.index(experts[place]) for place in left], device=parameter.device
+            )
             if not bool(torch.isfinite(values).all()):
                 raise RuntimeError(f"layer {layer}: the novices of experts {list(experts)} are not finite")
             with torch.inference_mode(False):

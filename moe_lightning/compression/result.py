@@ -19,7 +19,8 @@ class ModuleStatus:
 
     Attributes:
         status: In words, e.g. ``4 of 8 experts real, 4 novices (mean)``.
-        tokens: Calibration tokens that reached each expert concerned, by original number; empty where none were counted.
+        tokens: Calibration tokens that reached each expert concerned, by original number; empty where none were
+            counted.
     """
 
     status: str
@@ -72,6 +73,7 @@ class CompressionResult:
         before, after = self.size_before, self.size_after
         return (
             f"compressed {len(self.modules)} modules: {before.parameters:,} -> {after.parameters:,} parameters "
-            f"({after.parameters / before.parameters:.1%}), {before.bytes / 2**20:,.1f} -> {after.bytes / 2**20:,.1f} MiB; "
+            f"({after.parameters / before.parameters:.1%}), "
+            f"{before.bytes / 2**20:,.1f} -> {after.bytes / 2**20:,.1f} MiB; "
             f"touched {self.touched:,} of {self.claimed:,} parameters claimed"
         )

@@ -1,7 +1,7 @@
 """From statistics to a score ``[layers, experts]`` (larger = keep), and from scores and a budget to who stays.
 
-Importing this package fills the registry that ``Statistics.score`` reads; ``ml.collect`` and ``ml.Statistics`` come from
-here for that reason.
+Importing this package fills the registry that ``Statistics.score`` reads; ``ml.collect`` and ``ml.Statistics`` come
+from here for that reason.
 """
 
 from moe_lightning.criteria import experts

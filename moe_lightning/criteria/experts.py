@@ -1,7 +1,7 @@
 """Scores of experts: small pure functions of the statistics, each with its source.
 
-All return ``[layers, experts]`` in float64, larger = keep. T is the number of calibration tokens, N of those routed to the
-expert, g the effective routing weight, E the expert's output before it.
+All return ``[layers, experts]`` in float64, larger = keep. T is the number of calibration tokens, N of those routed to
+the expert, g the effective routing weight, E the expert's output before it.
 """
 
 from __future__ import annotations

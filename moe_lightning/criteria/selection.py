@@ -28,7 +28,8 @@ def kept_counts(
         scope: Where the budget holds.
 
     Returns:
-        The number kept in each layer under ``layer`` (under ``global`` an even share, for information), and the total kept.
+        The number kept in each layer under ``layer`` (under ``global`` an even share, for information), and the total
+        kept.
 
     Raises:
         ValueError: More would be kept than there are.
@@ -93,5 +94,6 @@ def kept_experts(
             f"keep at least {floor * len(left)}"
         )
     return [
-        tuple(sorted(expert for expert in experts if (row, expert) not in gone)) for row, experts in enumerate(candidates)
+        tuple(sorted(expert for expert in experts if (row, expert) not in gone))
+        for row, experts in enumerate(candidates)
     ]

@@ -20,7 +20,8 @@ def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, attention_m
     Args:
         router_logits: One ``[N, E]`` tensor for each MoE layer; E may differ between layers.
         top_k: K.
-        attention_mask: ``[batch, sequence]`` with N entries, zero at padding, which is left out; None where there is none.
+        attention_mask: ``[batch, sequence]`` with N entries, zero at padding, which is left out; None where there is
+            none.
 
     Returns:
         The loss, fp32 scalar, differentiable through the probabilities.
@@ -28,7 +29,8 @@ def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, attention_m
     Raises:
         ValueError: There is no layer.
 
-    Source: Switch Transformer (2101.03961) eq. 4-6. transformers' version is K times larger, and first averages f and P over
+    Source: Switch Transformer (2101.03961) eq. 4-6. transformers' version is K times larger, and first averages f and
+        P over
     all layers, which needs the same E in each and lets one layer's imbalance make up for another's.
     """
     if not router_logits:
@@ -38,7 +40,9 @@ def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, attention_m
         num_experts = logits_NE.shape[-1]
         picks = min(top_k, num_experts)
         probability_NE = logits_NE.float().softmax(-1)
-        chosen_NE = torch.zeros_like(probability_NE).scatter(1, probability_NE.detach().topk(picks, dim=-1).indices, 1.0)
+        chosen_NE = torch.zeros_like(probability_NE).scatter(
+            1, probability_NE.detach().topk(picks, dim=-1).indices, 1.0
+        )
         if attention_mask is None:
             load_E, mass_E = chosen_NE.mean(0), probability_NE.mean(0)
         else:

@@ -19,16 +19,16 @@ class CompressedExperts(nn.Module):
     """The experts of a layer, of which only the real ones store weights.
 
     Has the signature of transformers' experts modules, ``forward(hidden [tokens, hidden], index [tokens, k],
-    weight [tokens, k]) -> [tokens, hidden]``, and its own dispatch: transformers' implementations would index a stack of
-    fewer experts with the router's numbers.
+    weight [tokens, k]) -> [tokens, hidden]``, and its own dispatch: transformers' implementations would index a stack
+    of fewer experts with the router's numbers.
 
     ``y = sum_{i real} g_i(x) E_i(x) + sum_{i novice} g_i(x) v_i`` (2406.02500 eq. 7 with the novices of 2507.00390).
 
     Attributes:
         storage: Weights of the real experts, one slot each.
         novices: Novice vectors ``[novices, hidden]``, or None where the layer has none.
-        slot_map: For each router row the slot (``>= 0``) or ``-1 - number`` of a novice. Derived from the plan, so it is in
-            no state dict.
+        slot_map: For each router row the slot (``>= 0``) or ``-1 - number`` of a novice. Derived from the plan, so it
+            is in no state dict.
         num_experts: Router rows, E.
     """
 
@@ -56,7 +56,7 @@ class CompressedExperts(nn.Module):
         num_novices = 0 if novices is None else novices.shape[0]
         if sorted(slot_map) != list(range(-num_novices, storage.num_slots)):
             raise ValueError(
-                f"slot map {list(slot_map)} does not name each of {storage.num_slots} slots and {num_novices} novices once"
+                f"slot map {list(slot_map)} must name each of {storage.num_slots} slots and {num_novices} novices once"
             )
         self.storage = storage
         self.slot_map = tuple(slot_map)

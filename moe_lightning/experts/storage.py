@@ -32,7 +32,9 @@ class Dense(nn.Module):
         super().__init__()
         slots, double, hidden = gate_up_proj.shape
         if tuple(down_proj.shape) != (slots, hidden, double // 2) or double % 2:
-            raise ValueError(f"gate_up_proj {tuple(gate_up_proj.shape)} and down_proj {tuple(down_proj.shape)} do not fit")
+            raise ValueError(
+                f"gate_up_proj {tuple(gate_up_proj.shape)} and down_proj {tuple(down_proj.shape)} do not fit"
+            )
         self.gate_up_proj = gate_up_proj
         self.down_proj = down_proj
 

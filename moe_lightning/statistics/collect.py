@@ -45,7 +45,9 @@ def _check_finite(values: dict[str, Tensor], shape: ModelShape) -> None:
         bad = ~torch.isfinite(tensor).reshape(tensor.shape[0], -1).all(1)
         if bool(bad.any()):
             layers = [shape.moe_layers[row] for row in bad.nonzero().squeeze(-1).tolist()]
-            raise ValueError(f"statistic {name!r} is not finite in layers {layers}: the model's weights or activations overflow")
+            raise ValueError(
+                f"statistic {name!r} is not finite in layers {layers}: the model's weights or activations overflow"
+            )
 
 
 def collect(
@@ -58,12 +60,12 @@ def collect(
     """Run calibration batches through a model and sum up what its experts do, in one pass.
 
     The model is in eval mode for the pass and without gradients; afterwards it is as before. Padding (zeros of
-    ``attention_mask``) is left out. The sums do not depend on how the tokens were split into batches. In a distributed run
-    every rank gets the sums over all ranks.
+    ``attention_mask``) is left out. The sums do not depend on how the tokens were split into batches. In a distributed
+    run every rank gets the sums over all ranks.
 
     Args:
         model: A Mixtral with its language head, compressed or not.
-        batches: Dicts with ``input_ids`` ``[batch, sequence]`` and optional ``attention_mask`` (1 = token, 0 = padding).
+        batches: Dicts with ``input_ids`` ``[batch, sequence]`` and optional ``attention_mask`` (0 = padding).
         needs: Groups of statistics, of ``routing`` and ``outputs``; None takes both.
         progress: Show a progress bar.
 

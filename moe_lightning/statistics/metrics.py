@@ -2,7 +2,8 @@
 
 They stand outside the module that is trained: ``bf16-true`` would cast their states.
 
-Legend: L MoE layers, E experts of the original model (columns), N tokens without padding, R router rows, K top-k, P routed
+Legend: L MoE layers, E experts of the original model (columns), N tokens without padding, R router rows, K top-k, P
+    routed
 pairs, H hidden.
 """
 
@@ -110,8 +111,8 @@ class OutputStatistics(_ExpertMetric):
 
     States: ``output_count [L, E]``; ``output_mean``, ``output_m2`` (sum of squared deviations), ``gate_output_sum``,
     ``gate2_output_sum`` ``[L, E, H]``; ``norm_sum``, ``norm_square_sum``, ``gate_norm_sum``, ``gate2_norm_square_sum``,
-    ``output_max_abs`` ``[L, E]``; ``output_gram [L, E, E]`` (``sum g_i g_j <E_i, E_j>``); ``layer_output_square_sum [L]``
-    (``sum ||y||^2`` of the block).
+    ``output_max_abs`` ``[L, E]``; ``output_gram [L, E, E]`` (``sum g_i g_j <E_i, E_j>``); ``layer_output_square_sum
+    [L]`` (``sum ||y||^2`` of the block).
     """
 
     output_count: Tensor

@@ -1,7 +1,8 @@
 """Seeing what every expert gets and gives while the model runs.
 
-An experts module returns the weighted sum only, so for the time of the observation its forward is replaced on the instance:
-it computes the same from the same weights and shows each pair's output on the way. No class and no config is touched.
+An experts module returns the weighted sum only, so for the time of the observation its forward is replaced on the
+instance: it computes the same from the same weights and shows each pair's output on the way. No class and no config is
+    touched.
 
 Legend: N tokens, H hidden, R router rows, K top-k, P pairs that reach a real expert.
 """
@@ -27,7 +28,8 @@ class RoutedOutputs(NamedTuple):
         logits_NR: Router logits, ``[tokens, router rows]``.
         weight_NK: Effective routing weights ``g``, ``[tokens, k]``.
         index_NK: Router rows chosen, int64 ``[tokens, k]``.
-        outputs_NKH: ``E_i(x)`` of each pair before the routing weight, ``[tokens, k, hidden]``; a novice gives its vector.
+        outputs_NKH: ``E_i(x)`` of each pair before the routing weight, ``[tokens, k, hidden]``; a novice gives its
+            vector.
     """
 
     logits_NR: Tensor
@@ -48,7 +50,8 @@ class ExpertObserver:
         Args:
             model: The model.
             architecture: Its architecture.
-            sink: Called with the row of the layer (position among the MoE layers) and what was seen, once for each call.
+            sink: Called with the row of the layer (position among the MoE layers) and what was seen, once for each
+                call.
         """
         self.model = model
         self.architecture = architecture
@@ -104,7 +107,8 @@ def _remember_logits(seen: dict[str, Tensor], _module: nn.Module, _args: object,
 
 
 def _override_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Callable[[], object]:
-    # Through the instance's dictionary: a wrapper that somebody put there before (accelerate does) comes back afterwards.
+    # Through the instance's dictionary: a wrapper that somebody put there before (accelerate does) comes back
+    # afterwards.
     previous = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
 

@@ -1,4 +1,4 @@
-"""The registry of criteria that ``Statistics.score`` reads; the criteria themselves stand in ``moe_lightning.criteria``."""
+"""The registry of criteria that ``Statistics.score`` reads; the criteria stand in ``moe_lightning.criteria``."""
 
 from __future__ import annotations
 

@@ -45,8 +45,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
 class Statistics:
     """Sums over calibration tokens, float64, for every MoE layer and expert.
 
-    Rows are the MoE layers (``shape.moe_layers``), columns the experts of the *original* model; a column of an expert that the
-    router no longer knows is NaN. The tensors are described in :class:`RoutingStatistics` and :class:`OutputStatistics`.
+    Rows are the MoE layers (``shape.moe_layers``), columns the experts of the *original* model; a column of an expert
+    that the router no longer knows is NaN. The tensors are described in :class:`RoutingStatistics` and
+    :class:`OutputStatistics`.
 
     Attributes:
         shape: Shape of the model that was observed.
@@ -103,7 +104,9 @@ class Statistics:
         entry = criterion_named(criterion)
         missing = entry.needs - self.groups
         if missing:
-            raise ValueError(f"criterion {criterion!r} needs the statistics {sorted(missing)}, which were not collected")
+            raise ValueError(
+                f"criterion {criterion!r} needs the statistics {sorted(missing)}, which were not collected"
+            )
         score = entry.function(self, seed).clone()
         score[~self.known] = torch.nan
         return score
@@ -138,7 +141,9 @@ class Statistics:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         except Exception as error:  # safetensors raises its own class, which is not exported everywhere
-            raise ValueError(f"{path} is not a readable safetensors file ({error}): collect the statistics again") from None
+            raise ValueError(
+                f"{path} is not a readable safetensors file ({error}): collect the statistics again"
+            ) from None
         if metadata.get("format") != "moe-lightning statistics" or metadata.get("version") != FORMAT_VERSION:
             raise ValueError(f"{path} holds no statistics of version {FORMAT_VERSION}: collect them again")
         return cls(ModelShape.from_dict(json.loads(metadata["shape"])), tensors, json.loads(metadata["info"]))

@@ -5,6 +5,7 @@ from moe_lightning.surgery.build import build
 from moe_lightning.surgery.models import (
     CompressedMixtralConfig,
     CompressedMixtralForCausalLM,
+    as_config,
     register_with_transformers,
 )
 from moe_lightning.surgery.optimizer import carry_optimizer, parameter_groups
@@ -14,6 +15,7 @@ __all__ = [
     "CompressedMixtralForCausalLM",
     "Surgery",
     "apply_plan",
+    "as_config",
     "build",
     "carry_optimizer",
     "parameter_groups",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 from torch import nn
@@ -10,12 +9,12 @@ from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 
 from moe_lightning.architectures import architecture_of
-from moe_lightning.architectures.base import CONFIG_KEY
 from moe_lightning.plan import CompressionPlan, ModelShape
 from moe_lightning.surgery.layouts import LayoutChange, ReplacedParameter, change_layouts
 from moe_lightning.surgery.models import (
     CompressedMixtralConfig,
     CompressedMixtralForCausalLM,
+    as_config,
 )
 
 
@@ -40,7 +39,7 @@ class Surgery:
 
     @property
     def claimed(self) -> int:
-        """Parameters that the two shapes say must go or come, by arithmetic: experts and router rows out, novices in."""
+        """Parameters that the two shapes say go or come, by arithmetic: experts and router rows out, novices in."""
         before, after = self.before, self.after
         total = 0
         for old, new in zip(before.layouts, after.layouts, strict=True):
@@ -85,19 +84,11 @@ def config_entry(plan: CompressionPlan, shape: ModelShape) -> dict[str, object]:
         shape: The shape after the plan.
 
     Returns:
-        The plan, and the number of router rows of each layer in transformers' ``per_layer_config`` form. It stands inside our
-        key because, active, it makes every read of ``config.num_local_experts`` raise.
+        The plan, and the number of router rows of each layer in transformers' ``per_layer_config`` form. It stands
+        inside our key because, active, it makes every read of ``config.num_local_experts`` raise.
     """
     per_layer = {str(layout.layer): {"num_local_experts": len(layout.router)} for layout in shape.layouts}
     return {"plan": plan.to_dict(), "per_layer_config": per_layer}
-
-
-def _compressed_config(config: object, plan: CompressionPlan, shape: ModelShape) -> CompressedMixtralConfig:
-    new = copy.deepcopy(config)
-    new.__class__ = CompressedMixtralConfig
-    setattr(new, CONFIG_KEY, config_entry(plan, shape))
-    assert isinstance(new, CompressedMixtralConfig)
-    return new
 
 
 def _set_config(change: LayoutChange, model: nn.Module, old: object, new: object) -> None:
@@ -136,8 +127,12 @@ def apply_plan(model: PreTrainedModel, plan: CompressionPlan) -> Surgery:
             raise ValueError(f"cannot compress a {type(model).__name__}: pass a MixtralForCausalLM")
         if surgery.touched != surgery.claimed:
             raise RuntimeError(f"surgery touched {surgery.touched} parameters but the plan claims {surgery.claimed}")
-        _set_config(change, model, model.config, _compressed_config(model.config, plan, after))
+        new = as_config(model.config, CompressedMixtralConfig, config_entry(plan, after))
+        _set_config(change, model, model.config, new)
         change.set(model, "__class__", CompressedMixtralForCausalLM)
+        if "_weight_conversions" in vars(model):
+            # How the names of the folder that the model came from are written back: the compressed class has its own.
+            change.set(model, "_weight_conversions", None)
     except BaseException:
         change.undo()
         raise
@@ -160,5 +155,3 @@ def rebuild(model: PreTrainedModel, plan: CompressionPlan) -> Surgery | None:
     if plan_of(model).edits == plan.edits:
         return None
     return apply_plan(model, plan)
-
-

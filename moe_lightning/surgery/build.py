@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 
 from moe_lightning.architectures import architecture_named
-from moe_lightning.architectures.base import CONFIG_KEY
 from moe_lightning.plan import CompressionPlan
 from moe_lightning.surgery.apply import config_entry
-from moe_lightning.surgery.models import CompressedMixtralConfig, CompressedMixtralForCausalLM
+from moe_lightning.surgery.models import CompressedMixtralConfig, CompressedMixtralForCausalLM, as_config
 
 
 def build(config: MixtralConfig, plan: CompressionPlan | None = None) -> MixtralForCausalLM:
@@ -30,14 +27,7 @@ def build(config: MixtralConfig, plan: CompressionPlan | None = None) -> Mixtral
     architecture = architecture_named(config.model_type)
     if plan is None:
         plan = architecture.plan_of_config(config)
-    config = copy.deepcopy(config)
     if not plan:
-        if getattr(config, CONFIG_KEY, None) is not None:
-            setattr(config, CONFIG_KEY, None)
-        config.__class__ = MixtralConfig
-        return MixtralForCausalLM(config)
-    config.__class__ = CompressedMixtralConfig
-    setattr(config, CONFIG_KEY, None)
-    after = plan.check(architecture.shape_of_config(config))
-    setattr(config, CONFIG_KEY, config_entry(plan, after))
-    return CompressedMixtralForCausalLM(config)
+        return MixtralForCausalLM(as_config(config, MixtralConfig, None))
+    after = plan.check(architecture.shape_of_config(as_config(config, CompressedMixtralConfig, None)))
+    return CompressedMixtralForCausalLM(as_config(config, CompressedMixtralConfig, config_entry(plan, after)))

@@ -106,7 +106,9 @@ def _replaced_novices(
     survivors = [expert for expert in after.novices if expert in before.novices]
     # The state of old novices is carried over only where no new ones stand between them.
     if old is not None and len(survivors) == len(after.novices):
-        rows = torch.tensor([before.novices.index(expert) for expert in survivors], dtype=torch.int64, device=old.device)
+        rows = torch.tensor(
+            [before.novices.index(expert) for expert in survivors], dtype=torch.int64, device=old.device
+        )
         return ReplacedParameter(name, old, novices, rows)
     return ReplacedParameter(name, old, novices, None)
 

@@ -1,11 +1,12 @@
 """The model classes of compressed models, as transformers' Auto registry sees them.
 
-A compressed Mixtral has its own ``model_type``, so that a plain Mixtral class cannot load its folder and fill the gaps with
-random weights.
+A compressed Mixtral has its own ``model_type``, so that a plain Mixtral class cannot load its folder and fill the gaps
+with random weights.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.models.mixtral.configuration_mixtral import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 
 from moe_lightning.architectures import MixtralArchitecture
+from moe_lightning.architectures.base import CONFIG_KEY
 from moe_lightning.experts.balancing import load_balancing_loss
 from moe_lightning.surgery.layouts import change_layouts
 
@@ -30,11 +32,27 @@ class CompressedMixtralConfig(MixtralConfig):
     moe_lightning: dict[str, Any] | None = None
 
 
+def as_config(config: MixtralConfig, kind: type[MixtralConfig], entry: dict[str, Any] | None) -> Any:
+    """Return a copy of a config as another class of the family.
+
+    Args:
+        config: A Mixtral config, plain or compressed.
+        kind: Class of the copy.
+        entry: What stands under our key in the copy.
+    """
+    new = copy.deepcopy(config)
+    new.__class__ = kind
+    # A config read from a file holds its model type on the instance, where it would outlive the change of class.
+    vars(new).pop("model_type", None)
+    setattr(new, CONFIG_KEY, entry)
+    return new
+
+
 class CompressedMixtralForCausalLM(MixtralForCausalLM):
     """A Mixtral whose structure follows the plan in its config: ``build(config, plan)``.
 
-    The decoder stack inside stays transformers' ``MixtralModel``: what it records (router logits, hidden states) is looked up
-    by the name of its class.
+    The decoder stack inside stays transformers' ``MixtralModel``: what it records (router logits, hidden states) is
+    looked up by the name of its class.
     """
 
     config_class = CompressedMixtralConfig  # an annotation would be read as a string here
@@ -79,9 +97,7 @@ class CompressedMixtralForCausalLM(MixtralForCausalLM):
                 **kwargs,
             )
         # transformers' own balancing loss assumes the same number of experts in every layer.
-        outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, output_router_logits=True, **kwargs
-        )
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, output_router_logits=True, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
         # Ours is 1 where the load is even, transformers' is K: keep the scale that router_aux_loss_coef was chosen for.

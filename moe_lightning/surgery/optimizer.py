@@ -1,7 +1,7 @@
 """Parameter groups, and an optimizer that lives through a change of structure.
 
-Groups are always in ``named_parameters()`` order, whatever ``requires_grad`` says: an optimizer's state is saved by position,
-and a state loaded into another order is wrong without a word.
+Groups are always in ``named_parameters()`` order, whatever ``requires_grad`` says: an optimizer's state is saved by
+position, and a state loaded into another order is wrong without a word.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         weight_decay: Decay of the matrices.
 
     Returns:
-        Always three groups, some perhaps empty: ``decay`` (matrices), ``no_decay`` (vectors) and ``novices`` (no decay, a
-        learning rate of their own where wished). Always the same number, so that schedulers survive a change of structure.
+        Always three groups, some perhaps empty: ``decay`` (matrices), ``no_decay`` (vectors) and ``novices`` (no
+        decay, a learning rate of their own where wished). Always the same number, so that schedulers survive a change
+        of structure.
     """
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUP_NAMES}
     for name, parameter in model.named_parameters():
@@ -58,8 +59,8 @@ def _carried_state(state: dict[str, Any], item: ReplacedParameter) -> dict[str, 
 def carry_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, replaced: Sequence[ReplacedParameter]) -> None:
     """Edit an existing optimizer in place after a change of structure.
 
-    Schedulers and the trainer hold the optimizer, so it stays the same object. Surviving parameters keep their state: fused
-    experts and router rows are sliced, and so are their moments.
+    Schedulers and the trainer hold the optimizer, so it stays the same object. Surviving parameters keep their state:
+    fused experts and router rows are sliced, and so are their moments.
 
     Args:
         optimizer: The optimizer of the model before the change.
@@ -67,8 +68,8 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, replaced
         replaced: What surgery replaced.
 
     Raises:
-        RuntimeError: A parameter of the model is in no group afterwards though the parameter it came from was, or a group
-            holds a parameter that the model no longer has.
+        RuntimeError: A parameter of the model is in no group afterwards though the parameter it came from was, or a
+            group holds a parameter that the model no longer has.
     """
     successor = {id(item.old): item for item in replaced if item.old is not None}
     positions = {id(parameter): place for place, parameter in enumerate(model.parameters())}

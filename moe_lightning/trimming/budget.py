@@ -17,7 +17,8 @@ def check_budget(owner: str, ratio: float | None, keep: float | None, criterion:
         scope: Where the budget holds.
 
     Raises:
-        ValueError: Both or none of ``ratio`` and ``keep``, one out of range, or an unknown name; the message names the option.
+        ValueError: Both or none of ``ratio`` and ``keep``, one out of range, or an unknown name; the message names the
+            option.
     """
     if (ratio is None) == (keep is None):
         raise ValueError(f"{owner} needs either ratio or keep, and not both: got ratio={ratio}, keep={keep}")

@@ -15,8 +15,8 @@ from moe_lightning.trimming.budget import check_budget
 class ExpertDrop(Method):
     """Delete the experts that score lowest, and their router rows.
 
-    On Mixtral this equals masking their router logits with minus infinity. Every layer keeps at least as many experts as the
-    router picks.
+    On Mixtral this equals masking their router logits with minus infinity. Every layer keeps at least as many experts
+    as the router picks.
 
     Attributes:
         ratio: Share of the experts to drop, in [0, 1). Give this or keep.
@@ -46,7 +46,7 @@ class ExpertDrop(Method):
     def propose(self, shape: ModelShape, statistics: Statistics) -> tuple[Edit, ...]:
         """Keep the best experts; see :meth:`Method.propose`."""
         candidates = [layout.router for layout in shape.layouts]
-        counts, total = kept_counts(candidates, self.ratio, self.keep, self.scope)
+        counts, _ = kept_counts(candidates, self.ratio, self.keep, self.scope)
         for layout, count in zip(shape.layouts, counts, strict=True):
             if count < shape.top_k:
                 each = f"layer {layout.layer}" if self.scope == "layer" else "a layer, on average,"
@@ -56,9 +56,7 @@ class ExpertDrop(Method):
                     f"{1 - shape.top_k / len(layout.router):g}"
                 )
         score = statistics.score(self.criterion, self.seed)
-        kept = kept_experts(
-            score, candidates, ratio=self.ratio, keep=self.keep, scope=self.scope, floor=shape.top_k
-        )
+        kept = kept_experts(score, candidates, ratio=self.ratio, keep=self.keep, scope=self.scope, floor=shape.top_k)
         return tuple(
             KeepExperts(layout.layer, experts)
             for layout, experts in zip(shape.layouts, kept, strict=True)

@@ -28,8 +28,8 @@ def novice_values(kind: str, statistics: Statistics, layer: int, experts: tuple[
     """Compute the vectors that stand for experts.
 
     Args:
-        kind: ``mean`` (``sum E / N``), ``zero``, or ``gate2_mean`` (``sum g^2 E / sum g^2``, the constant with the least
-            squared error of the weighted output).
+        kind: ``mean`` (``sum E / N``), ``zero``, or ``gate2_mean`` (``sum g^2 E / sum g^2``, the constant with the
+            least squared error of the weighted output).
         statistics: What was measured.
         layer: Number of the layer in the original model.
         experts: Original numbers of the experts.
@@ -57,7 +57,9 @@ def novice_values(kind: str, statistics: Statistics, layer: int, experts: tuple[
         )
     if kind == "mean":
         return statistics["output_mean"][at]
-    return torch.where(weight.unsqueeze(-1) > 0, statistics["gate2_output_sum"][at] / weight.clamp(min=1e-300)[:, None], 0.0)
+    return torch.where(
+        weight.unsqueeze(-1) > 0, statistics["gate2_output_sum"][at] / weight.clamp(min=1e-300)[:, None], 0.0
+    )
 
 
 @dataclass
@@ -86,7 +88,9 @@ class Novices(Method):
         """Check the options."""
         check_budget("Novices", self.ratio, self.keep, self.criterion, self.scope)
         if self.novice not in get_args(NoviceKind):
-            raise ValueError(f"Novices: unknown novice {self.novice!r}: choose one of {', '.join(get_args(NoviceKind))}")
+            raise ValueError(
+                f"Novices: unknown novice {self.novice!r}: choose one of {', '.join(get_args(NoviceKind))}"
+            )
 
     @property
     def needs(self) -> frozenset[str]:
