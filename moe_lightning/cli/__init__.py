@@ -1,7 +1,7 @@
 """The command line: ``moe-lightning COMMAND ...``.
 
-This file stays light: ``--version`` and ``--help`` answer without importing torch. Each command lives in a module of its own,
-imported when it is asked for.
+This file stays light: ``--version`` and ``--help`` answer without importing torch. Each command lives in a module of
+its own, imported when it is asked for.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def help_text() -> str:
             "  -h, --help     show this text",
             "  --version      show the version",
             "",
-            "'moe-lightning COMMAND --help' lists all options of a command. Every option can stand in a YAML file too: -c takes",
-            "the path of one, or the name of one that comes with the package. Later files and options override earlier ones.",
+            "'moe-lightning COMMAND --help' lists all options of a command. Options can stand in a YAML file too:",
+            "-c takes the path of one, or the name of one that comes with the package. Later files and options win.",
             "",
             EXAMPLES,
         ]
@@ -77,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         print(
-            f"moe-lightning: there is no command {command!r}.{hint} The commands are {', '.join(COMMANDS)}, and options "
+            f"moe-lightning: there is no command {command!r}.{hint} The commands are {', '.join(COMMANDS)}, and "
+            "options "
             "come after the command.",
             file=sys.stderr,
         )

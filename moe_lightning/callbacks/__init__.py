@@ -1,0 +1,18 @@
+"""The Lightning face: when things happen. No formula lives here.
+
+All callbacks are imported here, so that a YAML file can name them without their module: ``class_path: LastCheckpoint``.
+"""
+
+from __future__ import annotations
+
+from moe_lightning.callbacks.checkpointing import AtomicCheckpointIO, LastCheckpoint, last_checkpoint
+from moe_lightning.callbacks.predictions import PredictionWriter
+from moe_lightning.callbacks.random_state import RandomState
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "LastCheckpoint",
+    "PredictionWriter",
+    "RandomState",
+    "last_checkpoint",
+]

@@ -1,0 +1,351 @@
+"""``fit``, ``validate``, ``test`` and ``predict``: Lightning's command line with one run directory.
+
+A run directory (``--run_dir``) holds everything that a run leaves::
+
+    RUN/config.<command>.yaml   every option with the value it had
+    RUN/logs/                   TensorBoard events
+    RUN/checkpoints/last.ckpt   to go on (``--ckpt_path last``) or to test
+    RUN/models/<name>/          exported Hugging Face folders
+    RUN/results/*.json          numbers
+    RUN/predictions.jsonl       continuations of prompts
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from moe_lightning.callbacks import LastCheckpoint, PredictionWriter, RandomState, last_checkpoint
+from moe_lightning.cli.config_files import resolve_configs, run_name
+from moe_lightning.data import TextDataModule
+from moe_lightning.modules import MixtralModule
+
+DEFAULT_SEED = 1234
+RUN_FOLDERS = ("checkpoints", "logs", "models", "results")
+RUN_FILES = ("config.*.yaml", "predictions*.jsonl")
+TRACEBACK_VARIABLE = "MOE_LIGHTNING_TRACEBACK"
+
+STRUCTURE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "tie_word_embeddings",
+)
+"""Fields of a model that its weights fix: a checkpoint and the options must agree on them."""
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a file whole or not at all, and make its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class OneLineErrorParser(LightningArgumentParser):
+    """A parser whose errors are one line with a hint, not a hundred lines of options before it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the mistake and leave with status 2.
+
+        Args:
+            message: What is wrong.
+            ex: Its cause.
+
+        Raises:
+            SystemExit: Always.
+        """
+        if os.environ.get(TRACEBACK_VARIABLE) and ex is not None:
+            raise ex
+        parser = getattr(ex, "subcommand_parser", None) or self
+        words = re.findall(r"[\w.]+", message)
+        known = [action.dest for action in parser._actions]
+        if re.search("unrecognized|does not accept", message):
+            unknown = [word for word in words if "." in word and word not in known]
+            near = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
+            message += f" (did you mean {', '.join(near)}?)" if near else ""
+        program = parser.prog.replace(" [options]", "")
+        sys.stderr.write(f"{program}: error: {message}\nAll options: {program} --help\n")
+        raise SystemExit(2)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Write the options with their values to ``RUN/config.<command>.yaml``."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, command: str = "fit", **kwargs: Any) -> None:
+        super().__init__(parser, config, save_to_log_dir=False, **kwargs)
+        self.command = command
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file."""
+        text = self.parser.dump(self.config, skip_none=False)
+        write_text_atomically(Path(trainer.default_root_dir) / f"config.{self.command}.yaml", text)
+
+
+class NoteStart(Callback):
+    """Know whether the work itself has begun, or a mistake was found before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started = False
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started = True
+
+    on_sanity_check_start = on_train_start = on_validation_start = on_test_start = on_predict_start = _start
+
+
+class MoELightningCLI(LightningCLI):
+    """LightningCLI for :class:`MixtralModule` and :class:`TextDataModule`, with a run directory.
+
+    Args:
+        arguments: Command and options, with the paths of config files.
+        default_run_dir: Run directory where ``--run_dir`` is not given.
+    """
+
+    def __init__(self, arguments: Sequence[str], default_run_dir: str) -> None:
+        self.default_run_dir = default_run_dir
+        self.note_start = NoteStart()
+        self._command_being_added: str | None = None
+        self._structure: dict[str, Any] | None = None
+        super().__init__(
+            MixtralModule,
+            TextDataModule,
+            save_config_callback=SaveRunConfig,
+            seed_everything_default=DEFAULT_SEED,
+            parser_kwargs={"prog": "moe-lightning"},
+            parser_class=OneLineErrorParser,
+            auto_configure_optimizers=False,
+            # Hyper-parameters are plain values: MixtralModule saves its structure itself, and nothing else.
+            load_from_checkpoint_support=False,
+            args=list(arguments),
+        )
+
+    # ------------------------------------------------------------ options
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        self._command_being_added = subcommand
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``--run_dir``, and ``--overwrite`` to ``fit``."""
+        parser.add_argument(
+            "--run_dir",
+            type=str,
+            default=self.default_run_dir,
+            help="Folder that holds all that the run leaves: config, logs, checkpoints, models, results.",
+        )
+        if self._command_being_added == "fit":
+            parser.add_argument(
+                "--overwrite",
+                type=bool,
+                default=False,
+                help="Start anew in a run directory that holds a checkpoint, and delete what the last run left there.",
+            )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the options and find what cannot work before anything is built."""
+        self.config = parser.parse_args(args)
+        parser = self._subcommand_parsers[self.config.subcommand]
+        self.options = self.config[self.config.subcommand]
+        self.run_dir = Path(self.options.run_dir)
+        if self.options.trainer.default_root_dir not in (None, self.options.run_dir):
+            parser.error("--trainer.default_root_dir: use --run_dir, which holds logs and checkpoints together")
+        try:
+            self.checkpoint_file = self._find_checkpoint(self.config.subcommand)
+            self._link_tokenizer()
+        except (ValueError, FileNotFoundError) as error:
+            parser.error(str(error))
+
+    def _find_checkpoint(self, command: str) -> str | None:
+        """Return the checkpoint to load, as Lightning understands it."""
+        wanted = self.options.get("ckpt_path")
+        last = last_checkpoint(self.run_dir)
+        if wanted == "last":
+            if not last.is_file():
+                raise FileNotFoundError(
+                    f"--ckpt_path last: there is no checkpoint {last}: check --run_dir, or leave --ckpt_path out to "
+                    "start anew"
+                )
+            return str(last)
+        if wanted is not None:
+            if not Path(wanted).exists():
+                raise FileNotFoundError(
+                    f"--ckpt_path {wanted}: there is no such file: use a path, or 'last' for {last}"
+                )
+            return str(wanted)
+        if command == "fit":
+            if last.is_file() and not self.options.overwrite and not self.options.trainer.fast_dev_run:
+                raise ValueError(
+                    f"--run_dir {self.run_dir}: an earlier run left a checkpoint there: continue it with --ckpt_path "
+                    "last, start "
+                    "anew and delete it with --overwrite true, or choose another --run_dir"
+                )
+        elif self.options.model.checkpoint is None:
+            raise ValueError(
+                f"{command} needs trained weights: add --ckpt_path last, --ckpt_path FILE, or --model.checkpoint "
+                "FOLDER with "
+                "--model.model null"
+            )
+        return None
+
+    def _link_tokenizer(self) -> None:
+        """Let a model folder's tokenizer be the data's."""
+        folder = self.options.model.checkpoint
+        if folder is None or self.options.data.get("tokenizer") is not None or not Path(folder).is_dir():
+            return
+        if not any(
+            (Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+        ):
+            raise ValueError(
+                f"--model.checkpoint {folder}: there is no tokenizer in this folder: say with --data.tokenizer which "
+                "one the model "
+                "was trained with"
+            )
+        self.options.data.tokenizer = str(folder)
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the structure, and nothing else, from the checkpoint; everything else comes from the options.
+
+        Lightning's own would let all hyper-parameters of the checkpoint win over the command line in silence.
+        """
+        if self.checkpoint_file is None or not Path(self.checkpoint_file).is_file():
+            return
+        try:
+            content = torch.load(self.checkpoint_file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            self._subcommand_parsers[self.config.subcommand].error(
+                f"--ckpt_path {self.checkpoint_file}: the file cannot be read as a checkpoint: {error}"
+            )
+        saved = content.get("hyper_parameters", {})
+        if not saved.get("model"):
+            self._subcommand_parsers[self.config.subcommand].error(
+                f"--ckpt_path {self.checkpoint_file}: this is no checkpoint of a MixtralModule"
+            )
+        wanted = dict(self.options.model.model or {})
+        for name in STRUCTURE_FIELDS:
+            if name in wanted and wanted[name] != saved["model"].get(name):
+                self._subcommand_parsers[self.config.subcommand].error(
+                    f"--model.model.{name}={wanted[name]}, but the checkpoint {self.checkpoint_file} holds a model "
+                    "with "
+                    f"{name}={saved['model'].get(name)}: remove the option, or start anew without --ckpt_path"
+                )
+        self._structure = {"model": {**saved["model"], **wanted}, "checkpoint": None, "plan": saved.get("plan")}
+
+    # ------------------------------------------------------------ objects
+
+    def instantiate_classes(self) -> None:
+        """Make module, data and trainer; a mistake in an option is one line, not a traceback."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, FileNotFoundError, MisconfigurationException) as error:
+            if os.environ.get(TRACEBACK_VARIABLE):
+                raise
+            self._subcommand_parsers[self.subcommand].error(str(error))
+
+    def after_instantiate_classes(self) -> None:
+        """Give the module the structure of the checkpoint, so that every strategy knows it when it makes the model."""
+        if self._structure is not None:
+            self.model.hparams.update(self._structure)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        config["default_root_dir"] = str(self.run_dir)
+        if config.get("logger") in (None, True):
+            # No version folders: a resumed run goes on in the same place.
+            config["logger"] = TensorBoardLogger(str(self.run_dir), name="logs", version="", default_hp_metric=False)
+        given = config.get("callbacks") or []
+        given = list(given) if isinstance(given, list) else [given]
+        wanted: list[Callback] = [self.note_start]
+        if not any(isinstance(callback, RandomState) for callback in given):
+            wanted.append(RandomState())
+        if self.subcommand == "predict":
+            wanted.append(PredictionWriter())
+        has_checkpoints = any(isinstance(callback, Checkpoint) for callback in given)
+        if self.subcommand != "fit":
+            config["enable_checkpointing"] = has_checkpoints
+        elif config.get("enable_checkpointing") is not False and not any(isinstance(c, LastCheckpoint) for c in given):
+            wanted.append(LastCheckpoint())
+        config["callbacks"] = given + wanted
+        self.save_config_kwargs = {"command": self.subcommand}
+        return super()._instantiate_trainer(config, callbacks)
+
+    # ------------------------------------------------------------ runs
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        kwargs["ckpt_path"] = self.checkpoint_file
+        return kwargs
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (ValueError, FileNotFoundError, MisconfigurationException) as error:
+            # What Lightning or we find wrong with the options once data and model meet. Later errors keep their
+            # traceback.
+            if self.note_start.started or os.environ.get(TRACEBACK_VARIABLE):
+                raise
+            print(f"moe-lightning {subcommand}: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
+
+    @rank_zero_only
+    def before_fit(self) -> None:
+        """Delete what an earlier run left, where that was asked for."""
+        if not self.options.overwrite or self.checkpoint_file is not None:
+            return
+        for name in RUN_FOLDERS:
+            shutil.rmtree(self.run_dir / name, ignore_errors=True)
+        for pattern in RUN_FILES:
+            for path in self.run_dir.glob(pattern):
+                path.unlink()
+
+    @rank_zero_only
+    def _write_results(self) -> None:
+        values = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        write_text_atomically(self.run_dir / "results" / f"{self.subcommand}.json", json.dumps(values, indent=2) + "\n")
+
+    def after_validate(self) -> None:
+        """Write ``RUN/results/validate.json``."""
+        self._write_results()
+
+    def after_test(self) -> None:
+        """Write ``RUN/results/test.json``."""
+        self._write_results()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Args:
+        arguments: Command and options.
+
+    Returns:
+        Exit status.
+    """
+    try:
+        resolved, configs = resolve_configs(arguments)
+    except FileNotFoundError as error:
+        print(f"moe-lightning {arguments[0]}: error: {error}", file=sys.stderr)
+        return 2
+    MoELightningCLI(resolved, default_run_dir=str(Path("runs") / run_name(configs)))
+    return 0

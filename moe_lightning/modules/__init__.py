@@ -1,0 +1,7 @@
+"""LightningModules."""
+
+from __future__ import annotations
+
+from moe_lightning.modules.mixtral import MixtralModule
+
+__all__ = ["MixtralModule"]

@@ -1,0 +1,392 @@
+"""The LightningModule: a Mixtral that trains, is tested, continues prompts, and survives a change of its structure.
+
+Its checkpoints remember the *structure* only (model configuration and compression plan). What people change between
+runs, such as the learning rate, always comes from the command line or the constructor, also when a run is resumed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.nn import functional
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from moe_lightning.checkpoints import from_pretrained
+from moe_lightning.evaluation.likelihood import Likelihood
+from moe_lightning.experts.balancing import load_balancing_loss
+from moe_lightning.modules.checks import (
+    MODEL_FIELDS,
+    check_checkpoint_folder,
+    check_experts_implementation,
+    check_model_fields,
+    check_options,
+)
+from moe_lightning.plan import CompressionPlan
+from moe_lightning.surgery import parameter_groups, plan_of, rebuild
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of each token given those before it, in nats.
+
+    Args:
+        logits: ``[B, S, V]``.
+        labels: ``[B, S]``, not shifted; -100 where a token does not count.
+
+    Returns:
+        A scalar in fp32; 0 for a batch in which no token counts.
+    """
+    targets = labels[:, 1:].reshape(-1)
+    flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
+    total = functional.cross_entropy(flat, targets, ignore_index=-100, reduction="sum")
+    return total / (targets != -100).sum().clamp(min=1)
+
+
+class MixtralModule(LightningModule):
+    """Train, validate, test and prompt a Mixtral.
+
+    Exactly one of ``model`` and ``checkpoint`` says which.
+
+    Args:
+        model: Fields of transformers' MixtralConfig for a new model, e.g. ``{hidden_size: 128, num_local_experts: 8}``.
+            Without ``vocab_size`` it gets the size of the data's tokenizer, and the ids of its special tokens.
+        checkpoint: Hugging Face folder of a Mixtral to start from, compressed or not.
+        plan: Compression plan (as plain data) whose structure the model has; set when a checkpoint is loaded.
+        learning_rate: Peak of the schedule.
+        min_learning_rate_ratio: Where the cosine ends, as a share of ``learning_rate``.
+        warmup_steps: Optimizer steps over which the learning rate rises linearly from 0.
+        weight_decay: AdamW's; on matrices only: not on norms, and not on novices.
+        betas: AdamW's decay rates of the first and second moment.
+        load_balancing_coefficient: Weight of the router's load-balancing loss, which is 1 at perfect balance:
+            transformers' own is k times larger (k experts per token), so that its coefficient c is c * k here. 0 turns
+            it off.
+        experts_implementation: How transformers computes experts (``eager``, ``grouped_mm``, ...); its default when
+            None.
+        max_new_tokens: Tokens that ``predict`` adds to a prompt at most.
+        temperature: Of sampling in ``predict``; 0 takes the likeliest token.
+
+    Raises:
+        ValueError: An option out of its range, a field that MixtralConfig does not have, a folder that holds no
+            Mixtral.
+        FileNotFoundError: ``checkpoint`` is no model folder.
+    """
+
+    def __init__(
+        self,
+        model: dict[str, Any] | None = None,
+        checkpoint: str | None = None,
+        plan: dict[str, Any] | None = None,
+        learning_rate: float = 3e-4,
+        min_learning_rate_ratio: float = 0.1,
+        warmup_steps: int = 100,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        load_balancing_coefficient: float = 0.01,
+        experts_implementation: str | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if (model is None) == (checkpoint is None):
+            raise ValueError(
+                "set exactly one of model.model (fields of a Mixtral) and model.checkpoint (a Hugging Face folder): "
+                "where a config file sets the other one, undo it with --model.model null"
+            )
+        check_options(
+            learning_rate=learning_rate,
+            min_learning_rate_ratio=min_learning_rate_ratio,
+            warmup_steps=warmup_steps,
+            weight_decay=weight_decay,
+            betas=betas,
+            load_balancing_coefficient=load_balancing_coefficient,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+        )
+        check_experts_implementation(experts_implementation)
+        if model is not None:
+            check_model_fields(model)
+        if checkpoint is not None:
+            check_checkpoint_folder(checkpoint)
+
+        # The structure, and nothing that people may want to change from run to run: Lightning lets what stands here win
+        # over the command line when a checkpoint is loaded.
+        model, plan = copy.deepcopy(model), copy.deepcopy(plan)
+        self.save_hyperparameters("model", "checkpoint", "plan")
+        self.learning_rate = learning_rate
+        self.min_learning_rate_ratio = min_learning_rate_ratio
+        self.warmup_steps = warmup_steps
+        self.weight_decay = weight_decay
+        self.betas = (float(betas[0]), float(betas[1]))
+        self.load_balancing_coefficient = load_balancing_coefficient
+        self.experts_implementation = experts_implementation
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+
+        self.model: Any = None
+        # Weights depend on the seed alone, not on how much randomness the preparation of the data used up before.
+        self._weights_seed = int(torch.randint(2**62, ()).item())
+        # In a dict, so that the metrics are no submodules: a bf16 module would cast their float64 sums.
+        self._likelihoods: dict[str, Likelihood] = {}
+        self._recent_steps: deque[tuple[int, float]] = deque(maxlen=50)
+        self._step_started_seconds = 0.0
+
+    # ------------------------------------------------------------ structure
+
+    @property
+    def tokenizer(self) -> Any:
+        """The datamodule's tokenizer, or None without a datamodule."""
+        datamodule = getattr(self._trainer, "datamodule", None)
+        return getattr(datamodule, "tokenizer", None)
+
+    def configure_model(self) -> None:
+        """Make the model: called by Lightning once the data (and so the tokenizer) is ready; idempotent.
+
+        Raises:
+            ValueError: No vocabulary size is known, or the tokenizer has more tokens than the model.
+        """
+        if self.model is not None:
+            return
+        plan = self.hparams["plan"]
+        if self.hparams["checkpoint"] is not None:
+            model = self._load_folder(self.hparams["checkpoint"])
+        else:
+            fields = self._complete_fields(self.hparams["model"])
+            with torch.random.fork_rng():
+                torch.manual_seed(self._weights_seed)
+                model = MixtralForCausalLM(MixtralConfig(**fields))
+            self.hparams["model"] = fields
+        self._check_vocabulary(model.config.vocab_size)
+        if plan is not None:
+            rebuild(model, CompressionPlan.from_dict(plan))
+        if self.experts_implementation is not None:
+            model.set_experts_implementation(self.experts_implementation)
+        # transformers returns loaded models in eval mode, and Lightning does not change that.
+        self.model = model.train()
+
+    def _complete_fields(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Add to the fields of a new model what its tokenizer decides."""
+        fields, tokenizer = dict(fields), self.tokenizer
+        if "vocab_size" not in fields:
+            if tokenizer is None:
+                raise ValueError(
+                    "model.model.vocab_size is missing, and there is no datamodule whose tokenizer could give it"
+                )
+            fields["vocab_size"] = len(tokenizer)
+        if tokenizer is not None:
+            # MixtralConfig's defaults (1 and 2) are those of Mixtral's own tokenizer.
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                fields.setdefault(name, getattr(tokenizer, name))
+        return fields
+
+    def _load_folder(self, directory: str) -> MixtralForCausalLM:
+        """Load a Hugging Face folder and remember its structure, so that our checkpoints do not need the folder."""
+        datamodule = getattr(self._trainer, "datamodule", None)
+        if datamodule is not None and getattr(datamodule, "tokenizer_name", directory) is None:
+            raise ValueError(
+                f"model.checkpoint={directory}: its weights mean nothing to a new tokenizer: set --data.tokenizer to the "
+                "one that the model was trained with (this folder, where it holds one)"
+            )
+        model = from_pretrained(directory, dtype=torch.get_default_dtype())
+        values = model.config.to_dict()
+        self.hparams["model"] = {name: values[name] for name in sorted(MODEL_FIELDS) if name in values}
+        self.hparams["checkpoint"] = None
+        self.set_plan(plan_of(model))
+        return model
+
+    def _check_vocabulary(self, vocab_size: int) -> None:
+        tokenizer = self.tokenizer
+        if tokenizer is not None and len(tokenizer) > vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary only {vocab_size}: use the "
+                "model's own "
+                "tokenizer (--data.tokenizer), or train one with fewer tokens, or set model.model.vocab_size"
+            )
+
+    def set_plan(self, plan: CompressionPlan) -> None:
+        """Remember the plan whose structure the model has now, for checkpoints.
+
+        Args:
+            plan: Everything done to the model so far.
+        """
+        self.hparams["plan"] = plan.to_dict()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the plan of the model as it is, so that structure and weights in a checkpoint always go together."""
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["plan"] = plan_of(self.model).to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give the model the structure of the checkpoint before its weights are loaded."""
+        self.configure_model()
+        plan = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY].get("plan")
+        if plan is not None:
+            rebuild(self.model, CompressionPlan.from_dict(plan))
+            self.hparams["plan"] = plan
+
+    # ------------------------------------------------------------ training
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the logits ``[B, S, V]`` and each layer's router logits ``[B * S, E]``.
+
+        Args:
+            batch: ``input_ids`` [B, S] and, where there is padding, ``attention_mask`` [B, S].
+        """
+        # Not through MixtralForCausalLM.forward, whose own balancing loss fails on layers with different numbers of
+        # experts.
+        outputs = self.model.model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch.get("attention_mask"),
+            use_cache=False,
+            output_router_logits=True,
+        )
+        return self.model.lm_head(outputs.last_hidden_state), outputs.router_logits
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return next-token loss plus weighted load-balancing loss."""
+        logits, router_logits = self(batch)
+        loss = next_token_loss(logits, batch["labels"])
+        balance = load_balancing_loss(router_logits, self.model.config.num_experts_per_tok, batch.get("attention_mask"))
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/aux_loss", balance.detach())
+        self.log("train/perplexity", loss.detach().exp())
+        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss + self.load_balancing_coefficient * balance
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Start the clock of the step."""
+        self._step_started_seconds = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Log the training speed over the last 50 steps, without validation and loading of data."""
+        mask = batch.get("attention_mask")
+        tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
+        self._recent_steps.append((tokens, time.perf_counter() - self._step_started_seconds))
+        seconds = sum(step[1] for step in self._recent_steps)
+        self.log("train/tokens_per_second", sum(step[0] for step in self._recent_steps) / max(seconds, 1e-9))
+
+    def learning_rate_factor(self) -> Callable[[int], float]:
+        """Return the schedule, step -> part of ``learning_rate``: linear warm-up, then a cosine to the run's end."""
+        total_steps = self.trainer.max_steps if self.trainer.max_steps > 0 else self.trainer.estimated_stepping_batches
+        if not math.isfinite(total_steps):
+            raise ValueError("the learning rate schedule needs the length of the run: set --trainer.max_steps")
+        warmup, floor = self.warmup_steps, self.min_learning_rate_ratio
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+        return factor
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return AdamW over ``surgery.parameter_groups`` and the schedule of :meth:`learning_rate_factor`."""
+        groups = parameter_groups(self.model, self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
+        # Plain functions: LambdaLR saves the attributes of callable objects, and would load an old schedule over a new
+        # one.
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [self.learning_rate_factor()] * len(groups))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Let the options of this run win over what a resumed optimizer and schedule remember of the last one."""
+        optimizer, schedule = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
+        factor = self.learning_rate_factor()(schedule.last_epoch)
+        wanted = parameter_groups(self.model, self.weight_decay)
+        for group, fresh in zip(optimizer.param_groups, wanted, strict=True):
+            group["initial_lr"] = self.learning_rate
+            group["lr"] = self.learning_rate * factor
+            group["betas"] = self.betas
+            group["weight_decay"] = fresh.get("weight_decay", self.weight_decay)
+        schedule.base_lrs = [self.learning_rate] * len(wanted)
+
+    # ------------------------------------------------------------ evaluation
+
+    def _start_likelihood(self, stage: str) -> None:
+        self._likelihoods[stage] = Likelihood().to(self.device)
+
+    def _update_likelihood(self, stage: str, batch: dict[str, Tensor]) -> None:
+        logits, _ = self(batch)
+        self._likelihoods[stage].update(logits, batch["labels"], batch.get("token_bytes"))
+
+    def _log_likelihood(self, stage: str) -> None:
+        # The metric adds up over processes itself; its values are the same on all of them.
+        values = self._likelihoods.pop(stage).compute()
+        self.log(f"{stage}/loss", float(values["nats_per_token"]))
+        self.log(f"{stage}/perplexity", float(values["perplexity"]), prog_bar=True)
+        self.log(f"{stage}/bits_per_byte", float(values["bits_per_byte"]))
+
+    def on_validation_epoch_start(self) -> None:
+        """Start new sums."""
+        self._start_likelihood("val")
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add a batch to the sums of nats, tokens and bytes."""
+        self._update_likelihood("val", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/loss`` (nats per token), ``val/perplexity`` and ``val/bits_per_byte``."""
+        self._log_likelihood("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Start new sums."""
+        self._start_likelihood("test")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add a batch to the sums of nats, tokens and bytes."""
+        self._update_likelihood("test", batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/loss`` (nats per token), ``test/perplexity`` and ``test/bits_per_byte``."""
+        self._log_likelihood("test")
+
+    # ------------------------------------------------------------ prediction
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:
+        """Continue prompts with the KV cache.
+
+        Args:
+            batch: ``input_ids`` [B, S] and ``attention_mask`` [B, S]; shorter prompts are padded on the left.
+                ``prompt`` holds the texts.
+            batch_idx: Number of the batch.
+
+        Returns:
+            One ``{"prompt": ..., "continuation": ...}`` for each row.
+
+        Raises:
+            ValueError: No datamodule with a tokenizer, or prompts padded on the right.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise ValueError("predict needs a datamodule with a tokenizer: pass datamodule=TextDataModule(...)")
+        input_ids = batch["input_ids"]
+        mask = batch.get("attention_mask")
+        if mask is None:
+            mask = torch.ones_like(input_ids)
+        if not bool(mask[:, -1].all()):
+            raise ValueError("prompts must be padded on the left: a continuation cannot follow padding")
+        sampling = (
+            {"do_sample": True, "temperature": self.temperature} if self.temperature > 0 else {"do_sample": False}
+        )
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        produced = self.model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            max_new_tokens=self.max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id,
+            **sampling,
+        )
+        continuations = tokenizer.batch_decode(produced[:, input_ids.shape[1] :], skip_special_tokens=True)
+        prompts = batch.get("prompt") or tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+        return [
+            {"prompt": prompt, "continuation": continuation}
+            for prompt, continuation in zip(prompts, continuations, strict=True)
+        ]
