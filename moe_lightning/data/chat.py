@@ -102,7 +102,7 @@ class ChatEncoder:
             stop = self._render(messages[: number + 1])
             if not (stop.startswith(start) and text.startswith(stop)):
                 raise ValueError(
-                    f"{name}: the chat template rewrites earlier turns (message {number}), so the tokens of the assistant "
+                    f"{name}: the chat template rewrites earlier turns (message {number}), so the assistant's tokens "
                     "cannot be told apart; give another one by --data.chat_template"
                 )
             # the line break that a template writes after the end token is nothing to learn

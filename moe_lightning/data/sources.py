@@ -19,7 +19,8 @@ HUB_PREFIX = "hub:"
 
 # Not source text of a person: tests, generated tables and configuration, other people's packages.
 _STDLIB_EXCLUDED = frozenset(
-    "site-packages dist-packages test tests idlelib idle_test turtledemo __pycache__ ensurepip encodings pydoc_data".split()
+    {"site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "turtledemo", "__pycache__"}
+    | {"ensurepip", "encodings", "pydoc_data"}
 )
 
 
@@ -124,7 +125,7 @@ class JsonLines(Source):
             raise ValueError(f"--data.sources: {self.file} line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(
-                f"--data.sources: {self.file} line {number} is a JSON {type(row).__name__}, not an object with a text field"
+                f"--data.sources: {self.file} line {number} is a {type(row).__name__}, not an object with a text field"
             )
         return row
 
@@ -352,7 +353,7 @@ def _document_of_row(row: dict[str, Any], name: str, text_field: str, is_chat: b
             for message in messages
         ):
             raise ValueError(
-                f'--data.sources: {name} needs "messages": a list of {{"role": ..., "content": text}}, as the first row has'
+                f'--data.sources: {name} needs "messages": a list of {{"role": ..., "content": text}}, as its first row'
             )
         messages = json.loads(_without_surrogates(json.dumps(messages, ensure_ascii=False)))
         return Document(name, "\n".join(message["content"] for message in messages), tuple(messages))

@@ -155,8 +155,8 @@ def split_documents(survey: Survey, targets_bytes: dict[str, float], gap_bytes: 
         return Splits(by_document, by="documents")
     if not can_cut:
         raise ValueError(
-            f"--data.sources: {len(survey.indices)} conversations are too few for train and {len(targets_bytes)} held-out "
-            f"splits; give at least {DOCUMENTS_PER_SPLIT * (1 + len(targets_bytes))}, or set one of "
+            f"--data.sources: {len(survey.indices)} conversations are too few for train and {len(targets_bytes)} "
+            f"held-out splits; give at least {DOCUMENTS_PER_SPLIT * (1 + len(targets_bytes))}, or set one of "
             f"{', '.join('--data.' + name for name in targets_bytes)} to 0"
         )
     return Splits(_by_spans(survey, targets_bytes, gap_bytes), by="spans")
@@ -201,8 +201,8 @@ def _by_spans(survey: Survey, targets_bytes: dict[str, float], gap_bytes: int) -
         options = ", ".join("--data." + name for name in targets_bytes)
         raise ValueError(
             f"--data.sources: {total} bytes of text are too little for held-out splits of "
-            f"{', '.join(str(int(target)) for target in targets_bytes.values())} bytes and gaps of {gap_bytes}: give more "
-            f"text, lower {options}, or set one of them to 0, or lower --data.block_size"
+            f"{', '.join(str(int(target)) for target in targets_bytes.values())} bytes and gaps of {gap_bytes}: "
+            f"give more text, lower {options}, or set one of them to 0, or lower --data.block_size"
         )
     found = {"train": _span(survey, 0, train)}
     position = train

@@ -75,7 +75,7 @@ class TrainStream:
         Args:
             epoch: Number of the epoch. Nothing happens when the whole run is one epoch.
         """
-        # After `limit_train_batches` the rest of the epoch is skipped. In mid-epoch (after a resume) the position stays.
+        # After `limit_train_batches` the rest of the epoch is skipped. After a resume in mid-epoch the position stays.
         if not self._is_whole_run:
             self._next = max(self._next, epoch * self._length)
 
@@ -114,8 +114,8 @@ class TrainStream:
         """Go to where a state was taken.
 
         Args:
-            state_dict: What `state_dict` returned. A change of data, seed, batch size or number of devices is warned of:
-                the stream then goes on at the same batch number of another sequence.
+            state_dict: What `state_dict` returned. A change of data, seed, batch size or number of devices gives a
+                warning: the stream then goes on at the same batch number of another sequence.
         """
         now = self.state_dict()
         options = {

@@ -55,8 +55,8 @@ def load_tokenizer(name: str | os.PathLike[str]) -> "PreTrainedTokenizerFast":
     if path.is_dir():
         if not any((path / file).is_file() for file in _VOCABULARY_FILES):
             raise FileNotFoundError(
-                f"the folder {path} holds no tokenizer ({', '.join(_VOCABULARY_FILES[:3])}, ...): name the tokenizer that "
-                "its model was trained with by --data.tokenizer FOLDER_OR_HUB_NAME"
+                f"the folder {path} holds no tokenizer ({', '.join(_VOCABULARY_FILES[:3])}, ...): name the tokenizer "
+                "that its model was trained with by --data.tokenizer FOLDER_OR_HUB_NAME"
             )
     elif path.exists() or path.is_absolute() or str(name).startswith((".", "~")):
         raise FileNotFoundError(f"--data.tokenizer: {path} is not a folder; name a folder with tokenizer.json in it")
@@ -76,7 +76,7 @@ def load_tokenizer(name: str | os.PathLike[str]) -> "PreTrainedTokenizerFast":
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"--data.tokenizer: the tokenizer of {name} names no end-of-text token (eos_token), which separates documents"
+            f"--data.tokenizer: the tokenizer of {name} names no end-of-text token (eos_token) to separate documents"
         )
     return tokenizer
 

@@ -83,7 +83,7 @@ def _median_seconds(
     model.eval()
     try:
         with torch.no_grad():
-            for number in range(warm_up + repeats):
+            for _ in range(warm_up + repeats):
                 if before_each is not None:
                     before_each()
                 if on_gpu:
@@ -92,9 +92,8 @@ def _median_seconds(
                 run()
                 if on_gpu:
                     torch.cuda.synchronize()
-                if number >= warm_up:
-                    seconds.append(time.perf_counter() - start)
+                seconds.append(time.perf_counter() - start)
     finally:
         for module in training:
             module.training = True
-    return statistics.median(seconds)
+    return statistics.median(seconds[warm_up:])
