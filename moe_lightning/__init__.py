@@ -39,8 +39,6 @@ _HOMES = {
 _PACKAGES = ("callbacks",)
 
 __all__ = [
-    "__version__",
-    "callbacks",
     "CompressionPlan",
     "CompressionResult",
     "ExpertDrop",
@@ -53,7 +51,9 @@ __all__ = [
     "Novices",
     "Statistics",
     "TextDataModule",
+    "__version__",
     "build",
+    "callbacks",
     "collect",
     "compress",
     "evaluate",

@@ -140,6 +140,7 @@ class Edit(ABC):
 
     kind: ClassVar[str]
     _kinds: ClassVar[dict[str, type[Edit]]] = {}
+    layer: int
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -184,7 +185,8 @@ def _checked_experts(layer: int, experts: tuple[int, ...], known: Iterable[int],
     strangers = [expert for expert in experts if expert not in known]
     if strangers:
         raise ValueError(
-            f"layer {layer}: cannot {verb} experts {strangers}: it has experts {sorted(known)} at this point of the plan"
+            f"layer {layer}: cannot {verb} experts {strangers}: "
+            f"it has experts {sorted(known)} at this point of the plan"
         )
 
 

@@ -1,8 +1,8 @@
 """The sum over experts of a mixture-of-experts block, in plain torch.
 
 ``y = sum_i g_i(x) * E_i(x)`` where ``E_i`` is either a real expert (a SwiGLU network held in a slot of the
-weight stack) or a novice (a constant vector). ``slot_map[expert]`` says which: ``>= 0`` is a slot, ``< 0`` is novice ``-1 -
-slot_map[expert]``.
+weight stack) or a novice (a constant vector). ``slot_map[expert]`` says which: ``>= 0`` is a slot, ``< 0`` is novice
+``-1 - slot_map[expert]``.
 
 Legend of shape suffixes: N tokens, H hidden, I intermediate, E experts the router knows, K top-k, S real experts
 (slots), P routed (token, expert) pairs that reach a real expert, V novices.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,10 +31,11 @@ class MoELayer:
 
     index: int
     name: str
-    block: nn.Module
-    router: nn.Module
-    experts: nn.Module
-    decoder_layer: nn.Module
+    # Modules of the family's own classes: only its architecture knows their attributes.
+    block: Any
+    router: Any
+    experts: Any
+    decoder_layer: Any
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Architecture(ABC):
         """Return the weights of a layer's experts."""
 
     @abstractmethod
-    def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
+    def decoder_layers(self, model: nn.Module) -> Sequence[Any]:
         """Return the list of decoder layers."""
 
     def shape(self, model: nn.Module) -> ModelShape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -53,9 +54,9 @@ class MixtralArchitecture(Architecture):
         )
         return self.plan_of_config(config).check(shape)
 
-    def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
+    def decoder_layers(self, model: Any) -> Sequence[Any]:
         """Return ``model.model.layers``."""
-        return model.model.layers  # type: ignore[union-attr,return-value]
+        return model.model.layers
 
     def moe_layers(self, model: nn.Module) -> list[MoELayer]:
         """Return one entry for each decoder layer: all of Mixtral's are sparse."""

@@ -195,9 +195,9 @@ def _count_tokens(tokens: dict[int, dict[int, int]], edits: Sequence[Edit], stat
     if name is None:
         return
     for edit in edits:
-        row = statistics[name][statistics.row(edit.layer)]  # type: ignore[attr-defined]
-        known = statistics.shape.layout(edit.layer).router  # type: ignore[attr-defined]
-        tokens.setdefault(edit.layer, {expert: int(row[expert]) for expert in known})  # type: ignore[attr-defined]
+        row = statistics[name][statistics.row(edit.layer)]
+        known = statistics.shape.layout(edit.layer).router
+        tokens.setdefault(edit.layer, {expert: int(row[expert]) for expert in known})
 
 
 def _statuses(result: CompressionResult, tokens: dict[int, dict[int, int]]) -> Iterator[tuple[str, ModuleStatus]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from moe_lightning.architectures import architecture_of
+from moe_lightning.architectures.modes import evaluation_mode
 from moe_lightning.plan import ModelShape
 from moe_lightning.statistics.metrics import OutputStatistics, RoutingStatistics
 from moe_lightning.statistics.observer import ExpertObserver, RoutedOutputs
@@ -93,24 +94,20 @@ def collect(
         if "outputs" in wanted:
             outputs.update(row, columns[row], routed)
 
-    was_training = model.training
-    model.eval()
     num_batches = 0
-    try:
-        with torch.no_grad(), ExpertObserver(model, architecture, sink).attached() as observer:
-            for batch in tqdm(batches, desc="calibration", unit="batch", disable=not progress, leave=False):
-                if "input_ids" not in batch:
-                    raise ValueError(f"calibration batch {num_batches} has no 'input_ids', only {sorted(batch)}")
-                mask = _padding(batch)
-                observer.keep_N = None if mask is None else mask.reshape(-1).to(device)
-                inputs = batch["input_ids"].to(device)
-                # The decoder without its head: nothing here reads the logits.
-                model.model(  # type: ignore[operator]
-                    input_ids=inputs, attention_mask=None if mask is None else mask.long().to(device), use_cache=False
-                )
-                num_batches += 1
-    finally:
-        model.train(was_training)
+    bar = tqdm(batches, desc="calibration", unit="batch", disable=None if progress else True, leave=False)
+    with evaluation_mode(model), ExpertObserver(model, architecture, sink).attached() as observer:
+        for batch in bar:
+            if "input_ids" not in batch:
+                raise ValueError(f"calibration batch {num_batches} has no 'input_ids', only {sorted(batch)}")
+            mask = _padding(batch)
+            observer.keep_N = None if mask is None else mask.reshape(-1).to(device)
+            inputs = batch["input_ids"].to(device)
+            # The decoder without its head: nothing here reads the logits.
+            model.model(  # type: ignore[operator]
+                input_ids=inputs, attention_mask=None if mask is None else mask.long().to(device), use_cache=False
+            )
+            num_batches += 1
     if not num_batches:
         raise ValueError("there are no calibration batches: give at least one (calibration_batches >= 1)")
     values: dict[str, Tensor] = {}

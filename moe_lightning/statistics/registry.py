@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from moe_lightning.statistics.statistics import Statistics
-
-ScoreFunction = Callable[["Statistics", int], Tensor]
+# (statistics, seed) -> score. Statistics itself reads this registry, so its class is not named here.
+ScoreFunction = Callable[[Any, int], Tensor]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,112 @@
+"""The base of callbacks that act once, at a step."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from transformers import PreTrainedModel
+
+from moe_lightning.architectures import architecture_of
+
+Moment = int | Literal["end"]
+
+
+def language_model(module: LightningModule) -> PreTrainedModel:
+    """Return the transformers model that a LightningModule trains: its attribute ``model``.
+
+    Raises:
+        ValueError: There is none of a supported family.
+    """
+    model = getattr(module, "model", None)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{type(module).__name__} has no transformers model in its attribute 'model': use MixtralModule, or put the "
+            "Mixtral there"
+        )
+    architecture_of(model)
+    return model
+
+
+def say(trainer: Trainer, text: str) -> None:
+    """Print a line from one process only, without tearing a progress bar apart."""
+    if not trainer.is_global_zero:
+        return
+    bar = trainer.progress_bar_callback
+    if bar is not None:
+        bar.print(text)
+    else:
+        print(text, flush=True)
+
+
+class AtStep(Callback):
+    """Act once, before the first batch after ``at_step`` optimizer steps, or when training ends.
+
+    Never inside gradient accumulation: the first batch after a step is the first of the next one. A resumed run does not act
+    again on what a checkpoint already holds.
+
+    Args:
+        at_step: Optimizer step, 0 or more, or ``end``.
+
+    Raises:
+        ValueError: Another value.
+    """
+
+    def __init__(self, at_step: Moment) -> None:
+        super().__init__()
+        if at_step != "end" and (isinstance(at_step, bool) or not isinstance(at_step, int) or at_step < 0):
+            raise ValueError(f"{type(self).__name__}: at_step must be a step number >= 0 or 'end', got {at_step!r}")
+        self.at_step = at_step
+        self.done = False
+
+    @property
+    def state_key(self) -> str:
+        """Tell several instances apart."""
+        return f"{type(self).__qualname__}[at_step={self.at_step}]"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return whether it has acted."""
+        return {"done": self.done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over whether it has acted."""
+        self.done = bool(state_dict["done"])
+
+    @abstractmethod
+    def act(self, trainer: Trainer, module: LightningModule) -> None:
+        """Do what is to be done."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find a step that never comes, before the first batch.
+
+        Raises:
+            ValueError: ``at_step`` lies beyond the end of the run, or behind the step that it is resumed from.
+        """
+        if self.at_step == "end" or self.done:
+            return
+        total = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+        if self.at_step >= total:
+            raise ValueError(
+                f"{type(self).__name__}: at_step={self.at_step} lies beyond the run, which has {total} steps: choose a "
+                "smaller step or 'end'"
+            )
+        if trainer.global_step > self.at_step:
+            raise ValueError(
+                f"{type(self).__name__}: at_step={self.at_step} has passed: the run goes on at step {trainer.global_step} "
+                "and its checkpoint knows nothing of it: choose a later step"
+            )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Act when the step has come."""
+        if not self.done and self.at_step != "end" and trainer.global_step >= self.at_step:
+            self._act_once(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Act at the end."""
+        if not self.done and self.at_step == "end":
+            self._act_once(trainer, pl_module)
+
+    def _act_once(self, trainer: Trainer, module: LightningModule) -> None:
+        self.act(trainer, module)
+        self.done = True

@@ -1,0 +1,50 @@
+"""Writing Hugging Face folders in the course of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+
+from moe_lightning.callbacks.at_step import AtStep, Moment, language_model, say
+from moe_lightning.checkpoints import Format, save_pretrained
+
+
+class Export(AtStep):
+    """Write the model to ``RUN/models/NAME`` at a step: before a ``Compress`` of the same step when it stands before it in the
+    list of callbacks, after it when it stands behind.
+
+    Args:
+        name: Name of the folder.
+        at_step: Optimizer step, or ``end``.
+        format: ``auto``, ``native`` or ``transformers``; see :func:`moe_lightning.save_pretrained`.
+
+    Raises:
+        ValueError: A name that is no plain folder name.
+    """
+
+    def __init__(self, name: str, at_step: Moment = "end", format: Format = "auto") -> None:
+        super().__init__(at_step)
+        if not name or Path(name).name != name:
+            raise ValueError(f"Export: name must be a plain folder name like 'compressed', got {name!r}")
+        self.name = name
+        self.format = format
+
+    @property
+    def state_key(self) -> str:
+        """Tell several instances apart."""
+        return f"Export[name={self.name}]"
+
+    def folder(self, trainer: Trainer) -> Path:
+        """Return the folder that is written."""
+        return Path(trainer.default_root_dir) / "models" / self.name
+
+    def act(self, trainer: Trainer, module: LightningModule) -> None:
+        """Write the folder; one that a killed run left is replaced."""
+        if not trainer.is_global_zero:
+            return
+        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        folder = save_pretrained(
+            language_model(module), self.folder(trainer), tokenizer, self.format, overwrite=True
+        )
+        say(trainer, f"step {trainer.global_step}: wrote {folder}")

@@ -1,0 +1,113 @@
+"""Recovery by training the novices alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from moe_lightning.architectures import architecture_of
+from moe_lightning.callbacks.at_step import AtStep, language_model, say
+from moe_lightning.callbacks.compress import Compress
+from moe_lightning.callbacks.strategies import check_strategy, wrap_again
+from moe_lightning.trimming import Novices
+
+
+class NoviceTuning(AtStep):
+    """From a step on, train the novices and nothing else.
+
+    Everything else is frozen until the run ends. Put it behind the ``Compress`` that makes the novices; both may have the same
+    step.
+
+    Args:
+        at_step: Optimizer step from which only novices train.
+        learning_rate: Peak learning rate of the novices, from here on a cosine to a tenth at the end of the run. None keeps the
+            module's schedule.
+
+    Raises:
+        ValueError: ``at_step`` is ``end``, or the learning rate is not positive.
+
+    Source: 2507.00390 section 3 makes novices and leaves them; tuning them is ours.
+    """
+
+    def __init__(self, at_step: int, learning_rate: float | None = None) -> None:
+        super().__init__(at_step)
+        if at_step == "end":
+            raise ValueError("NoviceTuning: at_step must be a step number: nothing is trained after the end")
+        if learning_rate is not None and not learning_rate > 0:
+            raise ValueError(f"NoviceTuning: learning_rate must be positive, got {learning_rate}")
+        self.learning_rate = learning_rate
+        self._active = False
+        self._frozen: list[nn.Parameter] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make sure that there will be novices, before anything is trained.
+
+        Raises:
+            ValueError: The model has none and no ``Compress`` before this step makes any.
+        """
+        check_strategy(trainer, "NoviceTuning")
+        model = language_model(pl_module)
+        if any(layout.novices for layout in architecture_of(model).shape(model).layouts):
+            return
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        for place, callback in enumerate(callbacks):
+            if isinstance(callback, Compress) and callback.at_step != "end":
+                makes_novices = any(isinstance(method, Novices) for method in callback.methods)
+                before = callback.at_step < self.at_step or (  # type: ignore[operator]
+                    callback.at_step == self.at_step and place < callbacks.index(self)
+                )
+                if makes_novices and before:
+                    return
+        raise ValueError(
+            f"NoviceTuning at step {self.at_step}: there will be no novices to train: put a Compress with Novices before it"
+        )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Freeze at the step, again after a resume, and set the learning rate."""
+        if trainer.global_step < self.at_step:  # type: ignore[operator]
+            return
+        if not self._active:
+            self.act(trainer, pl_module)
+            self._active = self.done = True
+        if self.learning_rate is not None:
+            self._set_learning_rate(trainer, self.learning_rate)
+
+    def act(self, trainer: Trainer, module: LightningModule) -> None:
+        """Freeze everything but the novices.
+
+        Raises:
+            ValueError: The model has no novices.
+        """
+        model = language_model(module)
+        novices = {name for name, _ in model.named_parameters() if name.endswith(".novices")}
+        if not novices:
+            raise ValueError(f"NoviceTuning at step {self.at_step}: the model has no novices to train")
+        count = 0
+        for name, parameter in model.named_parameters():
+            if name in novices:
+                count += parameter.numel()
+            elif parameter.requires_grad:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+                self._frozen.append(parameter)
+        wrap_again(trainer, module)
+        say(trainer, f"step {trainer.global_step}: only the novices train from here on ({count:,} parameters)")
+
+    def _set_learning_rate(self, trainer: Trainer, peak: float) -> None:
+        total = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+        progress = (trainer.global_step - self.at_step) / max(1, total - self.at_step)  # type: ignore[operator]
+        rate = peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                if group.get("name") == "novices":
+                    group["lr"] = rate
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let train again what trained before."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen.clear()
+        self._active = False

@@ -1,0 +1,39 @@
+"""What a change of structure, or of what trains, means for a strategy. The only file that touches Lightning's inside here."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+REFUSED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+
+
+def check_strategy(trainer: Trainer, owner: str) -> None:
+    """Refuse strategies that shard the parameters: they cannot be exchanged in mid-run.
+
+    Args:
+        trainer: The trainer.
+        owner: Who asks, for the message.
+
+    Raises:
+        ValueError: The strategy is one of them.
+    """
+    if isinstance(trainer.strategy, REFUSED):
+        raise ValueError(
+            f"{owner} cannot change the model in mid-run under {type(trainer.strategy).__name__}, which shards its "
+            "parameters: use --trainer.strategy auto or ddp, or compress the checkpoint beforehand with "
+            "'moe-lightning compress'"
+        )
+
+
+def wrap_again(trainer: Trainer, module: LightningModule) -> None:
+    """Let DistributedDataParallel see the parameters that train now; without it ranks drift apart silently.
+
+    Args:
+        trainer: The trainer.
+        module: Its module, after the change.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy) and strategy.model is not module:
+        strategy.model = None  # the old wrapper's hooks go with it
+        strategy.model = strategy._setup_model(module)

@@ -1,0 +1,357 @@
+"""``moe-lightning compress``: a checkpoint that exists already is calibrated, compressed, tested before and after, and saved."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from transformers import AutoConfig, PreTrainedModel
+
+from moe_lightning.architectures import architecture_named, architecture_of
+from moe_lightning.checkpoints import Format, check_checkpoint, check_format, from_pretrained, save_pretrained, stored_bytes
+from moe_lightning.cli.config_files import resolve_configs
+from moe_lightning.compression import CompressionResult, check_methods, compress
+from moe_lightning.data import TextDataModule
+from moe_lightning.evaluation import LikelihoodResult, evaluate, tokens_per_second
+from moe_lightning.files import check_output_folder, written_folder
+from moe_lightning.method import Method
+from moe_lightning.plan import CompressionPlan, ModelShape
+from moe_lightning.sizes import ModelSize, measure
+from moe_lightning.surgery import apply_plan, build
+from moe_lightning.statistics import Statistics
+from moe_lightning.trimming import Replay
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Prepared:
+    """Everything that was checked before the work begins."""
+
+    folder: Path
+    output: Path | None
+    shape_before: ModelShape
+    shape_after: ModelShape
+    size_before: ModelSize
+    size_after: ModelSize
+    format: Literal["native", "transformers"]
+    plan: CompressionPlan | None
+    methods: list[Method]
+    data: TextDataModule
+    device: torch.device
+    dtype: torch.dtype
+
+
+def compress_checkpoint(
+    model: str,
+    data: TextDataModule,
+    output: str | None = None,
+    methods: list[Method] | None = None,
+    plan: str | None = None,
+    calibration_batches: int | None = None,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    format: Format = "auto",
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Compress a checkpoint that exists already, without training.
+
+    Calibrate, decide, apply, test before and after on the same held-out text, save, and load again to prove it.
+    Everything that can be wrong is found before the calibration pass; the output folder appears when all is done.
+
+    Args:
+        model: Hugging Face folder of a Mixtral, per-expert or fused tensors, compressed before or not.
+        data: Text for calibration and test. Its tokenizer is the model folder's unless one is given.
+        output: Folder to write. Not needed with dry_run.
+        methods: Methods in the order in which they are applied, e.g. [{class_path: Novices, init_args: {ratio: 0.25}}].
+        plan: Plan file (plan.json) to replay; it takes the place of methods.
+        calibration_batches: Batches of the calibration split; all of them when not given.
+        device: auto (a GPU where there is one), cpu, cuda, cuda:1, ...
+        dtype: Type of the weights; auto keeps the one they were saved in.
+        format: auto (a plain Mixtral where whole experts were dropped uniformly), native, or transformers.
+        overwrite: Replace an output folder that holds something.
+        dry_run: Say what would be done, its sizes, memory and time, and do nothing.
+
+    Returns:
+        The numbers that are printed and written to compression.json.
+
+    Raises:
+        ValueError: Something does not fit; found before the calibration pass.
+        FileNotFoundError: The model, the plan or the text is not there.
+        FileExistsError: The output folder holds something.
+    """
+    prepared = _prepare(model, data, output, methods, plan, calibration_batches, device, dtype, format, overwrite, dry_run)
+    _print_plan(prepared)
+    if dry_run:
+        return _dry_run(prepared, calibration_batches)
+    assert prepared.output is not None
+    return _run(prepared, calibration_batches, overwrite)
+
+
+def _prepare(
+    model: str,
+    data: TextDataModule,
+    output: str | None,
+    methods: list[Method] | None,
+    plan: str | None,
+    calibration_batches: int | None,
+    device: str,
+    dtype: str,
+    format: Format,
+    overwrite: bool,
+    dry_run: bool,
+) -> Prepared:
+    if output is None and not dry_run:
+        raise ValueError("--output is missing: name the folder to write, or pass --dry_run true")
+    if output is not None:
+        check_output_folder(output, overwrite, "--overwrite true")
+    if not methods and plan is None:
+        raise ValueError("there is nothing to do: give --methods (see configs/compress.yaml) or --plan plan.json")
+    where = _device(device)
+    raw = check_checkpoint(model)
+    config = AutoConfig.from_pretrained(model)
+    shape = architecture_named(raw["model_type"]).shape_of_config(config)
+    replayed = None
+    if plan is not None:
+        path = Path(plan)
+        if not path.is_file():
+            raise FileNotFoundError(f"--plan {plan}: there is no such file")
+        replayed = CompressionPlan.from_json(path.read_text())
+        methods = [Replay(replayed)]
+    chosen = list(methods or [])
+    after = check_methods(shape, chosen)
+    written = check_format(after, format)
+    if data.options.tokenizer is None:
+        raise ValueError(f"{model} holds no tokenizer: name the one that the model was trained with by "
+        "--data.tokenizer")
+    data.prepare()
+    data.calibration_batches(calibration_batches)
+    if data.vocab_size > shape.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {data.vocab_size} tokens, the model knows {shape.vocab_size}: name the model's own "
+            "tokenizer "
+            "by --data.tokenizer"
+        )
+    kind = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(kind)
+    try:
+        with torch.device("meta"):
+            empty = build(config)
+            size_before = measure(empty, data.block_size)
+            edits = _edits(empty, chosen)
+            apply_plan(empty, architecture_of(empty).plan_of_config(empty.config).extended(edits))
+            size_after = measure(empty, data.block_size)
+    finally:
+        torch.set_default_dtype(default)
+    target = None if output is None else Path(output)
+    return Prepared(
+        Path(model), target, shape, after, size_before, size_after, written, replayed, chosen, data, where, kind
+    )
+
+
+def _edits(model: PreTrainedModel, methods: Sequence[Method]) -> list[Any]:
+    """Return edits of the right number; which experts they name is known after the calibration only."""
+    shape, edits = architecture_of(model).shape(model), []
+    for method in methods:
+        for edit in method.propose(shape, Statistics.synthetic(shape)):
+            edits.append(edit)
+            shape = edit.apply(shape)
+    return edits
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: use auto, cpu, cuda or cuda:NUMBER") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: there is no CUDA device here: use auto or cpu")
+    return device
+
+
+def _print_plan(prepared: Prepared) -> None:
+    before, after = prepared.size_before, prepared.size_after
+    steps = ["replay of a plan"] if prepared.plan is not None else [repr(method) for method in prepared.methods]
+    print(f"model    {prepared.folder} on {prepared.device}, {str(prepared.dtype).removeprefix('torch.')}")
+    for step in steps:
+        print(f"method   {step}")
+    print(f"size     {before.parameters:,} -> {after.parameters:,} parameters ({after.parameters / before.parameters:.1%})")
+    print(f"         {before.bytes / 2**20:,.1f} -> {after.bytes / 2**20:,.1f} MiB of weights")
+    print(f"format   {prepared.format}" + (" (loads after 'import moe_lightning')" if prepared.format == "native" else ""))
+    print(f"output   {prepared.output or '-'}", flush=True)
+
+
+def _probe_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return this machine's rate for a matrix product, in FLOP/s, by doing one."""
+    size = 4096 if device.type == "cuda" else 1024
+    left = torch.randn(size, size, device=device).to(dtype)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        product = left @ left
+        product.sum().item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds[1:])
+
+
+def _dry_run(prepared: Prepared, calibration_batches: int | None) -> dict[str, Any]:
+    data = prepared.data
+    calibration = len(data.calibration_batches(calibration_batches)) * data.eval_batch_size  # type: ignore[arg-type]
+    tested = len(data.test_dataloader()) * data.eval_batch_size
+    shape = prepared.shape_before
+    # Five tables of [layers, experts, hidden] in float64, beside the weights before and the slices kept of them.
+    statistics_bytes = 5 * len(shape.layouts) * shape.num_experts * shape.hidden_size * 8
+    logits_bytes = data.eval_batch_size * data.block_size * shape.vocab_size * 8
+    memory = prepared.size_before.bytes + prepared.size_after.bytes + statistics_bytes + logits_bytes
+    # Calibration and the test before run the whole model, the test after runs what is left.
+    flops = (calibration + tested) * prepared.size_before.flops + tested * prepared.size_after.flops
+    rate = _probe_flops(prepared.device, prepared.dtype)
+    # Small products, statistics and the rest: half of the rate of a large product is what a pass gets at best.
+    seconds = 2 * flops / rate
+    print(f"data     {calibration} calibration blocks, {tested} test blocks of {data.block_size} tokens")
+    print(f"memory   about {memory / 2**20:,.0f} MiB at most")
+    print(f"time     at least {seconds:,.0f} s (probe: {rate / 1e9:,.0f} GFLOP/s)")
+    print("dry run: nothing was calibrated, nothing was written")
+    return {
+        "dry_run": True,
+        "parameters_before": prepared.size_before.parameters,
+        "parameters_after": prepared.size_after.parameters,
+        "memory_bytes": memory,
+        "seconds": seconds,
+    }
+
+
+def _test(model: PreTrainedModel, data: TextDataModule) -> tuple[LikelihoodResult, float]:
+    likelihood = evaluate(model, data.test_dataloader())
+    sample = next(iter(data.test_dataloader()))["input_ids"]
+    return likelihood, tokens_per_second(model, sample)
+
+
+def _run(prepared: Prepared, calibration_batches: int | None, overwrite: bool) -> dict[str, Any]:
+    data, output = prepared.data, prepared.output
+    assert output is not None
+    model = from_pretrained(prepared.folder, prepared.dtype, prepared.device)
+    before, speed_before = _test(model, data)
+    origin = {"data": data.describe(), "calibration_batches": calibration_batches, "base_model": str(prepared.folder)}
+    start = time.perf_counter()
+    arguments: dict[str, Any] = {"plan": prepared.plan} if prepared.plan is not None else {"methods": prepared.methods}
+    result = compress(model, data.calibration_batches(calibration_batches), origin=origin, **arguments)
+    seconds = time.perf_counter() - start
+    after, speed_after = _test(model, data)
+    tokenizer = data.options.tokenizer
+    source = tokenizer if tokenizer is not None and Path(tokenizer).is_dir() else data.tokenizer
+    with written_folder(output, overwrite, "--overwrite true") as folder:
+        save_pretrained(model, folder, source, prepared.format, overwrite=True)
+        proof = _prove(model, folder, data, prepared)
+        numbers: dict[str, Any] = {
+            "model": str(prepared.folder),
+            "before": _row(before, result.size_before, stored_bytes(prepared.folder), speed_before),
+            "after": _row(after, result.size_after, stored_bytes(folder), speed_after),
+            "compression": result.summary(),
+            "compression_seconds": seconds,
+            "loaded_again_max_logit_difference": proof,
+        }
+        (folder / "compression.json").write_text(json.dumps(numbers, indent=2) + "\n")
+        (folder / "plan.json").write_text(result.plan.to_json())
+        if result.statistics is not None:
+            result.statistics.save(folder / "statistics.safetensors")
+    _print_result(result, numbers, output)
+    return numbers
+
+
+def _prove(model: PreTrainedModel, folder: Path, data: TextDataModule, prepared: Prepared) -> float:
+    """Load what was written and compare logits; return the largest difference."""
+    batch = next(iter(data.test_dataloader()))["input_ids"][:1].to(prepared.device)
+    again = from_pretrained(folder, prepared.dtype, prepared.device)
+    with torch.no_grad():
+        expected, got = model(batch).logits.float(), again(batch).logits.float()
+    difference = float((expected - got).abs().max())
+    # The plain class adds up its experts in another order.
+    tolerance = 1e-4 if prepared.dtype == torch.float32 else 5e-2
+    if not difference <= tolerance * max(1.0, float(expected.abs().max())):
+        raise RuntimeError(f"the folder written does not give the model's logits (difference {difference}): nothing "
+        "was kept")
+    return difference
+
+
+def _row(likelihood: LikelihoodResult, size: ModelSize, disk: int, speed: float) -> dict[str, float]:
+    return {
+        "perplexity": likelihood.perplexity,
+        "bits_per_byte": likelihood.bits_per_byte,
+        "tokens": likelihood.num_tokens,
+        **asdict(size),
+        "bytes_on_disk": disk,
+        "tokens_per_second": speed,
+    }
+
+
+def _print_result(result: CompressionResult, numbers: Mapping[str, Any], output: Path) -> None:
+    for name, module in result.modules.items():
+        print(f"  {name}: {module.status}")
+    print(str(result))
+    print(f"{'':12}{'perplexity':>12}{'bits/byte':>12}{'parameters':>16}{'on disk':>14}{'tokens/s':>12}")
+    for name in ("before", "after"):
+        row = numbers[name]
+        print(
+            f"{name:12}{row['perplexity']:12.3f}{row['bits_per_byte']:12.4f}{row['parameters']:16,}"
+            f"{row['bytes_on_disk'] / 2**20:10,.1f} MiB{row['tokens_per_second']:12,.0f}"
+        )
+    print(f"wrote {output}; loaded again, largest logit difference {numbers['loaded_again_max_logit_difference']:.1e}")
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="moe-lightning compress",
+        description="Compress a checkpoint that exists already, without training.",
+    )
+    parser.add_argument("-c", "--config", action="config", help="YAML file with options, or the name of a packaged one.")
+    parser.add_class_arguments(TextDataModule, "data")
+    parser.add_function_arguments(compress_checkpoint, skip={"data"})
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Options.
+
+    Returns:
+        Exit status: 0, or 2 where the options do not fit.
+    """
+    try:
+        resolved, _ = resolve_configs(arguments)
+    except FileNotFoundError as error:
+        print(f"moe-lightning compress: error: {error}", file=sys.stderr)
+        return 2
+    parser = _parser()
+    options = parser.parse_args(resolved)
+    _use_own_tokenizer(options)
+    try:
+        objects = parser.instantiate_classes(options)
+        values = vars(objects)
+        values.pop("config", None)
+        compress_checkpoint(**values)
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
+        print(f"moe-lightning compress: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _use_own_tokenizer(options: Namespace) -> None:
+    """Take the model folder's tokenizer where none was named."""
+    folder = Path(options.model)
+    if options.data.tokenizer is None and any((folder / name).is_file() for name in ("tokenizer.json",
+    "tokenizer.model")):
+        options.data.tokenizer = str(folder)
