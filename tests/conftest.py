@@ -2,8 +2,8 @@
 
 import os
 
-# Before torch is imported anywhere, and inherited by the subprocesses that tests start. Two torch threads on a busy two-core
-# machine are many times slower than one, and bit-identical results hold for one thread.
+# Before torch is imported anywhere, and inherited by the subprocesses that tests start. Two torch threads on a busy
+# two-core machine are many times slower than one, and bit-identical results hold for one thread.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"

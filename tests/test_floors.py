@@ -17,6 +17,8 @@ FLOORS = [
     {"surgery", "sizes", "divergence"},
     {"statistics"},
     {"criteria"},
+    # The base class that trimming, slimming and recovery share, and that compression drives.
+    {"method"},
     # method holds the base class of the next floor's rooms.
     {"method"},
     {"trimming", "slimming", "recovery"},

@@ -87,7 +87,7 @@ class LastCheckpoint(Checkpoint):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Do not save the step again that the run was resumed from."""
+        """Take over which step was saved last, so that it is not saved again."""
         self._saved_step = state_dict["saved_step"]
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class LastCheckpoint(Checkpoint):
         return {"saved_step": self._saved_step}
 
     def _save(self, trainer: Trainer) -> None:
-        if trainer.fast_dev_run or trainer.global_step == self._saved_step:
+        if getattr(trainer, "fast_dev_run", False):
             return
         self._saved_step = trainer.global_step
         trainer.save_checkpoint(self.path(trainer), weights_only=False)
@@ -104,9 +104,10 @@ class LastCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save after every so many steps; not between the batches of one step."""
-        if trainer.global_step > 0 and trainer.global_step % self.every_n_train_steps == 0:
+        step = trainer.global_step
+        if step > 0 and step % self.every_n_train_steps == 0 and step != self._saved_step:
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end of the run."""
+        """Save the end of the run, whatever was saved at its last step: other callbacks may have acted since."""
         self._save(trainer)

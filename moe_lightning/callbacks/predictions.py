@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from moe_lightning.files import write_atomically
 
 PREDICTIONS_NAME = "predictions.jsonl"
 
@@ -48,8 +49,5 @@ class PredictionWriter(Callback):
         # One file for each process beyond the first, which hold different prompts.
         name = PREDICTIONS_NAME if trainer.global_rank == 0 else f"predictions-{trainer.global_rank}.jsonl"
         path = Path(self.run_dir or trainer.default_root_dir) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
         lines = (json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in self._predictions)
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, "".join(lines))

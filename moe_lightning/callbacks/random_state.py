@@ -13,10 +13,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 def random_states() -> dict[str, Any]:
     """Return the states of the global random generators, as tensors and plain types only (``weights_only`` loading)."""
     version, internal, gauss_next = random.getstate()
-    algorithm, keys, position, has_gauss, cached_gaussian = numpy.random.get_state(legacy=True)
+    generator: Any = numpy.random.get_state(legacy=False)
     states: dict[str, Any] = {
         "python": [version, list(internal), gauss_next],
-        "numpy": [str(algorithm), torch.from_numpy(keys.astype("int64")), position, has_gauss, cached_gaussian],
+        "numpy": {
+            "bit_generator": str(generator["bit_generator"]),
+            "key": torch.from_numpy(generator["state"]["key"].astype("int64")),
+            "pos": int(generator["state"]["pos"]),
+            "has_gauss": int(generator["has_gauss"]),
+            "gauss": float(generator["gauss"]),
+        },
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -32,8 +38,15 @@ def set_random_states(states: dict[str, Any]) -> None:
     """
     version, internal, gauss_next = states["python"]
     random.setstate((version, tuple(internal), gauss_next))
-    algorithm, keys, position, has_gauss, cached_gaussian = states["numpy"]
-    numpy.random.set_state((algorithm, keys.cpu().numpy().astype("uint32"), position, has_gauss, cached_gaussian))
+    generator = states["numpy"]
+    numpy.random.set_state(
+        {
+            "bit_generator": generator["bit_generator"],
+            "state": {"key": generator["key"].cpu().numpy().astype("uint32"), "pos": generator["pos"]},
+            "has_gauss": generator["has_gauss"],
+            "gauss": generator["gauss"],
+        }
+    )
     torch.set_rng_state(states["torch"].cpu())
     if "cuda" in states and torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
@@ -42,10 +55,11 @@ def set_random_states(states: dict[str, Any]) -> None:
 class RandomState(Callback):
     """Make a resumed run draw the same random numbers as one that was never interrupted.
 
-    The generators' states go into every checkpoint. They come back at the first training batch: what happens before it,
-    making the data and the model, draws numbers too. Validation is taken out of the sequence, so that training does not
-    depend on how often it is interrupted by it. Under several processes each keeps its own sequence, but a checkpoint
-    holds that of the first one only: there a resumed run is a valid continuation, not the identical one.
+    It belongs first in the list of callbacks, since others may draw numbers. The generators' states go into every
+    checkpoint. They come back at the first training batch: what happens before it, making the data and the model, draws
+    numbers too. Validation is taken out of the sequence, so that training does not depend on how often it is
+    interrupted by it. Under several processes each keeps its own sequence, but a checkpoint holds that of the first one
+    only: there a resumed run is a valid continuation, not the identical one.
     """
 
     def __init__(self) -> None:

@@ -33,6 +33,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from moe_lightning.callbacks import LastCheckpoint, PredictionWriter, RandomState, last_checkpoint
 from moe_lightning.cli.config_files import resolve_configs, run_name
 from moe_lightning.data import TextDataModule
+from moe_lightning.files import write_atomically
 from moe_lightning.modules import MixtralModule
 
 DEFAULT_SEED = 1234
@@ -53,14 +54,6 @@ STRUCTURE_FIELDS = (
     "tie_word_embeddings",
 )
 """Fields of a model that its weights fix: a checkpoint and the options must agree on them."""
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all, and make its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 class OneLineErrorParser(LightningArgumentParser):
@@ -100,7 +93,7 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file."""
         text = self.parser.dump(self.config, skip_none=False)
-        write_text_atomically(Path(trainer.default_root_dir) / f"config.{self.command}.yaml", text)
+        write_atomically(Path(trainer.default_root_dir) / f"config.{self.command}.yaml", text)
 
 
 class NoteStart(Callback):
@@ -262,7 +255,7 @@ class MoELightningCLI(LightningCLI):
         except (ValueError, TypeError, FileNotFoundError, MisconfigurationException) as error:
             if os.environ.get(TRACEBACK_VARIABLE):
                 raise
-            self._subcommand_parsers[self.subcommand].error(str(error))
+            self._subcommand_parsers[self.config.subcommand].error(str(error))
 
     def after_instantiate_classes(self) -> None:
         """Give the module the structure of the checkpoint, so that every strategy knows it when it makes the model."""
@@ -276,9 +269,7 @@ class MoELightningCLI(LightningCLI):
             config["logger"] = TensorBoardLogger(str(self.run_dir), name="logs", version="", default_hp_metric=False)
         given = config.get("callbacks") or []
         given = list(given) if isinstance(given, list) else [given]
-        wanted: list[Callback] = [self.note_start]
-        if not any(isinstance(callback, RandomState) for callback in given):
-            wanted.append(RandomState())
+        wanted: list[Callback] = []
         if self.subcommand == "predict":
             wanted.append(PredictionWriter())
         has_checkpoints = any(isinstance(callback, Checkpoint) for callback in given)
@@ -286,7 +277,10 @@ class MoELightningCLI(LightningCLI):
             config["enable_checkpointing"] = has_checkpoints
         elif config.get("enable_checkpointing") is not False and not any(isinstance(c, LastCheckpoint) for c in given):
             wanted.append(LastCheckpoint())
-        config["callbacks"] = given + wanted
+        # First, so that on a resumed run the random numbers are back before anybody draws any.
+        first = [callback for callback in given if isinstance(callback, RandomState)] or [RandomState()]
+        given = [callback for callback in given if not isinstance(callback, RandomState)]
+        config["callbacks"] = [*first, self.note_start, *given, *wanted]
         self.save_config_kwargs = {"command": self.subcommand}
         return super()._instantiate_trainer(config, callbacks)
 
@@ -322,7 +316,7 @@ class MoELightningCLI(LightningCLI):
     @rank_zero_only
     def _write_results(self) -> None:
         values = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        write_text_atomically(self.run_dir / "results" / f"{self.subcommand}.json", json.dumps(values, indent=2) + "\n")
+        write_atomically(self.run_dir / "results" / f"{self.subcommand}.json", json.dumps(values, indent=2) + "\n")
 
     def after_validate(self) -> None:
         """Write ``RUN/results/validate.json``."""

@@ -10,7 +10,6 @@ import copy
 import math
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch.nn import functional
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moe_lightning.checkpoints import from_pretrained
+from moe_lightning.data import TextDataModule
 from moe_lightning.evaluation.likelihood import Likelihood
 from moe_lightning.experts.balancing import load_balancing_loss
 from moe_lightning.modules.checks import (
@@ -189,10 +189,10 @@ class MixtralModule(LightningModule):
     def _load_folder(self, directory: str) -> MixtralForCausalLM:
         """Load a Hugging Face folder and remember its structure, so that our checkpoints do not need the folder."""
         datamodule = getattr(self._trainer, "datamodule", None)
-        if datamodule is not None and getattr(datamodule, "tokenizer_name", directory) is None:
+        if isinstance(datamodule, TextDataModule) and datamodule.options.tokenizer is None:
             raise ValueError(
-                f"model.checkpoint={directory}: its weights mean nothing to a new tokenizer: set --data.tokenizer to the "
-                "one that the model was trained with (this folder, where it holds one)"
+                f"model.checkpoint={directory}: its weights mean nothing to a new tokenizer: set --data.tokenizer to "
+                "the one that the model was trained with (this folder, where it holds one)"
             )
         model = from_pretrained(directory, dtype=torch.get_default_dtype())
         values = model.config.to_dict()
@@ -271,34 +271,47 @@ class MixtralModule(LightningModule):
         seconds = sum(step[1] for step in self._recent_steps)
         self.log("train/tokens_per_second", sum(step[0] for step in self._recent_steps) / max(seconds, 1e-9))
 
-    def learning_rate_factor(self) -> Callable[[int], float]:
-        """Return the schedule, step -> part of ``learning_rate``: linear warm-up, then a cosine to the run's end."""
-        total_steps = self.trainer.max_steps if self.trainer.max_steps > 0 else self.trainer.estimated_stepping_batches
-        if not math.isfinite(total_steps):
-            raise ValueError("the learning rate schedule needs the length of the run: set --trainer.max_steps")
-        warmup, floor = self.warmup_steps, self.min_learning_rate_ratio
+    def learning_rate_factor(self, step: int) -> float:
+        """Return the schedule: linear warm-up, then a cosine to the end of the run.
 
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+        Args:
+            step: Optimizer steps done.
 
-        return factor
+        Returns:
+            The part of ``learning_rate`` that the next step takes.
+        """
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if step == self.warmup_steps:
+            # The length of the run must not be asked for at the first call already: Lightning may make the training
+            # loader to answer, and on a resumed run that is before it knows the loader's state, which is then lost.
+            return 1.0
+        total_steps = self.trainer.estimated_stepping_batches
+        progress = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
+        floor = self.min_learning_rate_ratio
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW over ``surgery.parameter_groups`` and the schedule of :meth:`learning_rate_factor`."""
+        """Return AdamW over ``surgery.parameter_groups`` and the schedule of :meth:`learning_rate_factor`.
+
+        Raises:
+            ValueError: The run has no end.
+        """
+        if self.trainer.max_steps == -1 and self.trainer.max_epochs == -1:
+            raise ValueError("the learning rate schedule needs the length of the run: set --trainer.max_steps")
         groups = parameter_groups(self.model, self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
         # Plain functions: LambdaLR saves the attributes of callable objects, and would load an old schedule over a new
         # one.
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [self.learning_rate_factor()] * len(groups))
+        # A plain function: of other callables LambdaLR saves the attributes, and loads them over the new ones.
+        factors = [lambda step: self.learning_rate_factor(step)] * len(groups)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
         """Let the options of this run win over what a resumed optimizer and schedule remember of the last one."""
         optimizer, schedule = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
-        factor = self.learning_rate_factor()(schedule.last_epoch)
+        factor = self.learning_rate_factor(schedule.last_epoch)
         wanted = parameter_groups(self.model, self.weight_decay)
         for group, fresh in zip(optimizer.param_groups, wanted, strict=True):
             group["initial_lr"] = self.learning_rate
