@@ -15,14 +15,14 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -31,7 +31,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from moe_lightning.callbacks import LastCheckpoint, PredictionWriter, RandomState, last_checkpoint
+from moe_lightning.cli.arguments import with_bare_flags
 from moe_lightning.cli.config_files import resolve_configs, run_name
+from moe_lightning.cli.errors import TRACEBACK_VARIABLE, OneLineErrors
 from moe_lightning.data import TextDataModule
 from moe_lightning.files import write_atomically
 from moe_lightning.modules import MixtralModule
@@ -39,7 +41,6 @@ from moe_lightning.modules import MixtralModule
 DEFAULT_SEED = 1234
 RUN_FOLDERS = ("checkpoints", "logs", "models", "results")
 RUN_FILES = ("config.*.yaml", "predictions*.jsonl")
-TRACEBACK_VARIABLE = "MOE_LIGHTNING_TRACEBACK"
 
 STRUCTURE_FIELDS = (
     "vocab_size",
@@ -56,31 +57,8 @@ STRUCTURE_FIELDS = (
 """Fields of a model that its weights fix: a checkpoint and the options must agree on them."""
 
 
-class OneLineErrorParser(LightningArgumentParser):
-    """A parser whose errors are one line with a hint, not a hundred lines of options before it."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the mistake and leave with status 2.
-
-        Args:
-            message: What is wrong.
-            ex: Its cause.
-
-        Raises:
-            SystemExit: Always.
-        """
-        if os.environ.get(TRACEBACK_VARIABLE) and ex is not None:
-            raise ex
-        parser = getattr(ex, "subcommand_parser", None) or self
-        words = re.findall(r"[\w.]+", message)
-        known = [action.dest for action in parser._actions]
-        if re.search("unrecognized|does not accept", message):
-            unknown = [word for word in words if "." in word and word not in known]
-            near = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
-            message += f" (did you mean {', '.join(near)}?)" if near else ""
-        program = parser.prog.replace(" [options]", "")
-        sys.stderr.write(f"{program}: error: {message}\nAll options: {program} --help\n")
-        raise SystemExit(2)
+class RunParser(OneLineErrors, LightningArgumentParser):
+    """Lightning's parser with errors of one line."""
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -92,7 +70,7 @@ class SaveRunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file."""
-        text = self.parser.dump(self.config, skip_none=False)
+        text = self.parser.dump(self.config, skip_unset=False)
         write_atomically(Path(trainer.default_root_dir) / f"config.{self.command}.yaml", text)
 
 
@@ -114,11 +92,12 @@ class MoELightningCLI(LightningCLI):
 
     Args:
         arguments: Command and options, with the paths of config files.
-        default_run_dir: Run directory where ``--run_dir`` is not given.
+        configs: Those config files; they name the run directory where ``--run_dir`` is not given.
     """
 
-    def __init__(self, arguments: Sequence[str], default_run_dir: str) -> None:
-        self.default_run_dir = default_run_dir
+    def __init__(self, arguments: Sequence[str], configs: Sequence[Path] = ()) -> None:
+        self.config_files = list(configs)
+        self.default_run_dir = str(Path("runs") / run_name(configs))
         self.note_start = NoteStart()
         self._command_being_added: str | None = None
         self._structure: dict[str, Any] | None = None
@@ -128,7 +107,7 @@ class MoELightningCLI(LightningCLI):
             save_config_callback=SaveRunConfig,
             seed_everything_default=DEFAULT_SEED,
             parser_kwargs={"prog": "moe-lightning"},
-            parser_class=OneLineErrorParser,
+            parser_class=RunParser,
             auto_configure_optimizers=False,
             # Hyper-parameters are plain values: MixtralModule saves its structure itself, and nothing else.
             load_from_checkpoint_support=False,
@@ -159,6 +138,7 @@ class MoELightningCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the options and find what cannot work before anything is built."""
+        self._check_config_files(args[0])
         self.config = parser.parse_args(args)
         parser = self._subcommand_parsers[self.config.subcommand]
         self.options = self.config[self.config.subcommand]
@@ -170,6 +150,25 @@ class MoELightningCLI(LightningCLI):
             self._link_tokenizer()
         except (ValueError, FileNotFoundError) as error:
             parser.error(str(error))
+
+    def _check_config_files(self, command: str) -> None:
+        """Find what the parser says nothing of, or not in which file."""
+        parser = self._subcommand_parsers.get(command)
+        if parser is None:
+            return
+        known = {action.dest.split(".")[0] for action in parser._actions}
+        for path in self.config_files:
+            try:
+                content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except yaml.YAMLError as error:
+                parser.error(f"-c {path}: this is not YAML: {error}")
+            if not isinstance(content, dict):
+                parser.error(f"-c {path}: a config file holds options by name, as in 'model: {{learning_rate: 0.001}}'")
+            for key in content:
+                if key not in known:
+                    near = difflib.get_close_matches(str(key), known, n=1)
+                    hint = f"did you mean {near[0]!r}?" if near else f"possible are {', '.join(sorted(known))}"
+                    parser.error(f"-c {path}: there is no option {key!r}: {hint}")
 
     def _find_checkpoint(self, command: str) -> str | None:
         """Return the checkpoint to load, as Lightning understands it."""
@@ -341,5 +340,5 @@ def main(arguments: Sequence[str]) -> int:
     except FileNotFoundError as error:
         print(f"moe-lightning {arguments[0]}: error: {error}", file=sys.stderr)
         return 2
-    MoELightningCLI(resolved, default_run_dir=str(Path("runs") / run_name(configs)))
+    MoELightningCLI(with_bare_flags(resolved, ("--overwrite",)), configs)
     return 0

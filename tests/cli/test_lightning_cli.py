@@ -1,0 +1,306 @@
+"""fit, validate, test, predict from YAML and command line; what goes wrong is one line before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from moe_lightning.cli import main
+from moe_lightning.cli.config_files import find_config, packaged_configs, resolve_configs, run_name
+from tests.small_runs import MODEL, small_options, write_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path) -> str:
+    """Config of a short run without a dropout."""
+    options = small_options(folder, model={"model": MODEL | {"attention_dropout": 0.0}}, trainer={"max_steps": 6})
+    return str(write_config(folder / "small.yaml", options))
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path, config: str) -> Path:
+    """A finished run."""
+    assert main(["fit", "-c", config, "--run_dir", str(folder / "trained")]) == 0
+    return folder / "trained"
+
+
+def last(run: Path) -> dict[str, Any]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command that must fail at once, and return its one line of error."""
+    capsys.readouterr()
+    try:
+        status = main(arguments)
+    except SystemExit as leaving:
+        status = int(leaving.code or 0)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert status == 2 and len(lines) == 1
+    return lines[0]
+
+
+# What a run leaves
+
+
+def test_run_directory_holds_everything(trained: Path) -> None:
+    files = {path.relative_to(trained).as_posix() for path in trained.rglob("*") if path.is_file()}
+    assert {"config.fit.yaml", "checkpoints/last.ckpt"} <= files
+    assert not [name for name in files if "version_" in name or name.endswith((".tmp", ".partial"))]
+    assert last(trained)["global_step"] == 6
+
+
+def test_tensorboard_holds_the_training_curves(trained: Path) -> None:
+    events = EventAccumulator(str(trained / "logs")).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {
+        "train/loss",
+        "train/aux_loss",
+        "train/perplexity",
+        "train/learning_rate",
+        "train/tokens_per_second",
+    } <= tags
+    assert {"val/loss", "val/perplexity", "val/bits_per_byte"} <= tags
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(6))
+    # The loss itself, without the balancing loss, is what perplexity is made of.
+    for loss, perplexity in zip(events.Scalars("train/loss"), events.Scalars("train/perplexity"), strict=True):
+        assert perplexity.value == pytest.approx(torch.tensor(loss.value).exp().item(), rel=1e-4)
+
+
+def test_saved_config_is_complete_and_runs_again(trained: Path, tmp_path: Path) -> None:
+    saved = yaml.safe_load((trained / "config.fit.yaml").read_text())
+    assert saved["model"]["learning_rate"] == 0.01 and saved["model"]["betas"] == [0.9, 0.95]
+    assert saved["model"]["plan"] is None and saved["ckpt_path"] is None
+    assert main(["fit", "-c", str(trained / "config.fit.yaml"), "--run_dir", str(tmp_path)]) == 0
+    weights, again = last(trained)["state_dict"], last(tmp_path)["state_dict"]
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_test_validate_and_predict(trained: Path, config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["-c", config, "--run_dir", str(trained), "--ckpt_path", "last"]
+    assert main(["test", *base]) == 0
+    assert main(["validate", *base]) == 0
+    result = json.loads((trained / "results" / "test.json").read_text())
+    assert result.keys() == {"test/loss", "test/perplexity", "test/bits_per_byte"}
+    assert (trained / "results" / "validate.json").is_file()
+
+    capsys.readouterr()
+    assert main(["predict", *base, "--data.prompts", '["abc def", "bed"]', "--model.max_new_tokens", "4"]) == 0
+    rows = [json.loads(line) for line in (trained / "predictions.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["abc def", "bed"]
+    output = capsys.readouterr().out
+    assert all(row["continuation"] in output for row in rows)
+    # Looking at a run does not change it.
+    assert last(trained)["global_step"] == 6
+
+
+def test_options_of_the_command_line_win_over_the_checkpoint(folder: Path, config: str) -> None:
+    """Resume with another learning rate, decay, dropout and length: the next steps must use them."""
+    base = ["fit", "-c", config, "--run_dir", str(folder / "changed")]
+    assert main(base) == 0
+    changes = ["--model.learning_rate", "0.5", "--model.weight_decay", "0.25", "--model.warmup_steps", "0"]
+    more = [
+        "--model.min_learning_rate_ratio",
+        "1.0",
+        "--model.model.attention_dropout",
+        "0.3",
+        "--trainer.max_steps",
+        "8",
+    ]
+    assert main([*base, "--ckpt_path", "last", *changes, *more]) == 0
+    state = last(folder / "changed")
+    assert state["global_step"] == 8
+    groups = state["optimizer_states"][0]["param_groups"]
+    assert [group["lr"] for group in groups] == [0.5] * 3
+    assert [group["weight_decay"] for group in groups] == [0.25, 0.0, 0.0]
+    assert state["hyper_parameters"].keys() == {"model", "checkpoint", "plan"}
+    assert state["hyper_parameters"]["model"]["attention_dropout"] == 0.3
+
+
+def test_overwrite_starts_anew(folder: Path, config: str) -> None:
+    base = ["fit", "-c", config, "--run_dir", str(folder / "again")]
+    assert main([*base, "--trainer.max_steps", "4"]) == 0
+    stale = folder / "again" / "results" / "old.json"
+    stale.parent.mkdir(exist_ok=True)
+    stale.write_text("{}")
+    (folder / "again" / "mine.txt").write_text("not of a run")
+    assert main([*base, "--trainer.max_steps", "3", "--overwrite", "true"]) == 0
+    assert last(folder / "again")["global_step"] == 3
+    assert not stale.exists() and (folder / "again" / "mine.txt").exists()
+    events = EventAccumulator(str(folder / "again" / "logs")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2]
+
+
+def test_a_model_folder_brings_its_own_tokenizer(trained: Path, config: str, tmp_path: Path) -> None:
+    from moe_lightning.checkpoints import save_pretrained
+    from moe_lightning.modules import MixtralModule
+
+    model = MixtralModule.load_from_checkpoint(trained / "checkpoints" / "last.ckpt").model
+    tokenizer_folder = last(trained)["TextDataModule"]["tokenizer_folder"]
+    save_pretrained(model, tmp_path / "model", tokenizer=tokenizer_folder)
+    run = ["test", "-c", config, "--run_dir", str(tmp_path / "run")]
+    assert main([*run, "--model.model", "null", "--model.checkpoint", str(tmp_path / "model")]) == 0
+    saved = yaml.safe_load((tmp_path / "run" / "config.test.yaml").read_text())
+    assert saved["data"]["tokenizer"] == str(tmp_path / "model")
+    mine = json.loads((tmp_path / "run" / "results" / "test.json").read_text())
+    assert main(["test", "-c", config, "--run_dir", str(trained), "--ckpt_path", "last"]) == 0
+    assert mine == pytest.approx(json.loads((trained / "results" / "test.json").read_text()), rel=1e-6)
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model.learning_rte", "1"], ["model.learning_rte", "did you mean model.learning_rate"]),
+        (["--model.model.hidden_sise", "8"], ["hidden_sise", "did you mean 'hidden_size'"]),
+        (["--model.learning_rate", "-1"], ["model.learning_rate=-1.0", "a number > 0"]),
+        (["--model.learning_rate", "fast"], ["--model.learning_rate: ", "fast"]),
+        (["--data.prompts", "3"], ["--data.prompts: '3' is not possible", "list"]),
+        (["--data.batch_size", "0"], ["--data.batch_size 0", "at least 1"]),
+        (["--data.sources", "/nowhere/*.txt"], ["/nowhere/*.txt"]),
+        (["--model.checkpoint", "/nowhere"], ["exactly one of", "--model.model null"]),
+        (["--model.model", "null", "--model.checkpoint", "/nowhere"], ["model.checkpoint=/nowhere"]),
+        (["--model.model.vocab_size", "10"], ["300 tokens", "only 10", "--data.tokenizer"]),
+        (["--trainer.default_root_dir", "elsewhere"], ["--run_dir"]),
+        (["--trainer.callbacks+=Nonsense"], ["Nonsense"]),
+        (["--ckpt_path", "last"], ["--ckpt_path last", "there is no checkpoint", "--run_dir"]),
+        (["--ckpt_path", "/nowhere.ckpt"], ["/nowhere.ckpt", "no such file"]),
+        (["-c", "quikstart"], ["-c quikstart", "quickstart"]),
+        (["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], ["--trainer.max_steps"]),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(
+    arguments: list[str], words: list[str], config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(["fit", "-c", config, "--run_dir", str(tmp_path / "run"), *arguments], capsys)
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("modle: {learning_rate: 1}", "modle"),
+        ("model: {learning_rte: 1}", "model.learning_rte"),
+        ("trainer: {callbacks: [{class_path: LastCheckpoint, init_args: {every: 3}}]}", "every"),
+        ("model: [", "smaller.yaml: this is not YAML"),
+        ("modle: {}", "did you mean 'model'"),
+        ("just words", "smaller.yaml"),
+    ],
+)
+def test_typos_in_config_files(
+    text: str, word: str, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "smaller.yaml").write_text(text)
+    line = refused(
+        ["fit", "-c", config, "-c", str(tmp_path / "smaller.yaml"), "--run_dir", str(tmp_path / "run")], capsys
+    )
+    assert word in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_used_run_directory_is_not_overwritten_by_accident(
+    trained: Path, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(["fit", "-c", config, "--run_dir", str(trained)], capsys)
+    assert "--ckpt_path last" in line and "--overwrite true" in line
+
+
+@pytest.mark.parametrize("command", ["test", "validate", "predict"])
+def test_untrained_weights_are_not_evaluated_by_accident(
+    command: str, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused([command, "-c", config, "--run_dir", str(tmp_path)], capsys)
+    assert "--ckpt_path last" in line and "--model.checkpoint" in line
+
+
+def test_structure_that_contradicts_the_checkpoint(
+    trained: Path, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["test", "-c", config, "--run_dir", str(trained), "--ckpt_path", "last"]
+    line = refused([*base, "--model.model.hidden_size", "64"], capsys)
+    assert "hidden_size=64" in line and "hidden_size=32" in line
+
+
+def test_files_that_are_no_checkpoints(
+    trained: Path, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = tmp_path / "half.ckpt"
+    half.write_bytes((trained / "checkpoints" / "last.ckpt").read_bytes()[:5000])
+    base = ["test", "-c", config, "--run_dir", str(tmp_path / "run")]
+    assert "cannot be read as a checkpoint" in refused([*base, "--ckpt_path", str(half)], capsys)
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    assert "no checkpoint of a MixtralModule" in refused([*base, "--ckpt_path", str(tmp_path / "other.ckpt")], capsys)
+
+
+def test_another_tokenizer_than_the_checkpoints(trained: Path, config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["test", "-c", config, "--run_dir", str(trained), "--ckpt_path", "last"]
+    assert "--data.tokenizer" in refused([*base, "--data.vocab_size", "290"], capsys)
+
+
+# Configs by name
+
+
+def test_config_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quickstart = packaged_configs()["quickstart"]
+    assert find_config("quickstart") == find_config("quickstart.yaml") == quickstart
+    monkeypatch.chdir(tmp_path)
+    assert find_config("configs/quickstart.yaml") == quickstart
+    Path("quickstart").write_text("a: 1")
+    assert find_config("quickstart") == Path("quickstart"), "a file that exists wins"
+    arguments, found = resolve_configs(["fit", "-c", "quickstart.yaml", "--config=quickstart", "--x", "-c1"])
+    assert arguments == ["fit", "-c", str(quickstart), "--config=quickstart", "--x", "-c1"]
+    assert run_name(found) == "quickstart" and run_name([Path("a.yaml"), Path("x/b.yaml")]) == "a+b"
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in packaged_configs() if "max_steps" in packaged_configs()[name].read_text()]
+)
+def test_packaged_configs_parse_and_build(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_lightning.cli.lightning import MoELightningCLI
+
+    built = []
+    monkeypatch.setattr(MoELightningCLI, "_run_subcommand", lambda self, subcommand: built.append(self))
+    assert main(["fit", "-c", name, "--run_dir", str(tmp_path / "run")]) == 0
+    assert built[0].trainer.max_steps > 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_options_are_in_the_help() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", "import sys; from moe_lightning.cli import main; main(['fit', '--help'])"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    for option in (
+        "--run_dir",
+        "--overwrite",
+        "--ckpt_path",
+        "--model.learning_rate",
+        "--data.sources",
+        "--trainer.max_steps",
+    ):
+        assert option in result.stdout
+    assert "Peak of the schedule" in result.stdout
