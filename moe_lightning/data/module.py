@@ -1,6 +1,5 @@
 """`TextDataModule`: text in, batches of token blocks out."""
 
-import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,6 @@ from moe_lightning.data.tokenizers import load_tokenizer, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-# Counts of a split that say something to a person.
-_INTERNAL_INFO = frozenset(["dtype", "kind", "block_size", "tokens_found"])
 
 
 class TextDataModule(lightning.LightningDataModule):
@@ -53,7 +49,8 @@ class TextDataModule(lightning.LightningDataModule):
         prompts: Texts that `predict` continues.
         prompts_file: A file of prompts: one per line, or .jsonl with a field `prompt`.
         seed: Decides the splits and the order of the training batches.
-        cache_dir: Folder for cached tokenizers and blocks; the default is `~/.cache/moe_lightning`.
+        cache_dir: Folder for cached tokenizers and blocks; the default is `~/.cache/moe_lightning`. It can be deleted
+            at any time between runs.
 
     Raises:
         ValueError: When an option is out of its range.
@@ -114,6 +111,8 @@ class TextDataModule(lightning.LightningDataModule):
     def prepare(self) -> "TextDataModule":
         """Read, split, train or load the tokenizer, encode; or find all that in the cache. Idempotent.
 
+        The train split is encoded when it is first used.
+
         Returns:
             This object: `TextDataModule(...).prepare().calibration_batches(8)`.
 
@@ -158,24 +157,20 @@ class TextDataModule(lightning.LightningDataModule):
         Raises:
             ValueError: When there is no such split.
         """
-        blocks = self._prepare().blocks
-        if split not in blocks:
+        prepared = self._prepare()
+        if split not in prepared.splits:
             raise ValueError(f"there is no {split} split: --data.{split} is 0; give it a size")
-        return blocks[split]
+        return prepared.checked_blocks(split)
 
     def describe(self) -> dict[str, Any]:
         """Return what the data are, as plain values: for the origin of a plan, for reports.
 
         Returns:
             `sources`, `seed`, `block_size`, `split_by`, `duplicates`, `empty`, `tokenizer` (fingerprint), `vocab_size`,
-            `fingerprint` (of everything), and per split `documents`, `blocks`, `tokens`, `bytes`, `fingerprint`.
+            `fingerprint` (of everything), and per split `documents`, `fingerprint` and, if it was encoded (train is
+            encoded only when it is used), `blocks`, `tokens`, `bytes`.
         """
         prepared = self._prepare()
-        splits: dict[str, dict[str, Any]] = {}
-        for name, found in prepared.blocks.items():
-            splits[name] = {key: value for key, value in found.info.items() if key not in _INTERNAL_INFO}
-            splits[name]["fingerprint"] = prepared.fingerprints[name]
-        tokenizer = tokenizer_fingerprint(prepared.tokenizer)
         return {
             "sources": list(self.options.sources),
             "seed": self.options.seed,
@@ -183,19 +178,22 @@ class TextDataModule(lightning.LightningDataModule):
             "split_by": prepared.split_by,
             "duplicates": prepared.survey.num_duplicates,
             "empty": prepared.survey.num_empty,
-            "tokenizer": tokenizer,
+            "tokenizer": prepared.tokenizer_fingerprint,
             "vocab_size": len(prepared.tokenizer),
-            "fingerprint": key_of(splits=json.dumps(splits, sort_keys=True), tokenizer=tokenizer),
-            "splits": splits,
+            "fingerprint": key_of(splits=prepared.fingerprints),
+            "splits": prepared.describe(),
         }
 
     # Lightning's hooks
 
     def prepare_data(self) -> None:
         """Fill the cache, on one process per machine."""
-        predicting = self.trainer is not None and self.trainer.predicting
-        if not (predicting and self.options.tokenizer is not None):
-            self.prepare()
+        trainer = self.trainer
+        if trainer is not None and trainer.predicting and self.options.tokenizer is not None:
+            return
+        self.prepare()
+        if trainer is not None and trainer.state.fn == "fit":
+            self.blocks("train")
 
     def setup(self, stage: str) -> None:
         """Open tokenizer and blocks, from the cache that `prepare_data` filled.
@@ -209,6 +207,8 @@ class TextDataModule(lightning.LightningDataModule):
             _ = self.tokenizer
         else:
             self.prepare()
+        if stage == "fit":
+            self.blocks("train")
 
     def train_dataloader(self) -> TrainStream:
         """Return the training stream.
@@ -294,7 +294,10 @@ class TextDataModule(lightning.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return what the checkpoint must know of the data: the tokenizer."""
         folder = self._prepared.tokenizer_folder if self._prepared else self.options.tokenizer
-        return {"tokenizer": tokenizer_fingerprint(self.tokenizer), "tokenizer_folder": folder}
+        return {"tokenizer": self._tokenizer_fingerprint(), "tokenizer_folder": folder}
+
+    def _tokenizer_fingerprint(self) -> str:
+        return self._prepared.tokenizer_fingerprint if self._prepared else tokenizer_fingerprint(self.tokenizer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that the checkpoint was made with the same tokenizer.
@@ -305,7 +308,7 @@ class TextDataModule(lightning.LightningDataModule):
         Raises:
             ValueError: When the tokenizer is another one: token ids would mean other words, silently.
         """
-        if state_dict.get("tokenizer") != tokenizer_fingerprint(self.tokenizer):
+        if state_dict.get("tokenizer") != self._tokenizer_fingerprint():
             folder = state_dict.get("tokenizer_folder")
             raise ValueError(
                 "the checkpoint was trained with another tokenizer than these data have"

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -12,7 +12,7 @@ from moe_lightning.data.cache import key_of
 from moe_lightning.data.chat import resolve_chat_template
 from moe_lightning.data.packing import Blocks, open_blocks, pack_chats, pack_texts
 from moe_lightning.data.sources import Corpus, open_sources
-from moe_lightning.data.splits import HELD_OUT, Piece, Splits, Survey, split_documents, survey
+from moe_lightning.data.splits import Piece, Splits, Survey, split_documents, survey
 from moe_lightning.data.tokenizers import SMALLEST_VOCABULARY, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ _BYTES_PER_TOKEN = (6, 12, 24, 48)
 
 # Bytes left out between two spans, per token of a block: about one block of text.
 _GAP_BYTES_PER_TOKEN = 4
+
+# Not counts that say something to a person.
+_INTERNAL_INFO = frozenset({"dtype", "kind", "block_size", "tokens_found"})
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class TextOptions:
         if not self.sources:
             raise ValueError("--data.sources is empty: name a file, a glob, hub:NAME or python-stdlib")
         at_least("block_size", self.block_size, 2)
+        at_least("seed", self.seed, 0)
         at_least("max_documents", self.max_documents, 1)
         at_least("max_bytes", self.max_bytes, 1)
         if self.tokenizer is None and self.vocab_size < SMALLEST_VOCABULARY:
@@ -79,25 +83,106 @@ class TextOptions:
         return int(size) if size >= 1 else 0
 
 
-@dataclass(frozen=True)
 class PreparedText:
-    """Everything that the loaders need.
+    """Documents divided into splits, a tokenizer, and the blocks of each split.
+
+    Held-out splits are encoded by `prepare_text`; train, which may be large, when its blocks are first asked for:
+    compressing a model that exists needs no training data.
 
     Args:
+        options: The options.
+        corpus: The documents.
+        survey: What reading them found.
+        splits: Which document is in which split.
         tokenizer: The tokenizer.
         tokenizer_folder: Where it is from.
-        blocks: The blocks of each split in use.
-        fingerprints: A hash of content and settings of each of them.
-        split_by: `documents` or `spans`.
-        survey: What reading the sources found.
     """
 
-    tokenizer: "PreTrainedTokenizerFast"
-    tokenizer_folder: str
-    blocks: dict[str, Blocks]
-    fingerprints: dict[str, str]
-    split_by: str
-    survey: Survey
+    def __init__(
+        self,
+        options: TextOptions,
+        corpus: Corpus,
+        survey: Survey,
+        splits: Splits,
+        tokenizer: "PreTrainedTokenizerFast",
+        tokenizer_folder: str,
+    ):
+        self.survey = survey
+        self.split_by = splits.by
+        self.tokenizer = tokenizer
+        self.tokenizer_folder = tokenizer_folder
+        self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
+        self._options = options
+        self._corpus = corpus
+        self._pieces = splits.pieces
+        self._template = resolve_chat_template(tokenizer, options.chat_template) if corpus.is_chat else None
+        self._blocks: dict[str, Blocks] = {}
+        self.fingerprints = {name: self._key(name) for name in self._pieces}
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits in use."""
+        return tuple(self._pieces)
+
+    def _key(self, split: str) -> str:
+        return key_of(
+            pieces=_names(self._pieces[split]),
+            tokenizer=self.tokenizer_fingerprint,
+            block_size=self._options.block_size,
+            max_blocks=self._options.num_blocks(split),
+            template=self._template,
+        )
+
+    def blocks(self, split: str) -> Blocks:
+        """Return the blocks of a split, from the cache, or encoded now.
+
+        Args:
+            split: One of `splits`.
+
+        Returns:
+            The blocks, memory-mapped; there may be none.
+        """
+        if split not in self._blocks:
+            options, pieces = self._options, self._pieces[split]
+            folder = options.cache_dir / "blocks" / self.fingerprints[split]
+            max_blocks = options.num_blocks(split) or None
+            if (folder / "info.json").is_file():
+                pass
+            elif self._template is not None:
+                progress = tqdm(pieces, desc=f"encoding {split}", unit="doc", disable=None, leave=False)
+                chats = (self._corpus[piece.index] for piece in progress)
+                pack_chats(chats, self.tokenizer, self._template, options.block_size, folder, max_blocks)
+            else:
+                texts = _texts(self._corpus, pieces, f"encoding {split}")
+                pack_texts(texts, self.tokenizer, options.block_size, folder, max_blocks)
+            self._blocks[split] = open_blocks(folder)
+        return self._blocks[split]
+
+    def checked_blocks(self, split: str) -> Blocks:
+        """Return the blocks of a split; warn of conversations that were cut or left out.
+
+        Args:
+            split: One of `splits`.
+
+        Returns:
+            The blocks, at least one.
+
+        Raises:
+            ValueError: When there is none.
+        """
+        is_new = split not in self._blocks
+        blocks = self.blocks(split)
+        _check(split, blocks, self._options.block_size, warn=is_new)
+        return blocks
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Return counts and fingerprint of every split."""
+        found: dict[str, dict[str, Any]] = {}
+        for name, pieces in self._pieces.items():
+            info = self._blocks[name].info if name in self._blocks else {"documents": len(pieces)}
+            found[name] = {key: value for key, value in info.items() if key not in _INTERNAL_INFO}
+            found[name]["fingerprint"] = self.fingerprints[name]
+        return found
 
 
 def at_least(option: str, value: int | None, smallest: int) -> None:
@@ -122,7 +207,7 @@ def prepare_text(options: TextOptions) -> PreparedText:
         options: The options.
 
     Returns:
-        The blocks, memory-mapped.
+        Splits, tokenizer and the blocks of the held-out splits.
 
     Raises:
         FileNotFoundError: When a source or tokenizer is not there.
@@ -140,19 +225,18 @@ def prepare_text(options: TextOptions) -> PreparedText:
             tokenizer, folder = _trained_tokenizer(corpus, splits.pieces["train"], options)
         else:
             tokenizer, folder = given, str(options.tokenizer)
-        keys: dict[str, str] = {}
-        blocks: dict[str, Blocks] = {}
-        for name, pieces in splits.pieces.items():
-            keys[name], blocks[name] = _encode(corpus, name, pieces, tokenizer, options)
-        short = [name for name in HELD_OUT if name in blocks and len(blocks[name]) < options.num_blocks(name)]
+        prepared = PreparedText(options, corpus, found, splits, tokenizer, folder)
+        held_out = [name for name in prepared.splits if name != "train"]
+        short = [name for name in held_out if len(prepared.blocks(name)) < options.num_blocks(name)]
         if not short:
             break
     else:
         raise ValueError(
-            f"--data.{short[0]} {options.sizes[short[0]]}: only {len(blocks[short[0]])} blocks of {options.block_size} "
-            "tokens could be filled; ask for fewer"
+            f"--data.{short[0]} {options.sizes[short[0]]}: only {len(prepared.blocks(short[0]))} blocks of "
+            f"{options.block_size} tokens could be filled; ask for fewer"
         )
-    _check(blocks, options)
+    for name in held_out:
+        _check(name, prepared.blocks(name), options.block_size, warn=True)
     if splits.by == "spans":
         logger.warning(
             "%d documents are too few to give each split documents of its own: the splits are spans of the text",
@@ -164,7 +248,7 @@ def prepare_text(options: TextOptions) -> PreparedText:
             options.vocab_size,
             len(tokenizer),
         )
-    return PreparedText(tokenizer, folder, blocks, keys, splits.by, found)
+    return prepared
 
 
 def _split(corpus: Corpus, found: Survey, options: TextOptions, bytes_per_token: int) -> Splits:
@@ -197,53 +281,24 @@ def _trained_tokenizer(
     return tokenizer, str(folder)
 
 
-def _encode(
-    corpus: Corpus,
-    name: str,
-    pieces: Sequence[Piece],
-    tokenizer: "PreTrainedTokenizerFast",
-    options: TextOptions,
-) -> tuple[str, Blocks]:
-    template = resolve_chat_template(tokenizer, options.chat_template) if corpus.is_chat else None
-    max_blocks = options.num_blocks(name) or None
-    key = key_of(
-        pieces=_names(pieces),
-        tokenizer=tokenizer_fingerprint(tokenizer),
-        block_size=options.block_size,
-        max_blocks=max_blocks,
-        template=template,
-    )
-    folder = options.cache_dir / "blocks" / key
-    if not (folder / "info.json").is_file():
-        if template is not None:
-            progress = tqdm(pieces, desc=f"encoding {name}", unit="doc", disable=None, leave=False)
-            chats = (corpus[piece.index] for piece in progress)
-            pack_chats(chats, tokenizer, template, options.block_size, folder, max_blocks)
-        else:
-            texts = _texts(corpus, pieces, f"encoding {name}")
-            pack_texts(texts, tokenizer, options.block_size, folder, max_blocks)
-    return key, open_blocks(folder)
-
-
-def _check(blocks: dict[str, Blocks], options: TextOptions) -> None:
-    for name, found in blocks.items():
-        info = found.info
-        if info["kind"] == "chat" and not len(found):
-            raise ValueError(
-                f"--data.sources: no conversation of the {name} split is usable: {info['without_loss']} of "
-                f"{info['documents']} have no assistant's turn within --data.block_size {options.block_size}, "
-                f"and {info['with_special_tokens']} spell out special tokens"
-            )
-        if not len(found):
-            advice = "give more text" if name == "train" else f"raise --data.{name} (or set it to 0), give more text"
-            raise ValueError(
-                f"the {name} split has {info['tokens_found']} tokens, fewer than one block of --data.block_size "
-                f"{options.block_size}: {advice}, or lower --data.block_size"
-            )
-        for count, text in {
-            "truncated": f"are longer than --data.block_size {options.block_size} and were cut",
-            "without_loss": "have no assistant's turn within the block and were left out",
-            "with_special_tokens": "spell out special tokens of the tokenizer and were left out",
-        }.items():
-            if info.get(count):
-                logger.warning("%s: %d of %d conversations %s", name, info[count], info["documents"], text)
+def _check(split: str, blocks: Blocks, block_size: int, warn: bool) -> None:
+    info = blocks.info
+    if info["kind"] == "chat" and not len(blocks):
+        raise ValueError(
+            f"--data.sources: no conversation of the {split} split is usable: {info['without_loss']} of "
+            f"{info['documents']} have no assistant's turn within --data.block_size {block_size}, "
+            f"and {info['with_special_tokens']} spell out special tokens"
+        )
+    if not len(blocks):
+        advice = "give more text" if split == "train" else f"raise --data.{split} (or set it to 0), give more text"
+        raise ValueError(
+            f"the {split} split has {info['tokens_found']} tokens, fewer than one block of --data.block_size "
+            f"{block_size}: {advice}, or lower --data.block_size"
+        )
+    for count, text in {
+        "truncated": f"are longer than --data.block_size {block_size} and were cut",
+        "without_loss": "have no assistant's turn within the block and were left out",
+        "with_special_tokens": "spell out special tokens of the tokenizer and were left out",
+    }.items():
+        if warn and info.get(count):
+            logger.warning("%s: %d of %d conversations %s", split, info[count], info["documents"], text)

@@ -100,7 +100,7 @@ def survey(
         if content.hex() in seen:
             num_duplicates += 1
             continue
-        order = hashlib.blake2b(seed.to_bytes(8, "little", signed=True) + content, digest_size=16).digest()
+        order = hashlib.blake2b(str(seed).encode() + content, digest_size=16).digest()
         seen[content.hex()] = (order, index, len(document.text.encode()))
     if not seen:
         names = ", ".join(source.name for source in corpus.sources)

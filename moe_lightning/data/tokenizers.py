@@ -251,7 +251,6 @@ def byte_table(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray | None:
         table[number] = len(token)  # in the byte-level alphabet one character stands for one byte
     for added in description["added_tokens"]:
         table[added["id"]] = 0 if added["special"] else len(added["content"].encode())
-    table[list(tokenizer.all_special_ids)] = 0
     # the proof of the pudding, with everything that normalisers and pre-tokenizers are known to change
     probe = "  Hello  w\u00f6rld\t\r\n\n \u65e5\u672c e\u0301 \ufb01 \U0001f642 \u00a0x  "
     backend = _plain_copy(tokenizer)

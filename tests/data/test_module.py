@@ -31,6 +31,7 @@ def options(text_folder: Path, tmp_path: Path) -> dict[str, Any]:
 
 def test_no_text_is_in_two_splits_and_none_is_lost(options: dict[str, Any], text_folder: Path) -> None:
     data = TextDataModule(**options).prepare()
+    assert set(data.describe()["splits"]["train"]) == {"documents", "fingerprint"}
     texts = [file.read_text(encoding="utf-8") for file in text_folder.rglob("*.txt")]
     owner: dict[str, str] = {}
     for split in SPLITS:
@@ -43,6 +44,7 @@ def test_no_text_is_in_two_splits_and_none_is_lost(options: dict[str, Any], text
     assert set(owner.values()) == set(SPLITS)
     counts = data.describe()["splits"]
     assert counts["calibration"]["blocks"] == 10
+    assert counts["train"]["blocks"] == len(data.blocks("train"))
     assert len(owner) == sum(split["documents"] for split in counts.values())
 
 
@@ -78,8 +80,8 @@ def test_everything_is_the_same_in_another_process_and_another_cache(options: di
     done = subprocess.run([sys.executable, "-c", code, other], capture_output=True, text=True, check=True)
     described, batch = json.loads(done.stdout.splitlines()[-1])
     data = TextDataModule(**options)
-    assert data.describe() == described
     assert next(iter(data.train_dataloader()))["input_ids"].tolist() == batch
+    assert data.describe() == described
 
 
 def test_the_cache_is_used(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,8 +92,14 @@ def test_the_cache_is_used(options: dict[str, Any], monkeypatch: pytest.MonkeyPa
     again = TextDataModule(**options).prepare()
     assert again.describe() == first.describe()
     assert torch.equal(next(iter(again.val_dataloader()))["input_ids"], next(iter(first.val_dataloader()))["input_ids"])
-    with pytest.raises(TypeError):
-        TextDataModule(**options | {"block_size": 16}).prepare()
+    monkeypatch.undo()
+    # every setting is in the key
+    sizes = {"validation": 0.1, "test": 0.1, "calibration": 0.1}
+    keys = [
+        TextDataModule(**options | sizes | change).describe()["splits"]["train"]["fingerprint"]
+        for change in [{}, {"block_size": 16}, {"vocab_size": 290}, {"max_documents": 30}, {"seed": 2}]
+    ]
+    assert len(set(keys)) == 5
 
 
 def test_the_seed_changes_splits_and_order(options: dict[str, Any]) -> None:
@@ -171,6 +179,7 @@ def test_predict_with_a_given_tokenizer_reads_no_source(options: dict[str, Any],
         ({"test": 1.5}, r"--data.test 1.5"),
         ({"validation": 0.5, "test": 0.5}, "nothing is left to train on"),
         ({"vocab_size": 100}, r"--data.vocab_size 100"),
+        ({"seed": -1}, r"--data.seed -1"),
         ({"block_size": 1}, r"--data.block_size 1"),
         ({"batch_size": 0}, r"--data.batch_size 0"),
         ({"max_bytes": 0}, r"--data.max_bytes 0"),
@@ -225,7 +234,6 @@ def test_the_standard_library_is_a_data_set(tmp_path: Path) -> None:
     data = TextDataModule(
         max_bytes=200_000, vocab_size=400, block_size=64, validation=8, test=8, calibration=8, cache_dir=str(tmp_path)
     )
-    described = data.describe()
-    assert described["sources"] == ["python-stdlib"]
-    assert described["splits"]["train"]["blocks"] > 200
+    assert len(data.blocks("train")) > 200
+    assert data.describe()["sources"] == ["python-stdlib"]
     assert load_tokenizer(data.state_dict()["tokenizer_folder"]).eos_token == "<|endoftext|>"

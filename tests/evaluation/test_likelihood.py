@@ -107,7 +107,10 @@ def test_padding_and_fillers_do_not_count() -> None:
     assert evaluate(model, [padded]).nats.tolist() == pytest.approx(whole.nats.tolist(), rel=1e-12)
     assert math.isnan(evaluate(model, [padded]).bits_per_byte)
     filler = batch_of(2) | {"labels": torch.full((2, 9), -100)}
-    assert torch.equal(evaluate(model, [batch, filler]).nats, whole.nats)
+    filled = evaluate(model, [batch, filler])
+    assert torch.equal(filled.nats, whole.nats)
+    assert torch.equal(filled.tokens, whole.tokens)
+    assert torch.equal(filled.bytes, whole.bytes)
 
 
 def test_nothing_to_evaluate_is_an_error() -> None:
