@@ -92,8 +92,9 @@ def grouped_linear(rows_PX: Tensor, weight_SOX: Tensor, offsets_S: Tensor) -> Te
     """
     if weight_SOX.shape[0] == 0 or rows_PX.shape[0] == 0:
         nothing_PO = rows_PX.new_zeros(rows_PX.shape[0], weight_SOX.shape[1])
-        # Keeps the graph: the gradient of weights that nothing reached is zero, not missing (ranks must agree on that).
-        return nothing_PO + 0 * weight_SOX.sum() if weight_SOX.requires_grad else nothing_PO
+        # Keeps the graph, through the rows too (a second product gets the empty rows of a first): the gradient of
+        # weights that nothing reached is zero, not missing (ranks must agree on that).
+        return nothing_PO + 0 * (weight_SOX.sum() + rows_PX.sum()) if torch.is_grad_enabled() else nothing_PO
     if _groupable(rows_PX, weight_SOX):
         return F.grouped_mm(rows_PX, weight_SOX.transpose(-2, -1), offs=offsets_S)
     ends = offsets_S.tolist()
@@ -137,11 +138,12 @@ def combine_pairs(outputs_PH: Tensor, pairs: RoutedPairs, weight_NK: Tensor) -> 
     Returns:
         ``[N, H]``, in fp32 or the wider of the two types.
     """
-    num_tokens, top_k = weight_NK.shape
+    (num_tokens, top_k), hidden_size = weight_NK.shape, outputs_PH.shape[-1]
     wide = torch.promote_types(torch.promote_types(outputs_PH.dtype, weight_NK.dtype), torch.float32)
     weighted_PH = outputs_PH.to(wide) * weight_NK.reshape(-1)[pairs.order, None].to(wide)
-    table = weighted_PH.new_zeros(num_tokens * top_k, outputs_PH.shape[-1])
-    return table.index_copy(0, pairs.order, weighted_PH).view(num_tokens, top_k, -1).sum(1)
+    table = weighted_PH.new_zeros(num_tokens * top_k, hidden_size)
+    # No -1 in the view: with zero tokens it would be ambiguous.
+    return table.index_copy(0, pairs.order, weighted_PH).view(num_tokens, top_k, hidden_size).sum(1)
 
 
 def novice_weights(index_NK: Tensor, weight_NK: Tensor, slot_map_E: Tensor, num_novices: int) -> Tensor:
