@@ -277,6 +277,9 @@ def open_blocks(folder: Path) -> Blocks:
 
     Returns:
         The blocks.
+
+    Raises:
+        ValueError: When a file is missing or cut off.
     """
     info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
     shape = (info["blocks"], info["block_size"])
@@ -284,7 +287,12 @@ def open_blocks(folder: Path) -> Blocks:
     def read(name: str, dtype: Any) -> np.ndarray:
         if not info["blocks"]:
             return np.zeros(shape, dtype)  # an empty file cannot be mapped
-        return np.memmap(folder / name, dtype=dtype, mode="r", shape=shape)
+        try:
+            return np.memmap(folder / name, dtype=dtype, mode="r", shape=shape)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the cached file {folder / name} is damaged ({error}): delete the folder {folder}"
+            ) from error
 
     table = folder / "byte_table.npy"
     is_chat = info["kind"] == "chat"

@@ -81,6 +81,14 @@ def test_a_failure_leaves_no_folder(tokenizer: PreTrainedTokenizerFast, tmp_path
     assert list((tmp_path / "new").iterdir()) == []
 
 
+def test_a_damaged_cache_says_what_to_delete(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    pack_texts(TEXTS, tokenizer, 16, tmp_path / "blocks")
+    file = tmp_path / "blocks" / "tokens.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"tokens.bin is damaged .*: delete the folder"):
+        open_blocks(tmp_path / "blocks")
+
+
 def test_text_shorter_than_a_block_gives_none(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     pack_texts(["a"], tokenizer, 16, tmp_path / "blocks")
     blocks = open_blocks(tmp_path / "blocks")
