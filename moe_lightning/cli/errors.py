@@ -32,7 +32,7 @@ def in_one_line(message: str) -> str:
 
 
 class OneLineErrors:
-    """Base for parsers (before ``ArgumentParser``): errors of one line with a hint, and no list of options before it."""
+    """Base for parsers (before ``ArgumentParser``): errors of one line with a hint, no list of options before it."""
 
     prog: str
     _actions: list[argparse.Action]

@@ -7,6 +7,7 @@ runs, such as the learning rate, always comes from the command line or the const
 from __future__ import annotations
 
 import copy
+import json
 import math
 import time
 from collections import deque
@@ -16,7 +17,6 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.nn import functional
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moe_lightning.checkpoints import from_pretrained
@@ -30,24 +30,17 @@ from moe_lightning.modules.checks import (
     check_model_fields,
     check_options,
 )
+from moe_lightning.modules.losses import next_token_loss
 from moe_lightning.plan import CompressionPlan
 from moe_lightning.surgery import parameter_groups, plan_of, rebuild
 
 
-def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy of each token given those before it, in nats.
+def plain_values(plan: CompressionPlan) -> dict[str, Any]:
+    """Return a plan as the types that JSON has, which are also those that ``weights_only`` loading lets through.
 
-    Args:
-        logits: ``[B, S, V]``.
-        labels: ``[B, S]``, not shifted; -100 where a token does not count.
-
-    Returns:
-        A scalar in fp32; 0 for a batch in which no token counts.
+    Versions in the origin of a plan, for example, may be strings of a class of their own.
     """
-    targets = labels[:, 1:].reshape(-1)
-    flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
-    total = functional.cross_entropy(flat, targets, ignore_index=-100, reduction="sum")
-    return total / (targets != -100).sum().clamp(min=1)
+    return json.loads(json.dumps(plan.to_dict()))
 
 
 class MixtralModule(LightningModule):
@@ -216,11 +209,11 @@ class MixtralModule(LightningModule):
         Args:
             plan: Everything done to the model so far.
         """
-        self.hparams["plan"] = plan.to_dict()
+        self.hparams["plan"] = plain_values(plan)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the plan of the model as it is, so that structure and weights in a checkpoint always go together."""
-        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["plan"] = plan_of(self.model).to_dict()
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["plan"] = plain_values(plan_of(self.model))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give the model the structure of the checkpoint before its weights are loaded."""
