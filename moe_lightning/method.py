@@ -50,22 +50,6 @@ class Method(ABC):
         """
         return {}
 
-    def check(self, shape: ModelShape) -> ModelShape:
-        """Try the method out on a shape before anything is measured.
-
-        Args:
-            shape: Shape of the model as the method would meet it.
-
-        Returns:
-            A shape that the method may lead to (the sizes hold, which experts stay is not known yet).
-
-        Raises:
-            ValueError: The method's options do not fit the shape.
-        """
-        for edit in self.propose(shape, Statistics.synthetic(shape)):
-            shape = edit.apply(shape)
-        return shape
-
     def describe(self) -> dict[str, Any]:
         """Return the method's name and options as plain types, for the plan's origin."""
         return {"method": type(self).__name__, **vars(self)}

@@ -1,4 +1,4 @@
-"""``moe-lightning compress``: a checkpoint that exists already is calibrated, compressed, tested before and after, and saved."""
+"""``moe-lightning compress``: a checkpoint is calibrated, compressed, tested before and after, and saved."""
 
 from __future__ import annotations
 
@@ -15,9 +15,18 @@ from jsonargparse import ArgumentParser, Namespace
 from transformers import AutoConfig, PreTrainedModel
 
 from moe_lightning.architectures import architecture_named, architecture_of
-from moe_lightning.checkpoints import Format, check_checkpoint, check_format, from_pretrained, save_pretrained, stored_bytes
+from moe_lightning.checkpoints import (
+    Format,
+    check_checkpoint,
+    check_format,
+    from_pretrained,
+    save_pretrained,
+    stored_bytes,
+)
+from moe_lightning.cli.arguments import with_bare_flags, with_replaced_lists
 from moe_lightning.cli.config_files import resolve_configs
-from moe_lightning.compression import CompressionResult, check_methods, compress
+from moe_lightning.cli.errors import OneLineErrors
+from moe_lightning.compression import CompressionResult, compress, trial_edits
 from moe_lightning.data import TextDataModule
 from moe_lightning.evaluation import LikelihoodResult, evaluate, tokens_per_second
 from moe_lightning.files import check_output_folder, written_folder
@@ -25,7 +34,6 @@ from moe_lightning.method import Method
 from moe_lightning.plan import CompressionPlan, ModelShape
 from moe_lightning.sizes import ModelSize, measure
 from moe_lightning.surgery import apply_plan, build
-from moe_lightning.statistics import Statistics
 from moe_lightning.trimming import Replay
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,7 +61,7 @@ def compress_checkpoint(
     model: str,
     data: TextDataModule,
     output: str | None = None,
-    methods: list[Method] | None = None,
+    methods: Sequence[Method] = (),
     plan: str | None = None,
     calibration_batches: int | None = None,
     device: str = "auto",
@@ -88,7 +96,9 @@ def compress_checkpoint(
         FileNotFoundError: The model, the plan or the text is not there.
         FileExistsError: The output folder holds something.
     """
-    prepared = _prepare(model, data, output, methods, plan, calibration_batches, device, dtype, format, overwrite, dry_run)
+    prepared = _prepare(
+        model, data, output, methods, plan, calibration_batches, device, dtype, format, overwrite, dry_run
+    )
     _print_plan(prepared)
     if dry_run:
         return _dry_run(prepared, calibration_batches)
@@ -100,7 +110,7 @@ def _prepare(
     model: str,
     data: TextDataModule,
     output: str | None,
-    methods: list[Method] | None,
+    methods: Sequence[Method],
     plan: str | None,
     calibration_batches: int | None,
     device: str,
@@ -126,12 +136,13 @@ def _prepare(
             raise FileNotFoundError(f"--plan {plan}: there is no such file")
         replayed = CompressionPlan.from_json(path.read_text())
         methods = [Replay(replayed)]
-    chosen = list(methods or [])
-    after = check_methods(shape, chosen)
+    chosen = list(methods)
+    edits, after = trial_edits(shape, chosen)
     written = check_format(after, format)
     if data.options.tokenizer is None:
-        raise ValueError(f"{model} holds no tokenizer: name the one that the model was trained with by "
-        "--data.tokenizer")
+        raise ValueError(
+            f"{model} holds no tokenizer: name the one that the model was trained with by --data.tokenizer"
+        )
     data.prepare()
     data.calibration_batches(calibration_batches)
     if data.vocab_size > shape.vocab_size:
@@ -147,7 +158,6 @@ def _prepare(
         with torch.device("meta"):
             empty = build(config)
             size_before = measure(empty, data.block_size)
-            edits = _edits(empty, chosen)
             apply_plan(empty, architecture_of(empty).plan_of_config(empty.config).extended(edits))
             size_after = measure(empty, data.block_size)
     finally:
@@ -156,16 +166,6 @@ def _prepare(
     return Prepared(
         Path(model), target, shape, after, size_before, size_after, written, replayed, chosen, data, where, kind
     )
-
-
-def _edits(model: PreTrainedModel, methods: Sequence[Method]) -> list[Any]:
-    """Return edits of the right number; which experts they name is known after the calibration only."""
-    shape, edits = architecture_of(model).shape(model), []
-    for method in methods:
-        for edit in method.propose(shape, Statistics.synthetic(shape)):
-            edits.append(edit)
-            shape = edit.apply(shape)
-    return edits
 
 
 def _device(name: str) -> torch.device:
@@ -182,13 +182,15 @@ def _device(name: str) -> torch.device:
 
 def _print_plan(prepared: Prepared) -> None:
     before, after = prepared.size_before, prepared.size_after
+    share = after.parameters / before.parameters
     steps = ["replay of a plan"] if prepared.plan is not None else [repr(method) for method in prepared.methods]
     print(f"model    {prepared.folder} on {prepared.device}, {str(prepared.dtype).removeprefix('torch.')}")
     for step in steps:
         print(f"method   {step}")
-    print(f"size     {before.parameters:,} -> {after.parameters:,} parameters ({after.parameters / before.parameters:.1%})")
+    print(f"size     {before.parameters:,} -> {after.parameters:,} parameters ({share:.1%})")
     print(f"         {before.bytes / 2**20:,.1f} -> {after.bytes / 2**20:,.1f} MiB of weights")
-    print(f"format   {prepared.format}" + (" (loads after 'import moe_lightning')" if prepared.format == "native" else ""))
+    note = " (loads after 'import moe_lightning')" if prepared.format == "native" else ""
+    print(f"format   {prepared.format}{note}")
     print(f"output   {prepared.output or '-'}", flush=True)
 
 
@@ -280,8 +282,9 @@ def _prove(model: PreTrainedModel, folder: Path, data: TextDataModule, prepared:
     # The plain class adds up its experts in another order.
     tolerance = 1e-4 if prepared.dtype == torch.float32 else 5e-2
     if not difference <= tolerance * max(1.0, float(expected.abs().max())):
-        raise RuntimeError(f"the folder written does not give the model's logits (difference {difference}): nothing "
-        "was kept")
+        raise RuntimeError(
+            f"the folder written does not give the model's logits (difference {difference}): nothing was kept"
+        )
     return difference
 
 
@@ -310,12 +313,18 @@ def _print_result(result: CompressionResult, numbers: Mapping[str, Any], output:
     print(f"wrote {output}; loaded again, largest logit difference {numbers['loaded_again_max_logit_difference']:.1e}")
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
+class CommandParser(OneLineErrors, ArgumentParser):
+    """A parser with errors of one line."""
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="moe-lightning compress",
         description="Compress a checkpoint that exists already, without training.",
     )
-    parser.add_argument("-c", "--config", action="config", help="YAML file with options, or the name of a packaged one.")
+    parser.add_argument(
+        "-c", "--config", action="config", help="YAML file with options, or the name of a packaged one."
+    )
     parser.add_class_arguments(TextDataModule, "data")
     parser.add_function_arguments(compress_checkpoint, skip={"data"})
     return parser
@@ -336,7 +345,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"moe-lightning compress: error: {error}", file=sys.stderr)
         return 2
     parser = _parser()
-    options = parser.parse_args(resolved)
+    resolved = with_bare_flags(resolved, ("--overwrite", "--dry_run"))
+    options = parser.parse_args(with_replaced_lists(resolved, ("--methods",)))
     _use_own_tokenizer(options)
     try:
         objects = parser.instantiate_classes(options)
@@ -352,6 +362,7 @@ def main(arguments: Sequence[str]) -> int:
 def _use_own_tokenizer(options: Namespace) -> None:
     """Take the model folder's tokenizer where none was named."""
     folder = Path(options.model)
-    if options.data.tokenizer is None and any((folder / name).is_file() for name in ("tokenizer.json",
-    "tokenizer.model")):
+    if options.data.tokenizer is None and any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")
+    ):
         options.data.tokenizer = str(folder)

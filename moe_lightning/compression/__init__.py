@@ -1,6 +1,6 @@
 """The one driver: observe, propose, check, fill."""
 
-from moe_lightning.compression.driver import as_methods, check_methods, compress
+from moe_lightning.compression.driver import as_methods, check_methods, compress, trial_edits
 from moe_lightning.compression.result import CompressionResult, ModuleStatus
 
-__all__ = ["CompressionResult", "ModuleStatus", "as_methods", "check_methods", "compress"]
+__all__ = ["CompressionResult", "ModuleStatus", "as_methods", "check_methods", "compress", "trial_edits"]

@@ -42,7 +42,7 @@ def as_methods(methods: Method | Sequence[Method]) -> list[Method]:
     return listed
 
 
-def check_methods(shape: ModelShape, methods: Sequence[Method]) -> ModelShape:
+def trial_edits(shape: ModelShape, methods: Sequence[Method]) -> tuple[list[Edit], ModelShape]:
     """Try a list of methods out on a shape, before anything is measured.
 
     Args:
@@ -50,14 +50,23 @@ def check_methods(shape: ModelShape, methods: Sequence[Method]) -> ModelShape:
         methods: The methods, in order.
 
     Returns:
-        A shape with the sizes that the model will have.
+        Edits of the right number and size (which experts they name is not known yet), and the shape that they lead to.
 
     Raises:
         ValueError: A method does not fit what the ones before it leave.
     """
+    edits: list[Edit] = []
     for method in methods:
-        shape = method.check(shape)
-    return shape
+        proposed = method.propose(shape, Statistics.synthetic(shape))
+        for edit in proposed:
+            shape = edit.apply(shape)
+        edits += proposed
+    return edits, shape
+
+
+def check_methods(shape: ModelShape, methods: Sequence[Method]) -> ModelShape:
+    """Return the shape that :func:`trial_edits` leads to, or raise as it does."""
+    return trial_edits(shape, methods)[1]
 
 
 def compress(
