@@ -6,12 +6,18 @@ All callbacks are imported here, so that a YAML file can name them without their
 from __future__ import annotations
 
 from moe_lightning.callbacks.checkpointing import AtomicCheckpointIO, LastCheckpoint, last_checkpoint
+from moe_lightning.callbacks.compress import Compress
+from moe_lightning.callbacks.export import Export
+from moe_lightning.callbacks.novice_tuning import NoviceTuning
 from moe_lightning.callbacks.predictions import PredictionWriter
 from moe_lightning.callbacks.random_state import RandomState
 
 __all__ = [
     "AtomicCheckpointIO",
+    "Compress",
+    "Export",
     "LastCheckpoint",
+    "NoviceTuning",
     "PredictionWriter",
     "RandomState",
     "last_checkpoint",

@@ -22,8 +22,8 @@ def language_model(module: LightningModule) -> PreTrainedModel:
     model = getattr(module, "model", None)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"{type(module).__name__} has no transformers model in its attribute 'model': use MixtralModule, or put the "
-            "Mixtral there"
+            f"{type(module).__name__} has no transformers model in its attribute 'model': use MixtralModule, or "
+            "put the Mixtral there"
         )
     architecture_of(model)
     return model
@@ -43,8 +43,8 @@ def say(trainer: Trainer, text: str) -> None:
 class AtStep(Callback):
     """Act once, before the first batch after ``at_step`` optimizer steps, or when training ends.
 
-    Never inside gradient accumulation: the first batch after a step is the first of the next one. A resumed run does not act
-    again on what a checkpoint already holds.
+    Never inside gradient accumulation: the first batch after a step is the first of the next one. A resumed run does
+    not act again on what a checkpoint already holds.
 
     Args:
         at_step: Optimizer step, 0 or more, or ``end``.
@@ -93,8 +93,8 @@ class AtStep(Callback):
             )
         if trainer.global_step > self.at_step:
             raise ValueError(
-                f"{type(self).__name__}: at_step={self.at_step} has passed: the run goes on at step {trainer.global_step} "
-                "and its checkpoint knows nothing of it: choose a later step"
+                f"{type(self).__name__}: at_step={self.at_step} has passed: the run goes on at step "
+                f"{trainer.global_step} and its checkpoint knows nothing of it: choose a later step"
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

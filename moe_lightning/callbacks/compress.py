@@ -84,8 +84,8 @@ class Compress(AtStep):
         self._calibration(trainer)
         if not hasattr(pl_module, "set_plan"):
             warnings.warn(
-                f"{type(pl_module).__name__} has no set_plan: a checkpoint saved after the compression will not know its "
-                "plan, so a run cannot be resumed from it. MixtralModule can",
+                f"{type(pl_module).__name__} has no set_plan: a checkpoint saved after the compression will not know "
+                "its plan, so a run cannot be resumed from it. MixtralModule can",
                 stacklevel=2,
             )
 
@@ -112,7 +112,7 @@ class Compress(AtStep):
             return self.batches
         datamodule = getattr(trainer, "datamodule", None)
         if not hasattr(datamodule, "calibration_batches"):
-            raise ValueError("Compress needs calibration data: train with a TextDataModule, or pass Compress(batches=...)")
+            raise ValueError("Compress needs calibration data: train with a TextDataModule, or pass batches=...")
         return datamodule.calibration_batches(self.calibration_batches)
 
     def act(self, trainer: Trainer, module: LightningModule) -> None:

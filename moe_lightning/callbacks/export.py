@@ -11,8 +11,10 @@ from moe_lightning.checkpoints import Format, save_pretrained
 
 
 class Export(AtStep):
-    """Write the model to ``RUN/models/NAME`` at a step: before a ``Compress`` of the same step when it stands before it in the
-    list of callbacks, after it when it stands behind.
+    """Write the model to ``RUN/models/NAME`` at a step.
+
+    Before a ``Compress`` of the same step when it stands before it in the list of callbacks, after it when it stands
+    behind.
 
     Args:
         name: Name of the folder.
@@ -44,7 +46,5 @@ class Export(AtStep):
         if not trainer.is_global_zero:
             return
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-        folder = save_pretrained(
-            language_model(module), self.folder(trainer), tokenizer, self.format, overwrite=True
-        )
+        folder = save_pretrained(language_model(module), self.folder(trainer), tokenizer, self.format, overwrite=True)
         say(trainer, f"step {trainer.global_step}: wrote {folder}")

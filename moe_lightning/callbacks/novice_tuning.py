@@ -18,13 +18,13 @@ from moe_lightning.trimming import Novices
 class NoviceTuning(AtStep):
     """From a step on, train the novices and nothing else.
 
-    Everything else is frozen until the run ends. Put it behind the ``Compress`` that makes the novices; both may have the same
-    step.
+    Everything else is frozen until the run ends. Put it behind the ``Compress`` that makes the novices; both may have
+    the same step.
 
     Args:
         at_step: Optimizer step from which only novices train.
-        learning_rate: Peak learning rate of the novices, from here on a cosine to a tenth at the end of the run. None keeps the
-            module's schedule.
+        learning_rate: Peak learning rate of the novices, from here on a cosine to a tenth at the end of the run. None
+            keeps the module's schedule.
 
     Raises:
         ValueError: ``at_step`` is ``end``, or the learning rate is not positive.
@@ -62,7 +62,8 @@ class NoviceTuning(AtStep):
                 if makes_novices and before:
                     return
         raise ValueError(
-            f"NoviceTuning at step {self.at_step}: there will be no novices to train: put a Compress with Novices before it"
+            f"NoviceTuning at step {self.at_step}: there will be no novices to train: put a Compress with Novices "
+            "before it"
         )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -1,4 +1,4 @@
-"""What a change of structure, or of what trains, means for a strategy. The only file that touches Lightning's inside here."""
+"""What a change of structure means for a strategy. The only callback file that touches Lightning's inside."""
 
 from __future__ import annotations
 
