@@ -323,11 +323,11 @@ class MixtralModule(LightningModule):
         self._likelihoods[stage].update(logits, batch["labels"], batch.get("token_bytes"))
 
     def _log_likelihood(self, stage: str) -> None:
-        # The metric adds up over processes itself; its values are the same on all of them.
+        # The metric adds up over processes itself: its values are the same on all, and so is their mean.
         values = self._likelihoods.pop(stage).compute()
-        self.log(f"{stage}/loss", float(values["nats_per_token"]))
-        self.log(f"{stage}/perplexity", float(values["perplexity"]), prog_bar=True)
-        self.log(f"{stage}/bits_per_byte", float(values["bits_per_byte"]))
+        self.log(f"{stage}/loss", float(values["nats_per_token"]), sync_dist=True)
+        self.log(f"{stage}/perplexity", float(values["perplexity"]), prog_bar=True, sync_dist=True)
+        self.log(f"{stage}/bits_per_byte", float(values["bits_per_byte"]), sync_dist=True)
 
     def on_validation_epoch_start(self) -> None:
         """Start new sums."""

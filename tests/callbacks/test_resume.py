@@ -18,12 +18,41 @@ from filelock import FileLock
 from tests.small_runs import small_options, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def compress_at(step: int, method: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "class_path": "Compress",
+        "init_args": {"methods": [method], "at_step": step, "calibration_batches": 2},
+    }
+
+
 # Saves happen after steps 4, 8 and 12 (the last), validations after 3, 6, 9 and 12.
 KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "one_epoch": {},
     # Six batches an epoch: the second kill falls into the second epoch.
     "epochs": {"trainer": {"max_steps": -1, "max_epochs": 2, "limit_train_batches": 6}},
     "accumulating": {"trainer": {"accumulate_grad_batches": 2, "val_check_interval": 6}},
+    # Two compressions, so that one of them can be behind a save and the other not.
+    "compressing": {
+        "trainer": {
+            "callbacks": [
+                {"class_path": "LastCheckpoint", "init_args": {"every_n_train_steps": 4}},
+                compress_at(6, {"class_path": "Novices", "init_args": {"ratio": 0.5, "criterion": "mone"}}),
+                compress_at(10, {"class_path": "ExpertDrop", "init_args": {"ratio": 0.25}}),
+            ]
+        }
+    },
+    # After step 6 only the novices train: others keep their optimizer state and get no gradient.
+    "tuning": {
+        "trainer": {
+            "callbacks": [
+                {"class_path": "LastCheckpoint", "init_args": {"every_n_train_steps": 4}},
+                compress_at(6, {"class_path": "Novices", "init_args": {"ratio": 0.5, "criterion": "mone"}}),
+                {"class_path": "NoviceTuning", "init_args": {"at_step": 6, "learning_rate": 0.05}},
+            ]
+        }
+    },
 }
 
 
@@ -45,6 +74,13 @@ SCENARIOS = {
     "second_epoch": Scenario("epochs", (("batch_start", 9),), 8),
     "between_epochs": Scenario("epochs", (("batch_start", 6),), 4),
     "accumulating": Scenario("accumulating", (("batch_end", 5),), 4),
+    "before_compression": Scenario("compressing", (("batch_end", 5),), 4),
+    "compressed_but_not_saved": Scenario("compressing", (("batch_start", 7),), 4),
+    "compressed_and_saving": Scenario("compressing", (("saving", 8),), 4),
+    "compressed_and_saved": Scenario("compressing", (("validation", 9),), 8),
+    "tuning_not_saved": Scenario("tuning", (("batch_start", 7),), 4),
+    "tuning_saved": Scenario("tuning", (("batch_end", 10),), 8),
+    "compressed_twice": Scenario("compressing", (("batch_start", 9), ("batch_end", 11)), 8),
 }
 
 
@@ -132,6 +168,7 @@ def test_killed_and_resumed_equals_uninterrupted(name: str, runs: tuple[Path, di
     assert whole["global_step"] == resumed["global_step"] > scenario.resumes_from
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "hyper_parameters"):
         assert not differences(whole[part], resumed[part], part)
+    assert bool(whole["hyper_parameters"]["plan"]["edits"]) == (scenario.kind in ("compressing", "tuning"))
     # The random numbers went on in the same place too.
     assert not differences(whole["callbacks"]["RandomState"], resumed["callbacks"]["RandomState"])
 
