@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tests.models import tiny_mixtral
+
 Array = np.ndarray
 Dropped = Mapping[int, Iterable[int]]
 Constants = Mapping[tuple[int, int], Tensor]
@@ -241,6 +243,4 @@ def assert_sums_equal(
 
 def untouched(dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> Any:
     """Return a tiny Mixtral whose attention and experts are transformers' plain loops."""
-    from tests.models import tiny_mixtral
-
-    return tiny_mixtral(seed, dtype, attn_implementation="eager", experts_implementation="eager", **changes)
+    return tiny_mixtral(seed, dtype, **{"attn_implementation": "eager", "experts_implementation": "eager", **changes})

@@ -42,13 +42,20 @@ def _padding(batch: Mapping[str, Any]) -> Tensor | None:
 
 
 def _check_finite(values: dict[str, Tensor], shape: ModelShape) -> None:
-    for name, tensor in values.items():
-        bad = ~torch.isfinite(tensor).reshape(tensor.shape[0], -1).all(1)
-        if bool(bad.any()):
-            layers = [shape.moe_layers[row] for row in bad.nonzero().squeeze(-1).tolist()]
-            raise ValueError(
-                f"statistic {name!r} is not finite in layers {layers}: the model's weights or activations overflow"
-            )
+    bad = torch.zeros(len(shape.layouts), dtype=torch.bool)
+    for tensor in values.values():
+        bad |= ~torch.isfinite(tensor).reshape(tensor.shape[0], -1).all(1)
+    if bool(bad.any()):
+        layers = [shape.moe_layers[row] for row in bad.nonzero().squeeze(-1).tolist()]
+        raise ValueError(f"statistics are not finite in layers {layers}: the model's weights or activations overflow")
+
+
+def _over_all_ranks(number: int, device: torch.device) -> int:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return number
+    total = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(total)
+    return int(total)
 
 
 def collect(
@@ -108,13 +115,15 @@ def collect(
                 input_ids=inputs, attention_mask=None if mask is None else mask.long().to(device), use_cache=False
             )
             num_batches += 1
+    # Every rank learns the same number before one of them may stop: a rank without batches waits for the others' sums.
+    num_batches = _over_all_ranks(num_batches, device)
     if not num_batches:
         raise ValueError("there are no calibration batches: give at least one (calibration_batches >= 1)")
     values: dict[str, Tensor] = {}
     if "routing" in wanted:
-        values |= routing.compute()
+        values |= routing.sums()
     if "outputs" in wanted:
-        values |= outputs.compute()
+        values |= outputs.sums()
     values = {name: tensor.cpu() for name, tensor in values.items()}
     _check_finite(values, shape)
     count = values["count" if "routing" in wanted else "output_count"]

@@ -49,6 +49,11 @@ class _ExpertMetric(Metric):
 
     def _zeros(self, name: str, *shape: int, reduce: str | None = "sum") -> None:
         self.add_state(name, torch.zeros(*shape, dtype=torch.float64), dist_reduce_fx=reduce)
+        self._shapes = {**getattr(self, "_shapes", {}), name: shape}
+
+    def sums(self) -> dict[str, Tensor]:
+        """Return :meth:`compute` with every sum in its full shape: torchmetrics squeezes what holds one number."""
+        return {name: tensor.reshape(self._shapes[name]) for name, tensor in self.compute().items()}
 
 
 class RoutingStatistics(_ExpertMetric):
@@ -160,7 +165,7 @@ class OutputStatistics(_ExpertMetric):
         expert_P = routed.index_NK.reshape(-1)
         order_P = torch.argsort(expert_P, stable=True)
         ends = torch.bincount(expert_P, minlength=columns_R.shape[0]).cumsum(0).tolist()
-        outputs_PH = routed.outputs_NKH.reshape(expert_P.shape[0], -1)
+        outputs_PH = routed.outputs_NKH.flatten(0, 1)
         gate_P = routed.weight_NK.reshape(-1)
         start = 0
         for column, end in zip(columns_R.tolist(), ends, strict=True):

@@ -91,7 +91,7 @@ class ExpertObserver:
             weighted = vectors.to(mixed_NH.dtype) * weight_NK.reshape(-1)[novice_pairs, None].to(mixed_NH.dtype)
             mixed_NH = mixed_NH.index_add(0, novice_pairs // top_k, weighted)
         logits_NR = seen.pop("logits")
-        outputs_NKH = table.view(num_tokens, top_k, -1)
+        outputs_NKH = table.view(num_tokens, top_k, hidden_NH.shape[-1])
         with torch.no_grad():
             if self.keep_N is None:
                 routed = RoutedOutputs(logits_NR, weight_NK, index_NK, outputs_NKH)

@@ -201,4 +201,7 @@ def merge_statistics(parts: Sequence[Statistics] | Iterable[Statistics]) -> Stat
             moments = ("output_count", "output_mean", "output_m2")
             result = merge_moments(*(merged[name] for name in moments), *(other[name] for name in moments))
             merged.update(zip(moments, result, strict=True))
-    return Statistics(parts[0].shape, merged, dict(parts[0].info))
+    info = dict(parts[0].info)
+    if all("batches" in part.info for part in parts):
+        info["batches"] = sum(part.info["batches"] for part in parts)
+    return Statistics(parts[0].shape, merged, info)
