@@ -26,7 +26,9 @@ def tiny_config(**changes: Any) -> MixtralConfig:
     return MixtralConfig(**{**SIZES, **changes})
 
 
-def tiny_mixtral(seed: int = 0, dtype: torch.dtype = torch.float32, spread: float = 1.0, **changes: Any) -> MixtralForCausalLM:
+def tiny_mixtral(
+    seed: int = 0, dtype: torch.dtype = torch.float32, spread: float = 1.0, **changes: Any
+) -> MixtralForCausalLM:
     """Return a random tiny Mixtral in eval mode.
 
     Args:
@@ -52,6 +54,4 @@ def random_batches(
 ) -> list[dict[str, torch.Tensor]]:
     """Return batches of random tokens, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        {"input_ids": torch.randint(3, vocab_size, (batch, sequence), generator=generator)} for _ in range(count)
-    ]
+    return [{"input_ids": torch.randint(3, vocab_size, (batch, sequence), generator=generator)} for _ in range(count)]

@@ -110,7 +110,7 @@ class Compress(AtStep):
     def _calibration(self, trainer: Trainer) -> Iterable[Mapping[str, Any]]:
         if self.batches is not None:
             return self.batches
-        datamodule = getattr(trainer, "datamodule", None)
+        datamodule: Any = getattr(trainer, "datamodule", None)
         if not hasattr(datamodule, "calibration_batches"):
             raise ValueError("Compress needs calibration data: train with a TextDataModule, or pass batches=...")
         return datamodule.calibration_batches(self.calibration_batches)
@@ -118,7 +118,7 @@ class Compress(AtStep):
     def act(self, trainer: Trainer, module: LightningModule) -> None:
         """Compress; see the class."""
         model = language_model(module)
-        datamodule = getattr(trainer, "datamodule", None)
+        datamodule: Any = getattr(trainer, "datamodule", None)
         origin = {"step": trainer.global_step, "calibration_batches": self.calibration_batches}
         if hasattr(datamodule, "describe"):
             origin["data"] = datamodule.describe()
@@ -130,8 +130,9 @@ class Compress(AtStep):
             for surgery in result.surgeries:
                 carry_optimizer(optimizer, model, surgery.replaced)
         wrap_again(trainer, module)
-        if hasattr(module, "set_plan"):
-            module.set_plan(result.plan)
+        set_plan: Any = getattr(module, "set_plan", None)
+        if set_plan is not None:
+            set_plan(result.plan)
         self._log(trainer, result)
         result.surgeries.clear()  # they hold the parameters that went
         self.result = result

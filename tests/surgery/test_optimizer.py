@@ -1,0 +1,141 @@
+"""The optimizer lives through surgery: the same object, sliced moments, everything trains, the order of a fresh one."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from moe_lightning.plan import CompressionPlan, KeepExperts, NoviceExperts
+from moe_lightning.surgery import apply_plan, carry_optimizer, parameter_groups
+from tests.models import random_batches, tiny_mixtral
+
+PLAN = CompressionPlan((KeepExperts(0, (1, 2, 5)), NoviceExperts(1, (0, 3)), NoviceExperts(2, (1,))))
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer, seed: int = 0) -> None:
+    batch = random_batches(seed=seed)[0]
+    optimizer.zero_grad()
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    optimizer.step()
+
+
+def trained(groups: bool = True) -> tuple[Any, torch.optim.AdamW]:
+    model = tiny_mixtral()
+    parameters = parameter_groups(model, 0.1) if groups else model.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    for seed in range(3):
+        step(model, optimizer, seed)
+    return model, optimizer
+
+
+def test_groups_hold_every_parameter_once() -> None:
+    model = tiny_mixtral()
+    apply_plan(model, PLAN)
+    groups = parameter_groups(model, 0.1)
+    assert [group["name"] for group in groups] == ["decay", "no_decay", "novices"]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0]
+    held = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all("norm" in names[id(parameter)] for parameter in groups[1]["params"])
+    assert [names[id(parameter)] for parameter in groups[2]["params"]] == [
+        "model.layers.1.mlp.experts.novices",
+        "model.layers.2.mlp.experts.novices",
+    ]
+
+
+def test_moments_are_sliced_like_their_parameters() -> None:
+    model, optimizer = trained()
+    old = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
+    old = {name: {key: value.clone() for key, value in state.items()} for name, state in old.items()}
+    carry_optimizer(optimizer, model, apply_plan(model, PLAN).replaced)
+    new = {name: optimizer.state.get(parameter) for name, parameter in model.named_parameters()}
+    layer = "model.layers.{}.mlp."
+    slices = {
+        layer.format(0) + "gate.weight": (layer.format(0) + "gate.weight", [1, 2, 5]),
+        layer.format(0) + "experts.storage.gate_up_proj": (layer.format(0) + "experts.gate_up_proj", [1, 2, 5]),
+        layer.format(1) + "experts.storage.down_proj": (layer.format(1) + "experts.down_proj", [1, 2, 4, 5]),
+        layer.format(2) + "experts.storage.gate_up_proj": (layer.format(2) + "experts.gate_up_proj", [0, 2, 3, 4, 5]),
+        layer.format(1) + "gate.weight": (layer.format(1) + "gate.weight", [0, 1, 2, 3, 4, 5]),
+        "model.embed_tokens.weight": ("model.embed_tokens.weight", list(range(64))),
+    }
+    for name, (source, rows) in slices.items():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert old[source][moment].abs().sum() > 0
+            assert torch.equal(new[name][moment], old[source][moment][rows])
+        assert new[name]["step"] == 3
+    assert new["model.layers.1.mlp.experts.novices"] is None
+
+
+def test_every_parameter_still_trains() -> None:
+    model, optimizer = trained()
+    carry_optimizer(optimizer, model, apply_plan(model, PLAN).replaced)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for seed in range(4):
+        step(model, optimizer, seed)
+    still = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
+    assert not still
+
+
+def test_order_is_that_of_a_fresh_optimizer() -> None:
+    model, optimizer = trained()
+    carry_optimizer(optimizer, model, apply_plan(model, PLAN).replaced)
+    fresh = parameter_groups(model, 0.1)
+    for group, expected in zip(optimizer.param_groups, fresh, strict=True):
+        assert [id(parameter) for parameter in group["params"]] == [id(p) for p in expected["params"]]
+    # So a saved state loads into an optimizer made anew, and both go on alike.
+    twin = tiny_mixtral()
+    apply_plan(twin, PLAN)
+    twin.load_state_dict(model.state_dict())
+    other = torch.optim.AdamW(parameter_groups(twin, 0.1), lr=1e-3)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # else both share the moments
+    step(model, optimizer, 9)
+    step(twin, other, 9)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_an_optimizer_with_one_group_works_too() -> None:
+    model, optimizer = trained(groups=False)
+    carry_optimizer(optimizer, model, apply_plan(model, PLAN).replaced)
+    held = [id(parameter) for parameter in optimizer.param_groups[0]["params"]]
+    assert held == [id(parameter) for parameter in model.parameters()]
+
+
+def test_training_goes_on_as_if_the_small_model_had_been_trained() -> None:
+    """Experts that nobody routes to get no gradient: dropping them must not change the next step of the others."""
+    model, optimizer = trained()
+    dropped = (4, 5)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[list(dropped)] = 0
+        # A constant input direction whose logit is far below all others cannot be chosen.
+    plan = CompressionPlan(tuple(KeepExperts(layer, (0, 1, 2, 3)) for layer in range(3)))
+    masked, masked_optimizer = trained()
+    masked.load_state_dict(model.state_dict())
+    carry_optimizer(optimizer, model, apply_plan(model, plan).replaced)
+    hooks = [layer.mlp.gate.register_forward_hook(mask_dropped) for layer in masked.model.layers]
+    step(model, optimizer, 7)
+    step(masked, masked_optimizer, 7)
+    for hook in hooks:
+        hook.remove()
+    expected = dict(masked.named_parameters())
+    for name, parameter in model.named_parameters():
+        source = expected[name.replace(".storage", "")]
+        reference = source[:4] if source.shape != parameter.shape else source
+        torch.testing.assert_close(parameter, reference, rtol=1e-4, atol=1e-6)
+
+
+def mask_dropped(module: Any, args: Any, output: Any) -> Any:
+    """Return what the router gives when the last two experts' logits are minus infinity."""
+    logits = output[0].clone()
+    logits[:, 4:] = -torch.inf
+    weight, index = torch.softmax(logits.float(), -1).topk(2, dim=-1)
+    return logits, weight / weight.sum(-1, keepdim=True), index
+
+
+def test_a_stranger_in_the_optimizer_is_an_error() -> None:
+    model, optimizer = trained()
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})
+    with pytest.raises(RuntimeError, match="no longer in the model"):
+        carry_optimizer(optimizer, model, apply_plan(model, PLAN).replaced)
