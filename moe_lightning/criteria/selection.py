@@ -41,7 +41,8 @@ def kept_counts(
         counts = [size - round_half_up((ratio or 0.0) * size) if keep is None else int(keep) for size in sizes]
         return counts, sum(counts)
     total = sum(sizes)
-    kept = total - round_half_up((ratio or 0.0) * total) if keep is None else round_half_up(keep * len(sizes))
+    # The number that goes is what is rounded: round((M - n) * L) of 2406.02500, as with a ratio.
+    kept = total - round_half_up((ratio or 0.0) * total if keep is None else total - keep * len(sizes))
     if kept > total:
         raise ValueError(f"keep={keep} is more than the mean of {total / len(sizes):g} experts a layer: keep fewer")
     return [kept // len(sizes)] * len(sizes), kept
