@@ -163,8 +163,10 @@ class Edit(ABC):
         """Read what :meth:`to_dict` wrote.
 
         Raises:
-            ValueError: An unknown kind of edit, or fields that it does not have.
+            ValueError: An unknown kind of edit, fields that it does not have, or numbers that are none.
         """
+        if not isinstance(values, dict):
+            raise ValueError(f"an edit in the plan is not an object with a 'kind' but {values!r}")
         fields = dict(values)
         kind = fields.pop("kind", None)
         if kind not in Edit._kinds:
@@ -172,10 +174,19 @@ class Edit(ABC):
         for name, value in fields.items():
             if isinstance(value, list):
                 fields[name] = tuple(value)
+        if not _whole(fields.get("layer", 0)):
+            raise ValueError(f"edit {kind!r} in the plan: layer must be a whole number, not {fields['layer']!r}")
+        experts = fields.get("experts", ())
+        if not isinstance(experts, tuple) or not all(map(_whole, experts)):
+            raise ValueError(f"edit {kind!r} in the plan: experts must be a list of whole numbers, not {experts!r}")
         try:
             return Edit._kinds[kind](**fields)
         except TypeError as error:
             raise ValueError(f"edit {kind!r} in the plan has wrong fields: {error}") from None
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _checked_experts(layer: int, experts: tuple[int, ...], known: Iterable[int], verb: str) -> None:
@@ -235,6 +246,8 @@ class NoviceExperts(Edit):
     def apply(self, shape: ModelShape) -> ModelShape:
         """Return the shape after this edit; see :meth:`Edit.apply`."""
         layout = shape.layout(self.layer)
+        if not self.experts:
+            raise ValueError(f"layer {self.layer}: there is no expert to replace by a novice: leave the edit out")
         _checked_experts(self.layer, self.experts, layout.real, "replace by novices")
         novices = tuple(sorted((*layout.novices, *self.experts)))
         return shape.with_layout(ExpertLayout(self.layer, layout.router, novices))
@@ -304,7 +317,10 @@ class CompressionPlan:
                 f"the plan has version {values.get('version')!r}, this release reads version {PLAN_VERSION}: "
                 "make the plan again or install the release that wrote it"
             )
-        return cls(tuple(Edit.from_dict(edit) for edit in values["edits"]), dict(values.get("origin") or {}))
+        origin = values.get("origin") or {}
+        if not isinstance(origin, dict):
+            raise ValueError(f"the plan's origin must be an object, not {origin!r}")
+        return cls(tuple(Edit.from_dict(edit) for edit in values["edits"]), dict(origin))
 
     def to_json(self) -> str:
         """Return the plan as JSON text, one edit a line."""
