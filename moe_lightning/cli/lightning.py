@@ -15,7 +15,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,13 +33,12 @@ from moe_lightning.callbacks import LastCheckpoint, PredictionWriter, RandomStat
 from moe_lightning.cli.arguments import with_bare_flags
 from moe_lightning.cli.config_files import resolve_configs, run_name
 from moe_lightning.cli.errors import TRACEBACK_VARIABLE, OneLineErrors
+from moe_lightning.cli.run_directory import RunDirectory
 from moe_lightning.data import TextDataModule
 from moe_lightning.files import write_atomically
 from moe_lightning.modules import MixtralModule
 
 DEFAULT_SEED = 1234
-RUN_FOLDERS = ("checkpoints", "logs", "models", "results")
-RUN_FILES = ("config.*.yaml", "predictions*.jsonl")
 
 STRUCTURE_FIELDS = (
     "vocab_size",
@@ -74,17 +72,39 @@ class SaveRunConfig(SaveConfigCallback):
         write_atomically(Path(trainer.default_root_dir) / f"config.{self.command}.yaml", text)
 
 
-class NoteStart(Callback):
-    """Know whether the work itself has begun, or a mistake was found before."""
+class NoteBeginning(Callback):
+    """Know whether the work itself has begun, or only its preparation, in which mistakes are found.
 
-    def __init__(self) -> None:
+    Args:
+        directory: Run directory, which is told.
+    """
+
+    def __init__(self, directory: RunDirectory) -> None:
         super().__init__()
-        self.started = False
+        self.directory = directory
+        self.has_begun = False
 
-    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.started = True
+    def _note(self, trainer: Trainer) -> None:
+        if not self.has_begun and not trainer.sanity_checking:
+            self.has_begun = True
+            if trainer.is_global_zero:
+                self.directory.begin()
 
-    on_sanity_check_start = on_train_start = on_validation_start = on_test_start = on_predict_start = _start
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Note it."""
+        self._note(trainer)
+
+    def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Note it."""
+        self._note(trainer)
+
+    def on_test_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Note it."""
+        self._note(trainer)
+
+    def on_predict_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Note it."""
+        self._note(trainer)
 
 
 class MoELightningCLI(LightningCLI):
@@ -98,7 +118,6 @@ class MoELightningCLI(LightningCLI):
     def __init__(self, arguments: Sequence[str], configs: Sequence[Path] = ()) -> None:
         self.config_files = list(configs)
         self.default_run_dir = str(Path("runs") / run_name(configs))
-        self.note_start = NoteStart()
         self._command_being_added: str | None = None
         self._structure: dict[str, Any] | None = None
         super().__init__(
@@ -143,6 +162,8 @@ class MoELightningCLI(LightningCLI):
         parser = self._subcommand_parsers[self.config.subcommand]
         self.options = self.config[self.config.subcommand]
         self.run_dir = Path(self.options.run_dir)
+        self.directory = RunDirectory(self.run_dir)
+        self.beginning = NoteBeginning(self.directory)
         if self.options.trainer.default_root_dir not in (None, self.options.run_dir):
             parser.error("--trainer.default_root_dir: use --run_dir, which holds logs and checkpoints together")
         try:
@@ -279,7 +300,7 @@ class MoELightningCLI(LightningCLI):
         # First, so that on a resumed run the random numbers are back before anybody draws any.
         first = [callback for callback in given if isinstance(callback, RandomState)] or [RandomState()]
         given = [callback for callback in given if not isinstance(callback, RandomState)]
-        config["callbacks"] = [*first, self.note_start, *given, *wanted]
+        config["callbacks"] = [*first, *given, *wanted, self.beginning]
         self.save_config_kwargs = {"command": self.subcommand}
         return super()._instantiate_trainer(config, callbacks)
 
@@ -296,21 +317,20 @@ class MoELightningCLI(LightningCLI):
         except (ValueError, FileNotFoundError, MisconfigurationException) as error:
             # What Lightning or we find wrong with the options once data and model meet. Later errors keep their
             # traceback.
-            if self.note_start.started or os.environ.get(TRACEBACK_VARIABLE):
+            if self.beginning.has_begun:
+                raise
+            if self.trainer.is_global_zero:
+                self.directory.undo()
+            if os.environ.get(TRACEBACK_VARIABLE):
                 raise
             print(f"moe-lightning {subcommand}: error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
 
     @rank_zero_only
     def before_fit(self) -> None:
-        """Delete what an earlier run left, where that was asked for."""
-        if not self.options.overwrite or self.checkpoint_file is not None:
-            return
-        for name in RUN_FOLDERS:
-            shutil.rmtree(self.run_dir / name, ignore_errors=True)
-        for pattern in RUN_FILES:
-            for path in self.run_dir.glob(pattern):
-                path.unlink()
+        """Make room where that was asked for; what an earlier run left goes when this one has begun."""
+        if self.options.overwrite and self.checkpoint_file is None:
+            self.directory.set_aside()
 
     @rank_zero_only
     def _write_results(self) -> None:

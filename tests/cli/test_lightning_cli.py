@@ -19,6 +19,10 @@ from moe_lightning.cli.config_files import find_config, packaged_configs, resolv
 from tests.small_runs import MODEL, small_options, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
+COMPRESS = [
+    "--trainer.callbacks+=Compress",
+    '--trainer.callbacks.methods=[{"class_path": "Novices", "init_args": {"ratio": 0.5}}]',
+]
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +185,8 @@ def test_a_model_folder_brings_its_own_tokenizer(trained: Path, config: str, tmp
         (["--model.model.vocab_size", "10"], ["300 tokens", "only 10", "--data.tokenizer"]),
         (["--trainer.default_root_dir", "elsewhere"], ["--run_dir"]),
         (["--trainer.callbacks+=Nonsense"], ["Nonsense"]),
+        ([*COMPRESS, "--trainer.callbacks.at_step=60"], ["Compress", "at_step=60", "beyond the run"]),
+        ([*COMPRESS, "--trainer.callbacks.at_step=2", "--data.calibration", "0"], ["--data.calibration"]),
         (["--ckpt_path", "last"], ["--ckpt_path last", "there is no checkpoint", "--run_dir"]),
         (["--ckpt_path", "/nowhere.ckpt"], ["/nowhere.ckpt", "no such file"]),
         (["-c", "quikstart"], ["-c quikstart", "quickstart"]),
@@ -192,7 +198,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
 ) -> None:
     line = refused(["fit", "-c", config, "--run_dir", str(tmp_path / "run"), *arguments], capsys)
     assert all(word in line for word in words), line
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -222,6 +228,18 @@ def test_a_used_run_directory_is_not_overwritten_by_accident(
 ) -> None:
     line = refused(["fit", "-c", config, "--run_dir", str(trained)], capsys)
     assert "--ckpt_path last" in line and "--overwrite true" in line
+
+
+def test_overwriting_with_a_mistake_loses_nothing(
+    folder: Path, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The mistake is found late, when data and model meet; the earlier run is there again afterwards."""
+    run = folder / "precious"
+    base = ["fit", "-c", config, "--run_dir", str(run)]
+    assert main([*base, "--trainer.max_steps", "3"]) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    refused([*base, "--overwrite", "--model.model.vocab_size", "10"], capsys)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("command", ["test", "validate", "predict"])
