@@ -46,6 +46,12 @@ def tiny_mixtral(
                     parameter.normal_(0.0, spread * parameter.shape[-1] ** -0.5)
                 elif "embed" in name:
                     parameter.normal_(0.0, 1.0)
+    if dtype.itemsize < 4:
+        # As transformers loads it: weights are narrow, the frequencies of the rotary embedding stay in float32.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        model.config.dtype = dtype
+        return model.eval()
     return model.to(dtype).eval()
 
 

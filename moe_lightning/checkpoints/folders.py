@@ -179,6 +179,9 @@ def from_pretrained(
         model, info = AutoModelForCausalLM.from_pretrained(
             str(directory), dtype=dtype or "auto", output_loading_info=True, local_files_only=True
         )
+    except RuntimeError as error:
+        # transformers prints a table of the sizes and says here only that there is one.
+        raise ValueError(f"the weights in {directory} do not fit its config, see the report above ({error})") from error
     finally:
         if bar:
             transformers_logging.enable_progress_bar()
