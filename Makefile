@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
+ROOMS := $(patsubst moe_lightning/%/__init__.py,moe_lightning.%,$(wildcard moe_lightning/*/__init__.py)) \
+	$(patsubst moe_lightning/%.py,moe_lightning.%,$(filter-out %/__init__.py,$(wildcard moe_lightning/*.py)))
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format bench bench-gpu docs clean
@@ -15,7 +17,6 @@ help:  ## Show this list
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, not %s: make PYTHON=python3.12" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[dev]" -c constraints.txt
 	@touch $@
@@ -46,7 +47,7 @@ bench-gpu: $(STAMP)  ## Time a MoE layer on the GPU
 	$(BIN)/python benchmarks/moe_layer.py --device cuda
 
 docs: $(STAMP)  ## Write the API reference to build/docs
-	$(BIN)/pdoc --docformat google --output-directory build/docs moe_lightning moe_kernels
+	$(BIN)/pdoc --docformat google --output-directory build/docs moe_lightning $(ROOMS) moe_kernels
 
 clean:  ## Remove build products (not .venv, not runs/)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
