@@ -8,6 +8,7 @@ of a model.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -285,11 +286,26 @@ class CompressionPlan:
         return shape
 
     def extended(self, edits: Iterable[Edit], origin: dict[str, Any] | None = None) -> CompressionPlan:
-        """Return the plan with further edits behind its own, and their origin appended to its history."""
+        """Return the plan with further edits behind its own, and their origin and number appended to its history."""
+        edits = tuple(edits)
         merged = dict(self.origin)
         if origin:
-            merged["history"] = [*merged.get("history", []), origin]
+            merged["history"] = [*merged.get("history", []), {**origin, "edits": len(edits)}]
         return CompressionPlan((*self.edits, *edits), merged)
+
+    def steps(self) -> tuple[CompressionPlan, ...]:
+        """Return the plan cut where its history says that another method began, which measured the model anew.
+
+        A plan without such a history (written by hand) is one step.
+        """
+        history = self.origin.get("history", [])
+        counts = [step.get("edits") if isinstance(step, dict) else None for step in history]
+        numbers = [count for count in counts if isinstance(count, int) and count >= 0]
+        if len(numbers) < len(counts) or sum(numbers) != len(self.edits):
+            return (self,)
+        ends = list(itertools.accumulate(numbers, initial=0))
+        parts = zip(itertools.pairwise(ends), history, strict=True)
+        return tuple(CompressionPlan(self.edits[start:end], step) for (start, end), step in parts if end > start)
 
     def starts_with(self, other: CompressionPlan) -> bool:
         """Say whether ``other``'s edits are the beginning of this plan's."""

@@ -189,7 +189,10 @@ def test_extending() -> None:
     second = first.extended([NoviceExperts(1, (2,))], {"method": "Novices"})
     third = second.extended([NoviceExperts(1, (3,))], {"method": "Novices", "n": 2})
     assert third.edits == (KeepExperts(0, (0, 1)), NoviceExperts(1, (2,)), NoviceExperts(1, (3,)))
-    assert third.origin == {"base": "x", "history": [{"method": "Novices"}, {"method": "Novices", "n": 2}]}
+    assert third.origin == {
+        "base": "x",
+        "history": [{"method": "Novices", "edits": 1}, {"method": "Novices", "n": 2, "edits": 1}],
+    }
     assert first.origin == {"base": "x"} and len(second.origin["history"]) == 1
     assert third.starts_with(first) and third.starts_with(third) and not first.starts_with(third)
     assert not third.starts_with(CompressionPlan((NoviceExperts(1, (2,)),)))
@@ -204,3 +207,15 @@ def test_edits_are_frozen() -> None:
 def test_imports_no_torch() -> None:
     code = "import sys, moe_lightning.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_steps_are_what_each_method_added() -> None:
+    one, two, three = KeepExperts(0, (0, 1)), NoviceExperts(1, (2,)), NoviceExperts(2, (3,))
+    plan = CompressionPlan().extended([one], {"m": 1}).extended([], {"m": 2}).extended([two, three], {"m": 3})
+    for again in (plan, CompressionPlan.from_json(plan.to_json())):
+        assert [step.edits for step in again.steps()] == [(one,), (two, three)]
+        assert [step.origin["m"] for step in again.steps()] == [1, 3]
+    by_hand = CompressionPlan((one, two))
+    assert by_hand.steps() == (by_hand,)
+    mixed = plan.extended([NoviceExperts(2, (4,))])  # whose history tells of a part only
+    assert mixed.steps() == (mixed,)

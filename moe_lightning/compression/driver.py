@@ -103,7 +103,8 @@ def compress(
             raise ValueError(
                 "the model is compressed already: replay a plan on the uncompressed model that it was made for"
             )
-        methods = [Replay(plan)]
+        # Each step measures the model as the ones before it left it, as the methods did.
+        methods = [Replay(step) for step in plan.steps()] or [Replay(plan)]
     chosen = as_methods(methods if methods is not None else [])
     architecture = architecture_of(model)
     shape_before = architecture.shape(model)

@@ -56,10 +56,8 @@ class Surgery:
         total = 0
         for item in self.replaced:
             old = 0 if item.old is None else item.old.numel()
-            if item.name.endswith(".novices"):
-                total += abs(item.new.numel() - old)
-            else:
-                total += old - item.new.numel()
+            new = 0 if item.new is None else item.new.numel()
+            total += abs(new - old) if item.name.endswith(".novices") else old - new
         return total
 
     def undo(self) -> None:
@@ -127,6 +125,8 @@ def apply_plan(model: PreTrainedModel, plan: CompressionPlan) -> Surgery:
             raise ValueError(f"cannot compress a {type(model).__name__}: pass a MixtralForCausalLM")
         if surgery.touched != surgery.claimed:
             raise RuntimeError(f"surgery touched {surgery.touched} parameters but the plan claims {surgery.claimed}")
+        if not plan:
+            return surgery  # nothing is compressed: it stays what it is, and is written as what it is
         new = as_config(model.config, CompressedMixtralConfig, config_entry(plan, after))
         _set_config(change, model, model.config, new)
         change.set(model, "__class__", CompressedMixtralForCausalLM)

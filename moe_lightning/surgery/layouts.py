@@ -23,14 +23,14 @@ class ReplacedParameter:
 
     Attributes:
         name: Name of the new parameter in the model.
-        old: The parameter that went.
-        new: The parameter that came.
+        old: The parameter that went; None where there was none.
+        new: The parameter that came; None where none did (the last novices of a layer were deleted).
         rows: Rows (first axis) of ``old`` that ``new`` holds, int64; None where the parameter is wholly new.
     """
 
     name: str
     old: nn.Parameter | None
-    new: nn.Parameter
+    new: nn.Parameter | None
     rows: Tensor | None
 
 
@@ -87,7 +87,7 @@ def _change_layer(
         ReplacedParameter(f"{prefix}.storage.gate_up_proj", source.gate_up_proj, gate_up, gate_up_rows),
         ReplacedParameter(f"{prefix}.storage.down_proj", source.down_proj, down, down_rows),
     ]
-    if novices is not None:
+    if novices is not None or before.novices:
         change.replaced.append(_replaced_novices(f"{prefix}.novices", experts, novices, before, after))
     module = CompressedExperts(Dense(gate_up, down), after.slot_map, novices, opened.activation)
     module.train(experts.training)
@@ -100,12 +100,12 @@ def _change_layer(
 
 
 def _replaced_novices(
-    name: str, experts: nn.Module, novices: nn.Parameter, before: ExpertLayout, after: ExpertLayout
+    name: str, experts: nn.Module, novices: nn.Parameter | None, before: ExpertLayout, after: ExpertLayout
 ) -> ReplacedParameter:
     old = getattr(experts, "novices", None)
     survivors = [expert for expert in after.novices if expert in before.novices]
     # The state of old novices is carried over only where no new ones stand between them.
-    if old is not None and len(survivors) == len(after.novices):
+    if old is not None and novices is not None and len(survivors) == len(after.novices):
         rows = torch.tensor(
             [before.novices.index(expert) for expert in survivors], dtype=torch.int64, device=old.device
         )

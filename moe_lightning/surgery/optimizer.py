@@ -84,6 +84,8 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, replaced
                 members.append(parameter)
                 continue
             state = optimizer.state.pop(parameter, None)
+            if item.new is None:
+                continue
             is_new = item.name.endswith(".novices") and item.rows is None
             if state and not is_new:
                 optimizer.state[item.new] = _carried_state(state, item)
@@ -94,7 +96,7 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, replaced
             homes.setdefault(names.get(id(parameter), ""), group)
     named_groups = {group["name"]: group for group in optimizer.param_groups if "name" in group}
     for item in replaced:
-        if id(item.new) in held:
+        if item.new is None or id(item.new) in held:
             continue
         # Novices have no predecessor: the group made for them, or else the one that trains their layer's experts.
         home = named_groups.get("novices") or homes.get(item.name.removesuffix("novices") + "storage.down_proj")
