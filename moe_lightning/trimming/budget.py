@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from moe_lightning.criteria.selection import Scope
 from moe_lightning.statistics import criterion_named
 
@@ -24,8 +26,8 @@ def check_budget(owner: str, ratio: float | None, keep: float | None, criterion:
         raise ValueError(f"{owner} needs either ratio or keep, and not both: got ratio={ratio}, keep={keep}")
     if ratio is not None and not 0.0 <= ratio < 1.0:
         raise ValueError(f"{owner}: ratio must lie in [0, 1), got {ratio}: 0.25 removes a quarter of the experts")
-    if keep is not None and keep < 0:
-        raise ValueError(f"{owner}: keep must not be negative, got {keep}")
+    if keep is not None and not 0 <= keep < math.inf:
+        raise ValueError(f"{owner}: keep must not be negative and must be a number, got {keep}")
     if scope not in ("layer", "global"):
         raise ValueError(f"{owner}: unknown scope {scope!r}: choose layer or global")
     if keep is not None and scope == "layer" and keep != int(keep):
