@@ -190,14 +190,17 @@ def _fill(model: PreTrainedModel, method: Method, edits: Sequence[Edit], statist
             left = [place for place, expert in enumerate(experts) if expert in layouts[layer].novices]
             if not left:
                 continue
-            parameter, values = layers[layer].experts.novices, values[left]
+            parameter = layers[layer].experts.novices
+            values = values[left].to(parameter.device, parameter.dtype)  # what is finite in float64 may overflow here
             rows = torch.tensor(
                 [layouts[layer].novices.index(experts[place]) for place in left], device=parameter.device
             )
             if not bool(torch.isfinite(values).all()):
-                raise RuntimeError(f"layer {layer}: the novices of experts {list(experts)} are not finite")
+                raise RuntimeError(
+                    f"layer {layer}: the novices of experts {list(experts)} are not finite in {parameter.dtype}"
+                )
             with torch.inference_mode(False):
-                parameter.data[rows] = values.to(parameter.device, parameter.dtype)
+                parameter.data[rows] = values
 
 
 def _count_tokens(tokens: dict[int, dict[int, int]], edits: Sequence[Edit], statistics: Statistics) -> None:
