@@ -126,9 +126,9 @@ class Compress(AtStep):
             result = compress(
                 model, self._calibration(trainer), self.methods, origin=origin, progress=trainer.is_global_zero
             )
+        replaced = [item for surgery in result.surgeries for item in surgery.replaced]
         for optimizer in trainer.optimizers:
-            for surgery in result.surgeries:
-                carry_optimizer(optimizer, model, surgery.replaced)
+            carry_optimizer(optimizer, model, replaced)
         wrap_again(trainer, module)
         set_plan: Any = getattr(module, "set_plan", None)
         if set_plan is not None:

@@ -65,7 +65,8 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, replaced
     Args:
         optimizer: The optimizer of the model before the change.
         model: The model after the change.
-        replaced: What surgery replaced.
+        replaced: What surgery replaced; of several surgeries all of it, in their order. (After the first of two
+            surgeries alone, the optimizer would hold parameters that the second took out of the model.)
 
     Raises:
         RuntimeError: A parameter of the model is in no group afterwards though the parameter it came from was, or a
@@ -79,24 +80,22 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, replaced
     for group in optimizer.param_groups:
         members = []
         for parameter in group["params"]:
-            item = successor.get(id(parameter))
-            if item is None:
-                members.append(parameter)
-                continue
-            state = optimizer.state.pop(parameter, None)
-            if item.new is None:
-                continue
-            is_new = item.name.endswith(".novices") and item.rows is None
-            if state and not is_new:
-                optimizer.state[item.new] = _carried_state(state, item)
-            members.append(item.new)
+            last: nn.Parameter | None = parameter
+            while last is not None and (item := successor.get(id(last))) is not None:
+                state = optimizer.state.pop(last, None)
+                is_new = item.name.endswith(".novices") and item.rows is None
+                if state and item.new is not None and not is_new:
+                    optimizer.state[item.new] = _carried_state(state, item)
+                last = item.new
+            if last is not None:
+                members.append(last)
         group["params"][:] = members
         held.update(id(parameter) for parameter in members)
         for parameter in members:
             homes.setdefault(names.get(id(parameter), ""), group)
     named_groups = {group["name"]: group for group in optimizer.param_groups if "name" in group}
     for item in replaced:
-        if item.new is None or id(item.new) in held:
+        if item.new is None or id(item.new) in held or id(item.new) in successor:
             continue
         # Novices have no predecessor: the group made for them, or else the one that trains their layer's experts.
         home = named_groups.get("novices") or homes.get(item.name.removesuffix("novices") + "storage.down_proj")

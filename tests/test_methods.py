@@ -1,0 +1,211 @@
+"""What holds for every method, run over all rows of ``method_settings.py``."""
+
+import copy
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import moe_lightning as ml
+from moe_lightning.architectures import architecture_of
+from moe_lightning.surgery import build, carry_optimizer, parameter_groups
+from tests.method_settings import SETTINGS
+from tests.models import random_batches, tiny_mixtral
+from tests.reference import emulated, untouched
+
+ROOT = Path(__file__).resolve().parents[1]
+ANY_SETTING = pytest.mark.parametrize("name", SETTINGS)
+BATCHES = random_batches(3, 2, 11)
+INPUTS = random_batches(1, 2, 9, seed=5)[0]["input_ids"]
+
+
+def compress(model: Any, name: str | None = None, **options: Any) -> ml.CompressionResult:
+    methods = SETTINGS[name].make() if name else None
+    return ml.compress(model, BATCHES, methods, progress=False, **options)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=INPUTS).logits
+
+
+def assert_same_weights(model: Any, other: Any) -> None:
+    state, expected = other.state_dict(), model.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor), name
+
+
+@ANY_SETTING
+def test_equals_the_untouched_model_with_masks_and_constants(name: str) -> None:
+    """A deleted expert is masked with minus infinity; a novice adds its routing weight times its vector."""
+    model = untouched()
+    original = copy.deepcopy(model)
+    shape = compress(model, name).shape_after
+    dropped = {layout.layer: set(range(6)) - set(layout.router) for layout in shape.layouts}
+    constants = {
+        (layout.layer, expert): model.model.layers[layout.layer].mlp.experts.novices[number].detach()
+        for layout in shape.layouts
+        for number, expert in enumerate(layout.novices)
+    }
+    with emulated(original, dropped, constants):
+        expected = logits(original)
+    assert (logits(original) - expected).abs().max() > 1e-3, "nothing was compressed"
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-10)
+
+
+@ANY_SETTING
+def test_a_plan_replayed_gives_the_same_weights(name: str) -> None:
+    model, other = tiny_mixtral(), tiny_mixtral()
+    result = compress(model, name)
+    again = compress(other, plan=ml.CompressionPlan.from_json(result.plan.to_json()))
+    assert again.plan == result.plan
+    assert type(other) is type(model)
+    assert_same_weights(model, other)
+    assert (again.touched, again.claimed) == (result.touched, result.claimed)
+    third = tiny_mixtral()
+    compress(third, plan=again.plan)  # a plan of a replay
+    assert_same_weights(model, third)
+
+
+@ANY_SETTING
+def test_same_result_twice(name: str) -> None:
+    model, other = tiny_mixtral(), tiny_mixtral()
+    assert compress(model, name).plan == compress(other, name).plan
+    assert_same_weights(model, other)
+
+
+@ANY_SETTING
+def test_the_structure_built_from_the_plan_takes_the_weights(name: str) -> None:
+    model = tiny_mixtral()
+    plan = compress(model, name).plan
+    with torch.device("meta"):
+        empty = build(tiny_mixtral().config, plan)
+        assert {n: p.shape for n, p in build(model.config).named_parameters()} == {
+            n: p.shape for n, p in empty.named_parameters()
+        }
+    assert type(empty) is type(model)
+    filled = build(tiny_mixtral().config, plan).eval()
+    filled.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(logits(filled), logits(model))
+
+
+@ANY_SETTING
+def test_touched_equals_claimed_and_sizes_equal_those_counted(name: str) -> None:
+    model = tiny_mixtral()
+    result = compress(model, name)
+    assert result.touched == result.claimed > 0
+    size = ml.measure(model)
+    assert result.size_after == size
+    assert size.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert size.bytes == sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    assert size.parameters < result.size_before.parameters
+    assert architecture_of(model).shape(model) == result.shape_after
+    assert result.shape_after.parameters == size.parameters
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], dict[str, Tensor], Path]:
+    """Save the outcome of every row, load all of them in one fresh process: logits before and after."""
+    folder = tmp_path_factory.mktemp("folders")
+    before = {}
+    for name in SETTINGS:
+        model = tiny_mixtral()
+        compress(model, name)
+        before[name] = logits(model)
+        ml.save_pretrained(model, folder / name)
+    torch.save(INPUTS, folder / "inputs.pt")
+    subprocess.run([sys.executable, "-m", "tests.fresh_process", str(folder)], check=True, cwd=ROOT)
+    return before, torch.load(folder / "logits.pt"), folder
+
+
+@ANY_SETTING
+@pytest.mark.xdist_group("fresh process")
+def test_saved_and_loaded_in_a_fresh_process(name: str, loaded: Any) -> None:
+    before, after, folder = loaded
+    assert torch.equal(before[name], after[name])
+    config = (folder / name / "config.json").read_text()
+    assert ('"model_type": "mixtral"' in config) == SETTINGS[name].plain
+
+
+@ANY_SETTING
+def test_the_optimizer_still_trains_every_parameter(name: str) -> None:
+    model = tiny_mixtral().train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2)
+
+    def step(seed: int) -> None:
+        batch = random_batches(1, 4, 16, seed=seed)[0]
+        optimizer.zero_grad()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+
+    step(1)
+    surgeries = compress(model, name).surgeries
+    carry_optimizer(optimizer, model, [item for surgery in surgeries for item in surgery.replaced])
+    fresh = parameter_groups(model, 0.1)
+    for group, expected in zip(optimizer.param_groups, fresh, strict=True):
+        assert group["name"] == expected["name"]
+        assert [id(p) for p in group["params"]] == [id(p) for p in expected["params"]]
+    assert set(optimizer.state) <= set(model.parameters())
+    for parameter_name, parameter in model.named_parameters():
+        moments = optimizer.state.get(parameter)
+        if "novices" in parameter_name:
+            assert moments is None or moments["exp_avg"].shape == parameter.shape
+        else:
+            assert moments is not None and moments["exp_avg"].shape == parameter.shape, parameter_name
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for seed in (2, 3):
+        step(seed)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.numel():
+            moved = (parameter != before[parameter_name]).reshape(len(parameter), -1).any(1)
+            assert moved.all() or ("embed" in parameter_name and moved.any()), parameter_name
+
+
+@ANY_SETTING
+def test_generation_with_the_cache_equals_generation_without(name: str) -> None:
+    model = untouched()
+    compress(model, name)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 2, "eos_token_id": 63}
+    prompt = INPUTS[:, :4]
+    cached = model.generate(prompt, use_cache=True, **options)
+    assert torch.equal(cached, model.generate(prompt, use_cache=False, **options))
+    by_hand = prompt
+    for _ in range(cached.shape[1] - 4):
+        with torch.no_grad():
+            by_hand = torch.cat([by_hand, model(input_ids=by_hand).logits[:, -1:].argmax(-1)], dim=1)
+    ended = (by_hand == 63).cumsum(1) > 0
+    assert torch.equal(by_hand[~ended], cached[~ended])
+
+
+@ANY_SETTING
+def test_a_copy_is_independent(name: str) -> None:
+    model = tiny_mixtral()
+    compress(model, name)
+    before = logits(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), before)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1)
+    assert torch.equal(logits(model), before)
+
+
+def test_every_public_method_has_a_row() -> None:
+    from moe_lightning.method import Method
+
+    used = {type(method) for setting in SETTINGS.values() for method in setting.make()}
+    public = {getattr(ml, name) for name in ml.__all__ if name[0].isupper()}
+    methods = {item for item in public if isinstance(item, type) and issubclass(item, Method)}
+    assert used == methods
+
+
+def test_all_rows_differ() -> None:
+    plans = {name: compress(tiny_mixtral(), name).plan for name in SETTINGS}
+    for (one, first), (other, second) in itertools.combinations(plans.items(), 2):
+        assert first != second, f"{one} and {other} do the same"
