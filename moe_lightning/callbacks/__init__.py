@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from moe_lightning.callbacks.checkpointing import AtomicCheckpointIO, LastCheckpoint, last_checkpoint
 from moe_lightning.callbacks.compress import Compress
+from moe_lightning.callbacks.expert_statistics import ExpertStatistics
 from moe_lightning.callbacks.export import Export
 from moe_lightning.callbacks.novice_tuning import NoviceTuning
 from moe_lightning.callbacks.predictions import PredictionWriter
+from moe_lightning.callbacks.progress import CompactProgress
 from moe_lightning.callbacks.random_state import RandomState
 
 __all__ = [
     "AtomicCheckpointIO",
+    "CompactProgress",
     "Compress",
+    "ExpertStatistics",
     "Export",
     "LastCheckpoint",
     "NoviceTuning",
