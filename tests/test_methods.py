@@ -125,7 +125,6 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor],
 
 
 @ANY_SETTING
-@pytest.mark.xdist_group("fresh process")
 def test_saved_and_loaded_in_a_fresh_process(name: str, loaded: Any) -> None:
     before, after, folder = loaded
     assert torch.equal(before[name], after[name])
