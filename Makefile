@@ -23,6 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 install: $(STAMP)  ## Create .venv with the versions of constraints.txt
 
+# One thread: the same figures on every run, and no crawl where other work shares the cores.
+demo: export OMP_NUM_THREADS = 1
 demo: $(STAMP)  ## Train a small Mixtral on real text, compress it in mid-run, recover, test, compare
 	$(BIN)/moe-lightning fit -c configs/quickstart.yaml --overwrite true
 	$(BIN)/moe-lightning test -c configs/quickstart.yaml --ckpt_path last

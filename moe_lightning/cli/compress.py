@@ -349,7 +349,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(with_replaced_lists(resolved, ("--methods",)))
     _use_own_tokenizer(options)
     try:
-        objects = parser.instantiate_classes(options)
+        objects = parser.instantiate(options)
         values = vars(objects)
         values.pop("config", None)
         compress_checkpoint(**values)
