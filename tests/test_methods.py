@@ -13,7 +13,7 @@ from torch import Tensor
 
 import moe_lightning as ml
 from moe_lightning.architectures import architecture_of
-from moe_lightning.surgery import build, carry_optimizer, parameter_groups
+from moe_lightning.surgery import apply_plan, build, carry_optimizer, parameter_groups
 from tests.method_settings import SETTINGS
 from tests.models import random_batches, tiny_mixtral
 from tests.reference import emulated, untouched
@@ -90,6 +90,8 @@ def test_the_structure_built_from_the_plan_takes_the_weights(name: str) -> None:
             n: p.shape for n, p in empty.named_parameters()
         }
     assert type(empty) is type(model)
+    for router in (layer.mlp.gate for layer in (*model.model.layers, *empty.model.layers)):
+        assert router.num_experts == len(router.weight)
     filled = build(tiny_mixtral().config, plan).eval()
     filled.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(logits(filled), logits(model))
@@ -164,6 +166,18 @@ def test_the_optimizer_still_trains_every_parameter(name: str) -> None:
         if parameter.numel():
             moved = (parameter != before[parameter_name]).reshape(len(parameter), -1).any(1)
             assert moved.all() or ("embed" in parameter_name and moved.any()), parameter_name
+
+
+def test_groups_are_in_the_order_of_the_model_when_earlier_layers_get_novices_later() -> None:
+    """An optimizer's state is saved by position: a resumed run makes its groups from the model."""
+    model = tiny_mixtral()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1))
+    plan = ml.CompressionPlan()
+    for layer in (2, 0, 1):
+        plan = plan.extended([ml.NoviceExperts(layer, (1, 3))])
+        carry_optimizer(optimizer, model, apply_plan(model, plan).replaced)
+    for group, expected in zip(optimizer.param_groups, parameter_groups(model, 0.1), strict=True):
+        assert [id(p) for p in group["params"]] == [id(p) for p in expected["params"]], group["name"]
 
 
 @ANY_SETTING

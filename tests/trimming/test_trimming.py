@@ -63,6 +63,21 @@ def test_the_survivors_are_the_original_tensors() -> None:
         assert torch.equal(layer.mlp.experts.storage.down_proj, old.mlp.experts.down_proj[list(layout.real)])
 
 
+@pytest.mark.parametrize("second", [ml.Novices(keep=2, novice="zero"), ml.ExpertDrop(keep=5, criterion="frequency")])
+def test_old_novices_keep_their_vectors(second: Any) -> None:
+    """New novices stand before and between them, or some of them are deleted."""
+    model = untouched()
+    compress(model, ml.Novices(keep=4, novice="gate2_mean"))
+    before = novices_of(model)
+    compress(model, second)
+    after = novices_of(model)
+    assert len({tuple(vector.tolist()) for vector in before.values()}) == len(before) == 6
+    survivors = before.keys() & after.keys()
+    assert len(survivors) > 1 and before.keys() != after.keys()
+    for name, vector in after.items():
+        assert torch.equal(vector, before.get(name, torch.zeros_like(vector))), name
+
+
 # Which experts go, against a ranking done here.
 
 
