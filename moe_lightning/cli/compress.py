@@ -25,7 +25,7 @@ from moe_lightning.checkpoints import (
 )
 from moe_lightning.cli.arguments import with_bare_flags, with_replaced_lists
 from moe_lightning.cli.config_files import resolve_configs
-from moe_lightning.cli.errors import OneLineErrors
+from moe_lightning.cli.errors import OneLineErrors, in_one_line
 from moe_lightning.compression import CompressionResult, compress, trial_edits
 from moe_lightning.data import TextDataModule
 from moe_lightning.evaluation import LikelihoodResult, evaluate, tokens_per_second
@@ -321,6 +321,7 @@ def _parser() -> CommandParser:
     parser = CommandParser(
         prog="moe-lightning compress",
         description="Compress a checkpoint that exists already, without training.",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "-c", "--config", action="config", help="YAML file with options, or the name of a packaged one."
@@ -354,7 +355,7 @@ def main(arguments: Sequence[str]) -> int:
         values.pop("config", None)
         compress_checkpoint(**values)
     except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
-        print(f"moe-lightning compress: error: {error}", file=sys.stderr)
+        print(f"moe-lightning compress: error: {in_one_line(str(error))}", file=sys.stderr)
         return 2
     return 0
 

@@ -4,13 +4,94 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
+import inspect
 import os
 import re
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import NoReturn
+
+from moe_lightning import callbacks, trimming
 
 TRACEBACK_VARIABLE = "MOE_LIGHTNING_TRACEBACK"
 """Environment variable that, when set, shows where in the code a mistake was found."""
+
+CLASSES = (*callbacks.__all__, *trimming.__all__)
+"""Short names of classes that config files may hold."""
+
+
+@dataclass
+class _Line:
+    """A line of a message with the lines that are indented below it."""
+
+    text: str
+    below: list[_Line] = field(default_factory=list)
+
+
+def _tree(message: str) -> list[_Line]:
+    root = _Line("")
+    path: list[tuple[int, _Line]] = [(-1, root)]
+    for line in message.splitlines():
+        if line.strip():
+            indent = len(line) - len(line.lstrip())
+            while path[-1][0] >= indent:
+                path.pop()
+            path[-1][1].below.append(_Line(line.strip()))
+            path.append((indent, path[-1][1].below[-1]))
+    return root.below
+
+
+def _words(lines: list[_Line]) -> str:
+    return " ".join(f"{line.text} {_words(line.below)}".strip() for line in lines)
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _parameters(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+
+
+def _explain(lines: list[_Line], where: str = "", class_path: str = "") -> str:
+    """Return the reason that helps, behind the names of the options and classes that lead to it."""
+    first = lines[0]
+    if key := re.fullmatch(r'Parser key "(.+?)":(.*)', first.text):
+        rest = [*([_Line(key[2].strip())] if key[2].strip() else []), *first.below, *lines[1:]]
+        return _explain(rest, f"{where}.{key[1]}" if where else f"--{key[1]}", class_path)
+    if problem := re.fullmatch(
+        r"(?:Problem with given class_path|Problem with given parent class) '(.+?)':", first.text
+    ):
+        name = problem[1].rpartition(".")[2]
+        return _explain([*first.below, *lines[1:]], f"{where}: {name}" if where else name, problem[1])
+    given = next(
+        (line.text.removeprefix("Given value: ") for line in lines if line.text.startswith("Given value: ")), ""
+    )
+    errors = next((line.below for line in lines if line.text == "Errors:"), [])
+    if first.text.startswith("Does not validate against any of the Union subtypes") and errors:
+        for line in errors:
+            line.text = line.text.removeprefix("- ")
+        # Of the types that an option may have, most say only that the value is none of their own.
+        helpful = [line for line in errors if not line.text.startswith(("Expected a <class", "Not a valid subclass"))]
+        if helpful:
+            return _explain([helpful[0]], where, class_path)
+        reasons = "; ".join(dict.fromkeys(line.text for line in errors if line.text.startswith("Expected")))
+        reason = f"{given!r} is not possible" + (f": {reasons}" if reasons else "")
+    elif name := re.fullmatch(r"Expected a dot import path string: (.*)", first.text):
+        reason = f"there is no class {name[1]!r}{_near(name[1], CLASSES)}"
+    elif option := re.fullmatch(r"Option '(.+?)' is not accepted", first.text):
+        known = _parameters(class_path) if class_path else []
+        reason = f"there is no option {option[1]!r}{_near(option[1], known)}"
+        reason += f"; possible are {', '.join(known)}" if known else ""
+    elif first.text.startswith("Not a valid subclass"):
+        reason = f"{first.text}: write class_path and, below it, init_args"
+    else:
+        reason = _words(lines)
+    return f"{where}: {reason}" if where else reason
 
 
 def in_one_line(message: str) -> str:
@@ -19,16 +100,8 @@ def in_one_line(message: str) -> str:
     Args:
         message: jsonargparse's message, which for a value that fits none of several types has a dozen lines.
     """
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    key = re.match(r'Parser key "(.+?)":', lines[0])
-    if key is None:
-        return " ".join(lines)
-    value = next((line.removeprefix("Given value: ") for line in lines if line.startswith("Given value: ")), None)
-    if value is None:
-        return f"--{key[1]}: " + " ".join([lines[0][key.end() :], *lines[1:]]).strip()
-    # Each type says why the value is none of its own.
-    reasons = dict.fromkeys(line.removeprefix("- ") for line in lines if line.startswith("- Expected"))
-    return f"--{key[1]}: {value!r} is not possible: {'; '.join(reasons)}"
+    line = _explain(_tree(message)) if message.strip() else message
+    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", lambda kind: kind[1].replace("NoneType", "null"), line)
 
 
 class OneLineErrors:
@@ -47,6 +120,9 @@ class OneLineErrors:
         Raises:
             SystemExit: Always.
         """
+        if not getattr(self, "exit_on_error", True):
+            # A parser inside another one, for the options of a class: the outer one knows the whole story.
+            raise argparse.ArgumentError(None, message) from ex
         if os.environ.get(TRACEBACK_VARIABLE) and ex is not None:
             raise ex
         parser = getattr(ex, "subcommand_parser", None) or self

@@ -125,7 +125,7 @@ class MoELightningCLI(LightningCLI):
             TextDataModule,
             save_config_callback=SaveRunConfig,
             seed_everything_default=DEFAULT_SEED,
-            parser_kwargs={"prog": "moe-lightning"},
+            parser_kwargs={"prog": "moe-lightning", "allow_abbrev": False},
             parser_class=RunParser,
             auto_configure_optimizers=False,
             # Hyper-parameters are plain values: MixtralModule saves its structure itself, and nothing else.

@@ -176,7 +176,8 @@ def test_a_model_folder_brings_its_own_tokenizer(trained: Path, config: str, tmp
         (["--model.learning_rte", "1"], ["model.learning_rte", "did you mean model.learning_rate"]),
         (["--model.model.hidden_sise", "8"], ["hidden_sise", "did you mean 'hidden_size'"]),
         (["--model.learning_rate", "-1"], ["model.learning_rate=-1.0", "a number > 0"]),
-        (["--model.learning_rate", "fast"], ["--model.learning_rate: ", "fast"]),
+        (["--model.learning_rate", "fast"], ["--model.learning_rate: ", "fast", "Expected a float"]),
+        (["--trainer.max_step", "3"], ["--trainer.max_step 3", "did you mean trainer.max_steps"]),
         (["--data.prompts", "3"], ["--data.prompts: '3' is not possible", "list"]),
         (["--data.batch_size", "0"], ["--data.batch_size 0", "at least 1"]),
         (["--data.sources", "/nowhere/*.txt"], ["/nowhere/*.txt"]),
@@ -221,6 +222,37 @@ def test_typos_in_config_files(
     )
     assert word in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("{ratio: 1.0}", "Novices: ratio must lie in [0, 1), got 1.0: 0.25 removes a quarter of the experts"),
+        ("{ratio: 0.5, criterion: magic}", "Novices: unknown criterion 'magic': choose one of frequency, "),
+        ("{ratio: much}", "Compress.methods: Novices.ratio: 'much' is not possible: Expected a float; Expected a null"),
+        ("{ratioo: 0.5}", "Compress.methods: Novices: there is no option 'ratioo' (did you mean ratio?)"),
+        ("{ratio: 0.5}, name: x", "Compress.methods: Not a valid subclass of Method"),
+    ],
+)
+def test_mistakes_deep_inside_a_callback_are_told_alone(
+    method: str, message: str, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The parser tries all types that an option may have and tells why each one failed: a dozen lines."""
+    methods = f"[{{class_path: Novices, init_args: {method}}}]"
+    text = f"trainer: {{callbacks: [{{class_path: Compress, init_args: {{at_step: 2, methods: {methods}}}}}]}}"
+    (tmp_path / "bad.yaml").write_text(text)
+    line = refused(["fit", "-c", config, "-c", str(tmp_path / "bad.yaml"), "--run_dir", str(tmp_path / "run")], capsys)
+    assert line.startswith("moe-lightning fit: error: ") and message in line and len(line) < 300
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "near"), [("Compres", "Compress"), ("LastCheckpont", "LastCheckpoint")])
+def test_class_names_with_a_typo(
+    name: str, near: str, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.yaml").write_text(f"trainer: {{callbacks: [{{class_path: {name}}}]}}")
+    line = refused(["fit", "-c", config, "-c", str(tmp_path / "bad.yaml"), "--run_dir", str(tmp_path / "run")], capsys)
+    assert f"--trainer.callbacks: there is no class '{name}' (did you mean {near}?)" in line
 
 
 def test_a_used_run_directory_is_not_overwritten_by_accident(
