@@ -46,8 +46,7 @@ def one_layer(device: str) -> MixtralForCausalLM:
 
 def with_novices(model: MixtralForCausalLM, count: int) -> MixtralForCausalLM:
     model = copy.deepcopy(model)
-    surgery = apply_plan(model, CompressionPlan((NoviceExperts(0, tuple(range(8 - count, 8))),)))
-    surgery.forget()
+    apply_plan(model, CompressionPlan((NoviceExperts(0, tuple(range(8 - count, 8))),)))
     torch.nn.init.normal_(model.model.layers[0].mlp.experts.novices, std=0.02)
     return model
 

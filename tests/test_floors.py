@@ -19,8 +19,6 @@ FLOORS = [
     {"criteria"},
     # The base class that trimming, slimming and recovery share, and that compression drives.
     {"method"},
-    # method holds the base class of the next floor's rooms.
-    {"method"},
     {"trimming", "slimming", "recovery"},
     {"compression"},
     {"checkpoints", "data", "evaluation"},

@@ -146,8 +146,7 @@ def test_the_optimizer_still_trains_every_parameter(name: str) -> None:
         optimizer.step()
 
     step(1)
-    surgeries = compress(model, name).surgeries
-    carry_optimizer(optimizer, model, [item for surgery in surgeries for item in surgery.replaced])
+    compress(model, name, optimizers=[optimizer])
     fresh = parameter_groups(model, 0.1)
     for group, expected in zip(optimizer.param_groups, fresh, strict=True):
         assert group["name"] == expected["name"]

@@ -18,7 +18,6 @@ from moe_lightning.files import write_atomically
 from moe_lightning.method import Method
 from moe_lightning.plan import ModelShape
 from moe_lightning.reporting import plan_table
-from moe_lightning.surgery import carry_optimizer
 
 
 class Compress(AtStep):
@@ -124,17 +123,18 @@ class Compress(AtStep):
             origin["data"] = datamodule.describe()
         with trainer.precision_plugin.forward_context():
             result = compress(
-                model, self._calibration(trainer), self.methods, origin=origin, progress=trainer.is_global_zero
+                model,
+                self._calibration(trainer),
+                self.methods,
+                origin=origin,
+                optimizers=trainer.optimizers,
+                progress=trainer.is_global_zero,
             )
-        replaced = [item for surgery in result.surgeries for item in surgery.replaced]
-        for optimizer in trainer.optimizers:
-            carry_optimizer(optimizer, model, replaced)
         wrap_again(trainer, module)
         set_plan: Any = getattr(module, "set_plan", None)
         if set_plan is not None:
             set_plan(result.plan)
         self._log(trainer, result)
-        result.surgeries.clear()  # they hold the parameters that went
         self.result = result
 
     def _log(self, trainer: Trainer, result: CompressionResult) -> None:

@@ -49,7 +49,7 @@ class Prepared:
     shape_after: ModelShape
     size_before: ModelSize
     size_after: ModelSize
-    format: Literal["native", "transformers"]
+    format: Format
     plan: CompressionPlan | None
     methods: list[Method]
     data: TextDataModule
@@ -138,7 +138,13 @@ def _prepare(
         methods = [Replay(replayed)]
     chosen = list(methods)
     edits, after = trial_edits(shape, chosen)
-    written = check_format(after, format)
+    check_format(after, format)
+    uneven = [type(method).__name__ for method in chosen if getattr(method, "scope", "layer") != "layer"]
+    if format == "transformers" and uneven:
+        raise ValueError(
+            f"--format transformers needs the same number of experts in every layer, which {', '.join(uneven)} with "
+            "scope=global does not promise: use scope=layer or --format auto"
+        )
     if data.options.tokenizer is None:
         raise ValueError(
             f"{model} holds no tokenizer: name the one that the model was trained with by --data.tokenizer"
@@ -164,7 +170,7 @@ def _prepare(
         torch.set_default_dtype(default)
     target = None if output is None else Path(output)
     return Prepared(
-        Path(model), target, shape, after, size_before, size_after, written, replayed, chosen, data, where, kind
+        Path(model), target, shape, after, size_before, size_after, format, replayed, chosen, data, where, kind
     )
 
 
@@ -189,8 +195,9 @@ def _print_plan(prepared: Prepared) -> None:
         print(f"method   {step}")
     print(f"size     {before.parameters:,} -> {after.parameters:,} parameters ({share:.1%})")
     print(f"         {before.bytes / 2**20:,.1f} -> {after.bytes / 2**20:,.1f} MiB of weights")
-    note = " (loads after 'import moe_lightning')" if prepared.format == "native" else ""
-    print(f"format   {prepared.format}{note}")
+    likely = check_format(prepared.shape_after, prepared.format)
+    note = " (loads after 'import moe_lightning')" if likely == "native" else " (a plain Mixtral)"
+    print(f"format   {prepared.format}: {likely}{note}")
     print(f"output   {prepared.output or '-'}", flush=True)
 
 

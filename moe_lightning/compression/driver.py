@@ -20,7 +20,7 @@ from moe_lightning.method import Method
 from moe_lightning.plan import CompressionPlan, Edit, ModelShape
 from moe_lightning.sizes import measure
 from moe_lightning.statistics import Statistics, collect
-from moe_lightning.surgery import Surgery, apply_plan, plan_of
+from moe_lightning.surgery import Surgery, apply_plan, carry_optimizer, plan_of
 from moe_lightning.trimming import Replay
 
 Batches = Iterable[Mapping[str, Any]]
@@ -76,6 +76,7 @@ def compress(
     *,
     plan: CompressionPlan | None = None,
     origin: Mapping[str, Any] | None = None,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
     progress: bool = True,
 ) -> CompressionResult:
     """Compress a model in place, all or nothing: when anything fails the model is as it was.
@@ -86,6 +87,8 @@ def compress(
         methods: Methods in the order in which they are applied.
         plan: A plan to replay instead of methods. It is the whole plan of an uncompressed model.
         origin: Where the calibration data comes from, plain types; kept in the plan.
+        optimizers: Optimizers of the model. They are edited in place and go on training what is left, with the state of
+            what survives.
         progress: Show progress bars.
 
     Returns:
@@ -137,7 +140,6 @@ def compress(
             size_after=measure(model),
             shape_before=shape_before,
             shape_after=architecture.shape(model),
-            surgeries=surgeries,
         )
         result.modules.update(_statuses(result, tokens))
         _prove(result)
@@ -145,8 +147,9 @@ def compress(
         for surgery in reversed(surgeries):
             surgery.undo()
         raise
-    for surgery in surgeries:
-        surgery.forget()
+    replaced = [item for surgery in surgeries for item in surgery.replaced]
+    for optimizer in optimizers:
+        carry_optimizer(optimizer, model, replaced)
     return result
 
 

@@ -10,7 +10,6 @@ from torch import nn
 from moe_lightning.plan import CompressionPlan, ModelShape
 from moe_lightning.sizes import ModelSize
 from moe_lightning.statistics import Statistics
-from moe_lightning.surgery import Surgery
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,6 @@ class CompressionResult:
         size_after: The same after.
         shape_before: Shape before.
         shape_after: Shape after.
-        surgeries: What each method's surgery replaced, in order; an optimizer follows them.
     """
 
     model: nn.Module
@@ -55,7 +53,6 @@ class CompressionResult:
     size_after: ModelSize
     shape_before: ModelShape
     shape_after: ModelShape
-    surgeries: list[Surgery] = field(default_factory=list, repr=False)
 
     def summary(self) -> dict[str, Any]:
         """Return the numbers as plain types."""

@@ -152,6 +152,8 @@ class Statistics:
     def synthetic(cls, shape: ModelShape, seed: int = 0) -> Statistics:
         """Make statistics of the right form without a model, to try out a decision before anything is measured.
 
+        All layers have the same values, so that a budget over all layers spreads as evenly as it can.
+
         Args:
             shape: Shape of the model.
             seed: Seed of the values.
@@ -168,7 +170,8 @@ class Statistics:
         tensors = {}
         for name in (name for names in GROUPS.values() for name in names):
             size = sizes.get(name, (rows, experts, hidden) if name in wide else (rows, experts))
-            tensors[name] = 2 + torch.rand(size, dtype=torch.float64, generator=generator)
+            one_layer = 2 + torch.rand(size[1:], dtype=torch.float64, generator=generator)
+            tensors[name] = one_layer.expand(size).clone()
         return cls(shape, tensors, {"synthetic": True})
 
 

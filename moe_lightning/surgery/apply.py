@@ -55,18 +55,15 @@ class Surgery:
         """Parameters that went or came, counted in the tensors themselves."""
         total = 0
         for item in self.replaced:
-            old = 0 if item.old is None else item.old.numel()
-            new = 0 if item.new is None else item.new.numel()
-            total += abs(new - old) if item.name.endswith(".novices") else old - new
+            kept = 0 if item.rows is None else int((item.rows >= 0).sum())
+            for parameter in (item.old, item.new):
+                if parameter is not None and len(parameter):
+                    total += (len(parameter) - kept) * parameter[0].numel()
         return total
 
     def undo(self) -> None:
         """Put the model back as it was."""
         self.change.undo()
-
-    def forget(self) -> None:
-        """Free what the undo needs: the parameters that went."""
-        self.change.undo_steps.clear()
 
 
 def plan_of(model: nn.Module) -> CompressionPlan:

@@ -25,7 +25,8 @@ class ReplacedParameter:
         name: Name of the new parameter in the model.
         old: The parameter that went; None where there was none.
         new: The parameter that came; None where none did (the last novices of a layer were deleted).
-        rows: Rows (first axis) of ``old`` that ``new`` holds, int64; None where the parameter is wholly new.
+        rows: For each row (first axis) of ``new`` the row of ``old`` that it holds, int64 on the CPU, -1 for a row that
+            is new; None where one of the two is not there.
     """
 
     name: str
@@ -53,9 +54,10 @@ class LayoutChange:
 
 
 def _slice(old: nn.Parameter, rows: list[int]) -> tuple[nn.Parameter, Tensor]:
-    index = torch.tensor(rows, dtype=torch.int64, device=old.device)
+    # On the CPU, also where the model is on the meta device: what was touched is counted from it.
+    index = torch.tensor(rows, dtype=torch.int64, device="cpu")
     with torch.inference_mode(False), torch.no_grad():
-        return nn.Parameter(old.index_select(0, index), requires_grad=old.requires_grad), index
+        return nn.Parameter(old.index_select(0, index.to(old.device)), requires_grad=old.requires_grad), index
 
 
 def _new_novices(
@@ -103,14 +105,10 @@ def _replaced_novices(
     name: str, experts: nn.Module, novices: nn.Parameter | None, before: ExpertLayout, after: ExpertLayout
 ) -> ReplacedParameter:
     old = getattr(experts, "novices", None)
-    survivors = [expert for expert in after.novices if expert in before.novices]
-    # The state of old novices is carried over only where no new ones stand between them.
-    if old is not None and novices is not None and len(survivors) == len(after.novices):
-        rows = torch.tensor(
-            [before.novices.index(expert) for expert in survivors], dtype=torch.int64, device=old.device
-        )
-        return ReplacedParameter(name, old, novices, rows)
-    return ReplacedParameter(name, old, novices, None)
+    if old is None or novices is None:
+        return ReplacedParameter(name, old, novices, None)
+    places = [before.novices.index(expert) if expert in before.novices else -1 for expert in after.novices]
+    return ReplacedParameter(name, old, novices, torch.tensor(places, dtype=torch.int64, device="cpu"))
 
 
 def change_layouts(model: nn.Module, architecture: Architecture, before: ModelShape, after: ModelShape) -> LayoutChange:

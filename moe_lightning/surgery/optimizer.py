@@ -45,11 +45,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def _carried_state(state: dict[str, Any], item: ReplacedParameter) -> dict[str, Any]:
-    assert item.old is not None
+    assert item.old is not None and item.rows is not None
     carried = {}
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == item.old.shape and value.ndim > 0:
-            carried[key] = value.index_select(0, item.rows.to(value.device)) if item.rows is not None else value
+            rows = item.rows.to(value.device)
+            carried[key] = value.index_select(0, rows.clamp(min=0))
+            carried[key][rows < 0] = 0  # novices that are new among old ones have no moments yet
         else:
             carried[key] = value
     return carried
@@ -68,9 +70,8 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, replaced
         replaced: What surgery replaced; of several surgeries all of it, in their order. (After the first of two
             surgeries alone, the optimizer would hold parameters that the second took out of the model.)
 
-    Raises:
-        RuntimeError: A parameter of the model is in no group afterwards though the parameter it came from was, or a
-            group holds a parameter that the model no longer has.
+    Parameters of the optimizer that are none of the model's (a module may train more than its model) stay where they
+    are, behind those of the model.
     """
     successor = {id(item.old): item for item in replaced if item.old is not None}
     positions = {id(parameter): place for place, parameter in enumerate(model.parameters())}
@@ -83,8 +84,7 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, replaced
             last: nn.Parameter | None = parameter
             while last is not None and (item := successor.get(id(last))) is not None:
                 state = optimizer.state.pop(last, None)
-                is_new = item.name.endswith(".novices") and item.rows is None
-                if state and item.new is not None and not is_new:
+                if state and item.new is not None:
                     optimizer.state[item.new] = _carried_state(state, item)
                 last = item.new
             if last is not None:
@@ -103,7 +103,4 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, replaced
             home["params"].append(item.new)
             held.add(id(item.new))
     for group in optimizer.param_groups:
-        strangers = [parameter for parameter in group["params"] if id(parameter) not in positions]
-        if strangers:
-            raise RuntimeError(f"{len(strangers)} parameter(s) of the optimizer are no longer in the model")
-        group["params"].sort(key=lambda parameter: positions[id(parameter)])
+        group["params"].sort(key=lambda parameter: positions.get(id(parameter), len(positions)))

@@ -21,6 +21,7 @@ from tests.small_runs import write_texts
 
 NOVICES = "[{class_path: Novices, init_args: {ratio: 0.5, criterion: residual, scope: global, novice: gate2_mean}}]"
 DROP = "[{class_path: ExpertDrop, init_args: {keep: 3}}]"
+UNEVEN = "[{class_path: ExpertDrop, init_args: {keep: 3, scope: global}}]"
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +174,7 @@ def bad_model(place: Path, kind: str) -> str:
         (["--device", "cuda:77"], "--device"),
         (["--device", "toaster"], "--device toaster"),
         (["--format", "transformers"], "plain Mixtral because"),
+        (["--format", "transformers", "--methods", UNEVEN], "scope=layer or --format auto"),
         (["--plan", "/nowhere/plan.json"], "--plan"),
         (["--calibration_batchs", "1"], "calibration_batchs"),
         (["--data.blok_size", "16"], "blok_size"),
@@ -250,3 +252,12 @@ def test_a_failure_in_the_middle_leaves_no_folder(place: Path, tmp_path: Path, m
     with pytest.raises(RuntimeError, match="the proof failed"):
         compress(place, "--output", str(tmp_path / "out"))
     assert not any(tmp_path.iterdir())
+
+
+def test_an_uneven_drop_is_native_however_it_looked_before(place: Path, tmp_path: Path) -> None:
+    method = "[{class_path: ExpertDrop, init_args: {keep: 4, scope: global, criterion: frequency}}]"
+    assert compress(place, "--output", str(tmp_path / "out"), "--methods", method) == 0
+    model = ml.from_pretrained(tmp_path / "out")
+    counts = {layer.mlp.gate.weight.shape[0] for layer in model.model.layers}
+    uniform = AutoConfig.from_pretrained(tmp_path / "out").model_type == "mixtral"
+    assert uniform == (len(counts) == 1)

@@ -3,7 +3,6 @@
 import copy
 from typing import Any
 
-import pytest
 import torch
 
 from moe_lightning.plan import CompressionPlan, KeepExperts, NoviceExperts
@@ -134,8 +133,25 @@ def mask_dropped(module: Any, args: Any, output: Any) -> Any:
     return logits, weight / weight.sum(-1, keepdim=True), index
 
 
-def test_a_stranger_in_the_optimizer_is_an_error() -> None:
+def test_what_a_module_trains_beside_its_model_stays() -> None:
     model, optimizer = trained()
-    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})
-    with pytest.raises(RuntimeError, match="no longer in the model"):
-        carry_optimizer(optimizer, model, apply_plan(model, PLAN).replaced)
+    other = torch.nn.Parameter(torch.zeros(2))
+    optimizer.param_groups[1]["params"].insert(0, other)
+    carry_optimizer(optimizer, model, apply_plan(model, PLAN).replaced)
+    assert optimizer.param_groups[1]["params"][-1] is other
+
+
+def test_old_novices_keep_their_moments_when_new_ones_come() -> None:
+    model, optimizer = trained()
+    first = CompressionPlan((NoviceExperts(0, (3,)),))
+    carry_optimizer(optimizer, model, apply_plan(model, first).replaced)
+    step(model, optimizer)
+    old = optimizer.state[model.model.layers[0].mlp.experts.novices]["exp_avg"].clone()
+    assert old.abs().sum() > 0
+    surgery = apply_plan(model, first.extended([NoviceExperts(0, (1, 5)), KeepExperts(1, (0, 1))]))
+    assert surgery.touched == surgery.claimed
+    carry_optimizer(optimizer, model, surgery.replaced)
+    new = optimizer.state[model.model.layers[0].mlp.experts.novices]["exp_avg"]  # of experts 1, 3, 5
+    assert torch.equal(new[1], old[0])
+    assert not new[[0, 2]].any()
+    step(model, optimizer)
