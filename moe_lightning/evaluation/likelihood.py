@@ -20,6 +20,8 @@ import torchmetrics
 from torch import Tensor
 from tqdm import tqdm
 
+from moe_lightning.architectures.modes import evaluation_mode
+
 NOT_IN_LOSS = -100
 
 # Elements of logits that are converted to float32 at a time (64 MiB).
@@ -213,29 +215,18 @@ def evaluate(model: torch.nn.Module, batches: Iterable[Mapping[str, Any]], progr
         One forward pass.
     """
     device = next(model.parameters()).device
-    # not only the top: parts of a model may have been in another mode than the whole
-    training = [module for module in model.modules() if module.training]
     found: list[BlockSums] = []
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in tqdm(
-                batches, desc="evaluating", unit="batch", disable=None if progress else True, leave=False
-            ):
-                input_ids = batch["input_ids"].to(device)
-                mask = batch.get("attention_mask")
-                mask = None if mask is None else mask.to(device)
-                labels = batch.get("labels")
-                if labels is None:
-                    labels = input_ids if mask is None else input_ids.masked_fill(mask == 0, NOT_IN_LOSS)
-                token_bytes = batch.get("token_bytes")
-                logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
-                found.append(
-                    block_sums(logits, labels.to(device), None if token_bytes is None else token_bytes.to(device))
-                )
-    finally:
-        for module in training:
-            module.training = True
+    with evaluation_mode(model):
+        for batch in tqdm(batches, desc="evaluating", unit="batch", disable=None if progress else True, leave=False):
+            input_ids = batch["input_ids"].to(device)
+            mask = batch.get("attention_mask")
+            mask = None if mask is None else mask.to(device)
+            labels = batch.get("labels")
+            if labels is None:
+                labels = input_ids if mask is None else input_ids.masked_fill(mask == 0, NOT_IN_LOSS)
+            token_bytes = batch.get("token_bytes")
+            logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+            found.append(block_sums(logits, labels.to(device), None if token_bytes is None else token_bytes.to(device)))
     if not found:
         raise ValueError("there is no batch to evaluate")
     tokens = torch.cat([sums.tokens for sums in found]).cpu()

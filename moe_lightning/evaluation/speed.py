@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moe_lightning.architectures.modes import evaluation_mode
+
 
 def tokens_per_second(model: torch.nn.Module, input_ids: Tensor, repeats: int = 5, warm_up: int = 1) -> float:
     """Measure prefill: one forward pass over whole sequences, without a cache.
@@ -79,21 +81,15 @@ def _median_seconds(
         raise ValueError(f"repeats {repeats}: at least 1 run must be timed")
     on_gpu = next(model.parameters()).is_cuda
     seconds = []
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            for _ in range(warm_up + repeats):
-                if before_each is not None:
-                    before_each()
-                if on_gpu:
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
-                run()
-                if on_gpu:
-                    torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - start)
-    finally:
-        for module in training:
-            module.training = True
+    with evaluation_mode(model):
+        for _ in range(warm_up + repeats):
+            if before_each is not None:
+                before_each()
+            if on_gpu:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            if on_gpu:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[warm_up:])
