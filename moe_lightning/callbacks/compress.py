@@ -106,6 +106,15 @@ class Compress(AtStep):
         step = float("inf") if callback.at_step == "end" else callback.at_step
         return step, trainer.callbacks.index(callback)  # type: ignore[attr-defined]
 
+    def _number(self, trainer: Trainer) -> str:
+        """Return "" for the first instance of this callback at its step, "-2" for the second: they share a folder."""
+        same = [
+            callback
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, Compress) and callback.at_step == self.at_step
+        ]
+        return f"-{same.index(self) + 1}" if same[0] is not self else ""
+
     def _calibration(self, trainer: Trainer) -> Iterable[Mapping[str, Any]]:
         if self.batches is not None:
             return self.batches
@@ -152,7 +161,7 @@ class Compress(AtStep):
                 table = plan_table(result.plan, result.shape_after)
                 logger.experiment.add_text("compression/plan", table, trainer.global_step)
         folder = Path(trainer.default_root_dir) / "results"
-        name = f"compression-{self.at_step}"
+        name = f"compression-{self.at_step}{self._number(trainer)}"
         write_atomically(folder / f"{name}.plan.json", result.plan.to_json())
         if result.statistics is not None:
             result.statistics.save(folder / f"{name}.statistics.safetensors")

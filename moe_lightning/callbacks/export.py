@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -36,6 +37,12 @@ class Export(AtStep):
     def state_key(self) -> str:
         """Tell several instances apart."""
         return f"Export[name={self.name}]"
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over whether it has written; not of the end: a run that goes on with more steps has another one."""
+        super().load_state_dict(state_dict)
+        if self.at_step == "end":
+            self.done = False
 
     def folder(self, trainer: Trainer) -> Path:
         """Return the folder that is written."""

@@ -78,8 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         print(
             f"moe-lightning: there is no command {command!r}.{hint} The commands are {', '.join(COMMANDS)}, and "
-            "options "
-            "come after the command.",
+            "options come after the command.",
             file=sys.stderr,
         )
         return 2

@@ -26,8 +26,9 @@ from moe_lightning.checkpoints import (
 from moe_lightning.cli.arguments import with_bare_flags, with_replaced_lists
 from moe_lightning.cli.config_files import resolve_configs
 from moe_lightning.cli.errors import OneLineErrors, in_one_line
+from moe_lightning.cli.messages import readable_messages
 from moe_lightning.compression import CompressionResult, compress, trial_edits
-from moe_lightning.data import TextDataModule
+from moe_lightning.data import TextDataModule, holds_tokenizer
 from moe_lightning.evaluation import LikelihoodResult, evaluate, tokens_per_second
 from moe_lightning.files import check_output_folder, written_folder
 from moe_lightning.method import Method
@@ -131,6 +132,11 @@ def _prepare(
     shape = architecture_named(raw["model_type"]).shape_of_config(config)
     replayed = None
     if plan is not None:
+        if architecture_named(raw["model_type"]).plan_of_config(config):
+            raise ValueError(
+                f"--plan {plan}: the model in {model} is compressed already: replay a plan on the uncompressed model "
+                "that it was made for"
+            )
         path = Path(plan)
         if not path.is_file():
             raise FileNotFoundError(f"--plan {plan}: there is no such file")
@@ -154,8 +160,7 @@ def _prepare(
     if data.vocab_size > shape.vocab_size:
         raise ValueError(
             f"the tokenizer has {data.vocab_size} tokens, the model knows {shape.vocab_size}: name the model's own "
-            "tokenizer "
-            "by --data.tokenizer"
+            "tokenizer by --data.tokenizer"
         )
     kind = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
     default = torch.get_default_dtype()
@@ -357,10 +362,11 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(with_replaced_lists(resolved, ("--methods",)))
     _use_own_tokenizer(options)
     try:
-        objects = parser.instantiate(options)
-        values = vars(objects)
-        values.pop("config", None)
-        compress_checkpoint(**values)
+        with readable_messages("compress"):
+            objects = parser.instantiate(options)
+            values = vars(objects)
+            values.pop("config", None)
+            compress_checkpoint(**values)
     except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
         print(f"moe-lightning compress: error: {in_one_line(str(error))}", file=sys.stderr)
         return 2
@@ -370,7 +376,5 @@ def main(arguments: Sequence[str]) -> int:
 def _use_own_tokenizer(options: Namespace) -> None:
     """Take the model folder's tokenizer where none was named."""
     folder = Path(options.model)
-    if options.data.tokenizer is None and any(
-        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")
-    ):
+    if options.data.tokenizer is None and holds_tokenizer(folder):
         options.data.tokenizer = str(folder)

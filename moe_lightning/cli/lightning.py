@@ -16,6 +16,7 @@ import difflib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,9 @@ from moe_lightning.callbacks import LastCheckpoint, PredictionWriter, RandomStat
 from moe_lightning.cli.arguments import with_bare_flags
 from moe_lightning.cli.config_files import resolve_configs, run_name
 from moe_lightning.cli.errors import TRACEBACK_VARIABLE, OneLineErrors
+from moe_lightning.cli.messages import readable_messages
 from moe_lightning.cli.run_directory import RunDirectory
-from moe_lightning.data import TextDataModule
+from moe_lightning.data import TextDataModule, holds_tokenizer
 from moe_lightning.files import write_atomically
 from moe_lightning.modules import MixtralModule
 
@@ -164,6 +166,8 @@ class MoELightningCLI(LightningCLI):
         self.run_dir = Path(self.options.run_dir)
         self.directory = RunDirectory(self.run_dir)
         self.beginning = NoteBeginning(self.directory)
+        if self.run_dir.exists() and not self.run_dir.is_dir():
+            parser.error(f"--run_dir {self.run_dir}: this is a file: name a folder, which need not exist")
         if self.options.trainer.default_root_dir not in (None, self.options.run_dir):
             parser.error("--trainer.default_root_dir: use --run_dir, which holds logs and checkpoints together")
         try:
@@ -212,14 +216,12 @@ class MoELightningCLI(LightningCLI):
             if last.is_file() and not self.options.overwrite and not self.options.trainer.fast_dev_run:
                 raise ValueError(
                     f"--run_dir {self.run_dir}: an earlier run left a checkpoint there: continue it with --ckpt_path "
-                    "last, start "
-                    "anew and delete it with --overwrite true, or choose another --run_dir"
+                    "last, start anew and delete it with --overwrite true, or choose another --run_dir"
                 )
         elif self.options.model.checkpoint is None:
             raise ValueError(
                 f"{command} needs trained weights: add --ckpt_path last, --ckpt_path FILE, or --model.checkpoint "
-                "FOLDER with "
-                "--model.model null"
+                "FOLDER with --model.model null"
             )
         return None
 
@@ -228,13 +230,10 @@ class MoELightningCLI(LightningCLI):
         folder = self.options.model.checkpoint
         if folder is None or self.options.data.get("tokenizer") is not None or not Path(folder).is_dir():
             return
-        if not any(
-            (Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-        ):
+        if not holds_tokenizer(folder):
             raise ValueError(
                 f"--model.checkpoint {folder}: there is no tokenizer in this folder: say with --data.tokenizer which "
-                "one the model "
-                "was trained with"
+                "one the model was trained with"
             )
         self.options.data.tokenizer = str(folder)
 
@@ -261,8 +260,7 @@ class MoELightningCLI(LightningCLI):
             if name in wanted and wanted[name] != saved["model"].get(name):
                 self._subcommand_parsers[self.config.subcommand].error(
                     f"--model.model.{name}={wanted[name]}, but the checkpoint {self.checkpoint_file} holds a model "
-                    "with "
-                    f"{name}={saved['model'].get(name)}: remove the option, or start anew without --ckpt_path"
+                    f"with {name}={saved['model'].get(name)}: remove the option, or start anew without --ckpt_path"
                 )
         self._structure = {"model": {**saved["model"], **wanted}, "checkpoint": None, "plan": saved.get("plan")}
 
@@ -289,6 +287,7 @@ class MoELightningCLI(LightningCLI):
             config["logger"] = TensorBoardLogger(str(self.run_dir), name="logs", version="", default_hp_metric=False)
         given = config.get("callbacks") or []
         given = list(given) if isinstance(given, list) else [given]
+        _check_names(given)
         wanted: list[Callback] = []
         if self.subcommand == "predict":
             wanted.append(PredictionWriter())
@@ -333,6 +332,15 @@ class MoELightningCLI(LightningCLI):
             self.directory.set_aside()
 
     @rank_zero_only
+    def after_fit(self) -> None:
+        """Say so where there was nothing left to do."""
+        if self.checkpoint_file is not None and not self.beginning.has_begun:
+            print(
+                f"nothing to do: the run has ended, at step {self.trainer.global_step}; to go on, give it more steps "
+                "by --trainer.max_steps"
+            )
+
+    @rank_zero_only
     def _write_results(self) -> None:
         values = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         write_atomically(self.run_dir / "results" / f"{self.subcommand}.json", json.dumps(values, indent=2) + "\n")
@@ -344,6 +352,24 @@ class MoELightningCLI(LightningCLI):
     def after_test(self) -> None:
         """Write ``RUN/results/test.json``."""
         self._write_results()
+
+
+def _check_names(callbacks: Sequence[Callback]) -> None:
+    """Raise where two callbacks would keep their state in checkpoints under one name.
+
+    Args:
+        callbacks: Callbacks of a run.
+
+    Raises:
+        ValueError: Two have the same name.
+    """
+    names = [callback.state_key for callback in callbacks if type(callback).state_dict is not Callback.state_dict]
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ValueError(
+                f"--trainer.callbacks: {name} stands there {count} times: give one of them another name or step, or "
+                "leave it out (methods that a Compress applies at the same step go into one list)"
+            )
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -360,5 +386,6 @@ def main(arguments: Sequence[str]) -> int:
     except FileNotFoundError as error:
         print(f"moe-lightning {arguments[0]}: error: {error}", file=sys.stderr)
         return 2
-    MoELightningCLI(with_bare_flags(resolved, ("--overwrite",)), configs)
+    with readable_messages(arguments[0]):
+        MoELightningCLI(with_bare_flags(resolved, ("--overwrite",)), configs)
     return 0

@@ -35,6 +35,18 @@ CHATML_TEMPLATE = (
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
+def holds_tokenizer(folder: str | os.PathLike[str]) -> bool:
+    """Say whether a folder holds a tokenizer.
+
+    Args:
+        folder: A folder; it need not exist.
+
+    Returns:
+        Whether there is a file with a vocabulary in it.
+    """
+    return any((Path(folder) / file).is_file() for file in _VOCABULARY_FILES)
+
+
 def load_tokenizer(name: str | os.PathLike[str]) -> "PreTrainedTokenizerFast":
     """Load the tokenizer of a folder or of a hub repository.
 
@@ -53,7 +65,7 @@ def load_tokenizer(name: str | os.PathLike[str]) -> "PreTrainedTokenizerFast":
 
     path = Path(name).expanduser()
     if path.is_dir():
-        if not any((path / file).is_file() for file in _VOCABULARY_FILES):
+        if not holds_tokenizer(path):
             raise FileNotFoundError(
                 f"the folder {path} holds no tokenizer ({', '.join(_VOCABULARY_FILES[:3])}, ...): name the tokenizer "
                 "that its model was trained with by --data.tokenizer FOLDER_OR_HUB_NAME"

@@ -81,8 +81,7 @@ def check_model_fields(fields: dict[str, Any]) -> None:
     if not 1 <= picked <= experts:
         raise ValueError(
             f"model.num_experts_per_tok={picked}: the router picks from {experts} experts: choose 1 to {experts}, or "
-            "more "
-            "experts with model.num_local_experts"
+            "more experts with model.num_local_experts"
         )
     heads, groups = fields.get("num_attention_heads", 32), fields.get("num_key_value_heads", 8)
     if groups is not None and heads % groups:

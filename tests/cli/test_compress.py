@@ -234,6 +234,20 @@ def test_plans_that_do_not_fit(place: Path, tmp_path: Path, capsys: pytest.Captu
         assert not (tmp_path / "out").exists()
 
 
+def test_a_plan_is_not_replayed_on_a_compressed_model(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert compress(place, "--output", str(tmp_path / "one")) == 0
+    empty = CompressionPlan().to_json()
+    monkeypatch.setattr("moe_lightning.cli.compress.from_pretrained", no_work)
+    for text in (empty, (tmp_path / "one" / "plan.json").read_text()):
+        (tmp_path / "plan.json").write_text(text)
+        arguments = ["--output", str(tmp_path / "two"), "--plan", str(tmp_path / "plan.json")]
+        assert compress(place, *arguments, model=str(tmp_path / "one")) == 2
+        assert "compressed already" in capsys.readouterr().err
+        assert not (tmp_path / "two").exists()
+
+
 def test_an_output_that_holds_something_stays(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")

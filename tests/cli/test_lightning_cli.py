@@ -255,6 +255,74 @@ def test_class_names_with_a_typo(
     assert f"--trainer.callbacks: there is no class '{name}' (did you mean {near}?)" in line
 
 
+def callbacks(folder: Path, *items: str) -> list[str]:
+    """Write a config with these callbacks and return the options that use it."""
+    path = folder / "callbacks.yaml"
+    path.write_text(f"trainer: {{callbacks: [{', '.join(items)}]}}")
+    return ["-c", str(path)]
+
+
+COMPRESS_AT_2 = (
+    "{class_path: Compress, init_args: {at_step: 2, calibration_batches: 1, "
+    "methods: [{class_path: Novices, init_args: {keep: %d}}]}}"
+)
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        ("{class_path: Export, init_args: {name: x, at_step: 2}}", "{class_path: Export, init_args: {name: x}}"),
+        (COMPRESS_AT_2 % 3, COMPRESS_AT_2 % 2),
+    ],
+)
+def test_callbacks_of_one_name(
+    items: tuple[str, str], config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["fit", "-c", config, *callbacks(tmp_path, *items), "--run_dir", str(tmp_path / "run")]
+    assert "stands there 2 times: give one of them another name or step" in refused(run, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_as_run_directory(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").write_text("mine")
+    line = refused(["fit", "-c", config, "--run_dir", str(tmp_path / "run")], capsys)
+    assert "--run_dir" in line and "this is a file" in line
+
+
+def test_a_run_that_has_ended(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Resumed as it is there is nothing to do, and that is said; with more steps the export of the end is a new one."""
+    export = callbacks(tmp_path, "{class_path: Export, init_args: {name: final}}")
+    run = ["fit", "-c", config, *export, "--run_dir", str(tmp_path / "run")]
+    assert main([*run, "--trainer.max_steps", "3"]) == 0
+    weights = tmp_path / "run" / "models" / "final" / "model.safetensors"
+    first = weights.read_bytes()
+    capsys.readouterr()
+    assert main([*run, "--trainer.max_steps", "3", "--ckpt_path", "last"]) == 0
+    assert "nothing to do: the run has ended, at step 3" in capsys.readouterr().out
+    assert weights.read_bytes() == first
+    assert main([*run, "--trainer.max_steps", "5", "--ckpt_path", "last"]) == 0
+    assert "nothing to do" not in capsys.readouterr().out
+    assert weights.read_bytes() != first
+
+
+def test_what_is_printed_beside_our_own_lines(config: str, tmp_path: Path) -> None:
+    """Warnings read well; what Lightning says about itself is left out."""
+    few = callbacks(tmp_path, COMPRESS_AT_2 % 2)
+    result = subprocess.run(
+        [sys.executable, "-c", "import sys; from moe_lightning.cli import main; sys.exit(main(sys.argv[1:]))"]
+        + ["fit", "-c", config, *few, "--run_dir", str(tmp_path / "run"), "--data.eval_batch_size", "1"]
+        + ["--data.block_size", "2", "--trainer.max_steps", "3", "--trainer.val_check_interval", "3"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if "no calibration token reached" in line]
+    assert lines and all(line.startswith("warning: layer ") for line in lines), result.stderr
+    assert not [line for line in result.stderr.splitlines() if "LeafSpec" in line or "litlogger" in line]
+
+
 def test_a_used_run_directory_is_not_overwritten_by_accident(
     trained: Path, config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
