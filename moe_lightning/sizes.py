@@ -77,7 +77,7 @@ def measure(
     Raises:
         ValueError: Not a supported model, or ``routed_share`` out of range.
 
-    Source: 2406.02500 Table 3 and section 5.1 (what is counted).
+    Source: 2406.02500, Table 3: what is counted reproduces its TFLOP figures.
     """
     architecture = architecture_of(model)
     layers = architecture.moe_layers(model)

@@ -29,7 +29,7 @@ class NoviceTuning(AtStep):
     Raises:
         ValueError: ``at_step`` is ``end``, or the learning rate is not positive.
 
-    Source: 2507.00390 section 3 makes novices and leaves them; tuning them is ours.
+    Source: 2507.00390 makes novices and leaves them; tuning them is ours.
     """
 
     def __init__(self, at_step: int, learning_rate: float | None = None) -> None:

@@ -35,7 +35,7 @@ def frequency(statistics: Statistics, seed: int) -> Tensor:
     return _ratio(statistics["count"], _tokens(statistics))
 
 
-@register_criterion("soft_routing", {"routing"}, "2406.02500 section 4.1 (Expert Drop)")
+@register_criterion("soft_routing", {"routing"}, "2406.02500, Expert Drop")
 def soft_routing(statistics: Statistics, seed: int) -> Tensor:
     """Mean full-softmax routing probability over tokens."""
     return _ratio(statistics["probability_sum"], _tokens(statistics))
@@ -53,7 +53,7 @@ def mone(statistics: Statistics, seed: int) -> Tensor:
     return _deviation(statistics) * _ratio(statistics["gate_sum"], _tokens(statistics))
 
 
-@register_criterion("mone_paper", {"routing", "outputs"}, "2507.00390 eq. 5-7")
+@register_criterion("mone_paper", {"routing", "outputs"}, "2507.00390, as the text defines frequency")
 def mone_paper(statistics: Statistics, seed: int) -> Tensor:
     """``||sqrt(var(E))||_2 * sum(g) / N``: deviation of the output times the mean weight when selected."""
     return _deviation(statistics) * _ratio(statistics["gate_sum"], statistics["count"])
@@ -66,7 +66,7 @@ def residual(statistics: Statistics, seed: int) -> Tensor:
     return _ratio((statistics["gate2_norm_square_sum"] - explained).clamp(min=0), _tokens(statistics))
 
 
-@register_criterion("reap", {"routing", "outputs"}, "REAP (2510.13999) eq. 9")
+@register_criterion("reap", {"routing", "outputs"}, "REAP, router-weighted expert activation pruning")
 def reap(statistics: Statistics, seed: int) -> Tensor:
     """``sum(g ||E||) / N``: mean weighted norm of the output when selected."""
     return _ratio(statistics["gate_norm_sum"], statistics["output_count"])

@@ -12,8 +12,11 @@ Scope = Literal["layer", "global"]
 
 
 def round_half_up(value: float) -> int:
-    """Round as ``floor(x + 0.5)``; Python's own rounding takes halves to the even neighbour."""
-    return math.floor(value + 0.5)
+    """Round as ``floor(x + 0.5)``; Python's own rounding takes halves to the even neighbour.
+
+    A ratio like 0.29 times 50 experts means 14.5, though its product in binary is a hair below.
+    """
+    return math.floor(round(value, 9) + 0.5)
 
 
 def kept_counts(
@@ -73,7 +76,7 @@ def kept_experts(
     Raises:
         ValueError: The floor and the budget exclude each other.
 
-    Source: 2406.02500 section 4.1 (layer-wise and global Expert Drop); the lowest scores go, of equal ones the first.
+    Source: 2406.02500 (layer-wise and global Expert Drop); the lowest scores go, of equal ones the first.
     """
     counts, total = kept_counts(candidates, ratio, keep, scope)
     ranked = sorted(

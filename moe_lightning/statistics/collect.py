@@ -83,7 +83,7 @@ def collect(
     Raises:
         ValueError: No batches, no tokens, a batch without ``input_ids``, unknown groups, or sums that are not finite.
 
-    Source: 2406.02500 section 4.1, 2507.00390 section 3.2 (what is measured); the sums are in float64.
+    Source: 2406.02500 and 2507.00390 (what is measured); the sums are in float64.
 
     Cost: one forward pass plus about ``10 * tokens * k * hidden`` float64 operations a layer.
     """

@@ -25,7 +25,7 @@ class ExpertDrop(Method):
         scope: layer holds the budget in each layer, global over all layers.
         seed: Seed of criterion=random.
 
-    Source: 2406.02500 section 4.1. The released script keeps 6 of Mixtral's 8, scope global.
+    Source: 2406.02500, Expert Drop. The released script keeps 6 of Mixtral's 8, scope global.
     """
 
     ratio: float | None = None

@@ -40,7 +40,7 @@ def novice_values(kind: str, statistics: Statistics, layer: int, experts: tuple[
     Raises:
         ValueError: Unknown kind.
 
-    Source: 2507.00390 section 3.3 (``mean``); ``gate2_mean`` is ours.
+    Source: 2507.00390 (``mean``); ``gate2_mean`` is ours.
     """
     if kind not in NOVICE_NEEDS:
         raise ValueError(f"unknown novice {kind!r}: choose one of {', '.join(NOVICE_NEEDS)}")

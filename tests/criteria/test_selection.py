@@ -115,3 +115,10 @@ def test_keeping_more_than_there_are_is_an_error() -> None:
         kept_experts(torch.zeros(LAYERS, EXPERTS), EVERYONE, keep=6.5, scope="global")
     with pytest.raises(ValueError, match="keep=5"):
         kept_experts(torch.zeros(2, EXPERTS), [(0, 1, 2, 3, 4, 5), (0, 1)], keep=5)
+
+
+def test_a_ratio_means_its_decimal_number() -> None:
+    """0.29 * 50 is 14.499999999999998 in binary."""
+    scores = torch.arange(50, dtype=torch.float64).unsqueeze(0)
+    (kept,) = kept_experts(scores, [tuple(range(50))], ratio=0.29)
+    assert kept == tuple(range(15, 50))
