@@ -28,7 +28,7 @@ class Export(AtStep):
 
     def __init__(self, name: str, at_step: Moment = "end", format: Format = "auto") -> None:
         super().__init__(at_step)
-        if not name or Path(name).name != name:
+        if name in ("", "..") or Path(name).name != name:
             raise ValueError(f"Export: name must be a plain folder name like 'compressed', got {name!r}")
         self.name = name
         self.format = format

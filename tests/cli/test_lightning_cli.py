@@ -308,10 +308,11 @@ def test_a_run_that_has_ended(config: str, tmp_path: Path, capsys: pytest.Captur
 def test_what_is_printed_beside_our_own_lines(config: str, tmp_path: Path) -> None:
     """Warnings read well; what Lightning says about itself is left out."""
     few = callbacks(tmp_path, COMPRESS_AT_2 % 2)
+    code = "import sys; from moe_lightning.cli import main; sys.exit(main(sys.argv[1:]))"
+    options = ["fit", "-c", config, *few, "--run_dir", str(tmp_path / "run"), "--data.eval_batch_size", "1"]
+    options += ["--data.block_size", "2", "--trainer.max_steps", "3", "--trainer.val_check_interval", "3"]
     result = subprocess.run(
-        [sys.executable, "-c", "import sys; from moe_lightning.cli import main; sys.exit(main(sys.argv[1:]))"]
-        + ["fit", "-c", config, *few, "--run_dir", str(tmp_path / "run"), "--data.eval_batch_size", "1"]
-        + ["--data.block_size", "2", "--trainer.max_steps", "3", "--trainer.val_check_interval", "3"],
+        [sys.executable, "-c", code, *options],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
         capture_output=True,
         text=True,

@@ -1,0 +1,66 @@
+"""What each process of ``test_compress.py``'s run on two processes executes; started by Lightning itself."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+import moe_lightning as ml
+from tests.models import SIZES
+
+
+class KeepWeights(Callback):
+    """Save the weights of each process at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        torch.save(pl_module.state_dict(), self.folder / f"{trainer.global_rank}.pt")
+
+
+def main(folder: Path) -> None:
+    """Train, compress twice and tune the novices on two processes.
+
+    Args:
+        folder: Where the texts lie and the weights go.
+    """
+    data = ml.TextDataModule(
+        sources=f"{folder}/texts/*.txt",
+        vocab_size=300,
+        block_size=16,
+        batch_size=2,
+        validation=0,
+        test=0,
+        calibration=8,
+        cache_dir=str(folder / "cache"),
+    )
+    callbacks: list[Callback] = [
+        ml.callbacks.Compress([ml.Novices(ratio=0.5)], at_step=2, calibration_batches=3),
+        ml.callbacks.Compress([ml.ExpertDrop(keep=5)], at_step=4, calibration_batches=3),
+        ml.callbacks.NoviceTuning(at_step=6),
+    ]
+    trainer = Trainer(
+        max_steps=9,
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        default_root_dir=folder,
+        callbacks=[*callbacks, KeepWeights(folder)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    torch.manual_seed(0)
+    module = ml.MixtralModule(model={**SIZES, "vocab_size": 300}, warmup_steps=1, learning_rate=1e-2)
+    trainer.fit(module, datamodule=data)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))
