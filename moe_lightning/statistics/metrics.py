@@ -32,7 +32,8 @@ def merge_moments(
     Returns:
         The same three of both samples together; zeros where both are empty.
 
-    Source: Chan, Golub and LeVeque (1979), the pairwise update; symmetric, unlike the recurrence in the code of 2507.00390.
+    Source: Chan, Golub and LeVeque (1979), the pairwise update; symmetric, unlike the recurrence in the code of
+    2507.00390.
     """
     total = count + other_count
     share = torch.where(total > 0, other_count / total.clamp(min=1), torch.zeros_like(total)).unsqueeze(-1)
