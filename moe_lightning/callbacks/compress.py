@@ -62,12 +62,30 @@ class Compress(AtStep):
         self.batches: Iterable[Mapping[str, Any]] | None = batches
         self.result: CompressionResult | None = None
         """What the compression did; None before it, and in a run that was resumed after it."""
+        self._applied: list[str] | None = None  # methods in words, by another process perhaps
 
     @property
     def state_key(self) -> str:
         """Tell several instances apart."""
         names = ",".join(type(method).__name__ for method in self.methods)
         return f"Compress[at_step={self.at_step},methods={names}]"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return whether it has acted, and the methods in words."""
+        return {**super().state_dict(), "methods": self._applied or list(map(repr, self.methods))}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over whether it has acted, and warn where that was something else than what is asked for now."""
+        super().load_state_dict(state_dict)
+        self._applied = state_dict["methods"] if self.done else None
+        now = list(map(repr, self.methods))
+        if self._applied not in (None, now):
+            warnings.warn(
+                f"Compress at step {self.at_step}: the checkpoint holds a model that was compressed by "
+                f"{', '.join(self._applied or ())}, and stays as it is: {', '.join(now)} is not applied. Start from an "
+                "earlier checkpoint, or anew, to apply it",
+                stacklevel=2,
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Try the methods out on the model's shape, and the calibration data, before anything is trained.

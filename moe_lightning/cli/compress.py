@@ -367,7 +367,7 @@ def main(arguments: Sequence[str]) -> int:
             values = vars(objects)
             values.pop("config", None)
             compress_checkpoint(**values)
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, TypeError, OSError) as error:
         print(f"moe-lightning compress: error: {in_one_line(str(error))}", file=sys.stderr)
         return 2
     return 0

@@ -270,7 +270,7 @@ class MoELightningCLI(LightningCLI):
         """Make module, data and trainer; a mistake in an option is one line, not a traceback."""
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, FileNotFoundError, MisconfigurationException) as error:
+        except (ValueError, TypeError, OSError, MisconfigurationException) as error:
             if os.environ.get(TRACEBACK_VARIABLE):
                 raise
             self._subcommand_parsers[self.config.subcommand].error(str(error))
@@ -313,7 +313,16 @@ class MoELightningCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-        except (ValueError, FileNotFoundError, MisconfigurationException) as error:
+        except SystemExit:
+            # Lightning leaves so after Ctrl-C.
+            if subcommand == "fit" and last_checkpoint(self.run_dir).is_file() and self.trainer.is_global_zero:
+                print(
+                    f"stopped at step {self.trainer.global_step}; to go on from the last checkpoint, repeat the "
+                    "command with --ckpt_path last",
+                    file=sys.stderr,
+                )
+            raise
+        except (ValueError, OSError, MisconfigurationException) as error:
             # What Lightning or we find wrong with the options once data and model meet. Later errors keep their
             # traceback.
             if self.beginning.has_begun:

@@ -119,7 +119,6 @@ class TextDataModule(lightning.LightningDataModule):
         Raises:
             FileNotFoundError: When a source or tokenizer is not there.
             ValueError: When a source holds no usable text, or a split would have no block.
-            RuntimeError: When a hub name cannot be loaded.
         """
         self._prepare()
         return self

@@ -212,7 +212,6 @@ def prepare_text(options: TextOptions) -> PreparedText:
     Raises:
         FileNotFoundError: When a source or tokenizer is not there.
         ValueError: When a source holds no usable text, or a split would have no block.
-        RuntimeError: When a hub name cannot be loaded.
     """
     # the tokenizer first: it may be missing, and reading takes time
     given = None if options.tokenizer is None else load_tokenizer(options.tokenizer)

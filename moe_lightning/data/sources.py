@@ -220,9 +220,8 @@ def open_sources(
         The documents, files of a glob in sorted order.
 
     Raises:
-        FileNotFoundError: When a file does not exist or a glob matches nothing.
+        FileNotFoundError: When a file does not exist, a glob matches nothing, or a hub data set cannot be loaded.
         ValueError: When a source holds no text, or the text field is not there.
-        RuntimeError: When a hub data set cannot be loaded.
     """
     names = [sources] if isinstance(sources, str) else list(sources)
     if not names:
@@ -325,7 +324,7 @@ def _open_hub(name: str, text_field: str, hub_split: str) -> Table:
     try:
         rows = datasets.load_dataset(dataset, configuration or None, split=hub_split)
     except Exception as error:  # network, name, configuration, split: the library has a dozen types for these
-        raise RuntimeError(
+        raise FileNotFoundError(
             f"--data.sources {name}: cannot load the split {hub_split!r} of the hub data set {dataset!r} "
             f"({type(error).__name__}: {error}). Check the name, --data.hub_split and the network; without a network "
             f"use local files or {PYTHON_STDLIB}"

@@ -57,9 +57,9 @@ def load_tokenizer(name: str | os.PathLike[str]) -> "PreTrainedTokenizerFast":
         The tokenizer.
 
     Raises:
-        FileNotFoundError: When a folder holds no tokenizer: a model must never get another tokenizer than its own.
+        FileNotFoundError: When a folder holds no tokenizer (a model must never get another tokenizer than its own), or
+            a hub repository cannot be reached.
         ValueError: When what is there is not a fast tokenizer, or has no end-of-text token.
-        RuntimeError: When a hub repository cannot be reached.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -77,7 +77,7 @@ def load_tokenizer(name: str | os.PathLike[str]) -> "PreTrainedTokenizerFast":
     except Exception as error:
         if path.is_dir():
             raise ValueError(f"--data.tokenizer: cannot read the tokenizer in {path}: {error}") from error
-        raise RuntimeError(
+        raise FileNotFoundError(
             f"--data.tokenizer: there is no folder {str(name)!r} here (looked in {Path.cwd()}) and no such tokenizer "
             f"could be loaded from the hub ({type(error).__name__}); check the name and the network"
         ) from error

@@ -153,6 +153,17 @@ def test_a_failure_leaves_the_run_as_it_was(tmp_path: Path) -> None:
     assert not plan_of(module.model) and not callback.done and module.model.training
 
 
+def test_a_resumed_run_with_other_methods_is_warned(tmp_path: Path) -> None:
+    done = compress(2)
+    fit(tiny_module(), tmp_path, [done], steps=3)
+    other = compress(2, ml.Novices(ratio=0.25))
+    with pytest.warns(UserWarning, match=r"compressed by Novices\(ratio=0\.5.*ratio=0\.25.* is not applied"):
+        other.load_state_dict(done.state_dict())
+    assert other.state_key == done.state_key and other.state_dict() == done.state_dict()
+    compress(2).load_state_dict(done.state_dict())  # the same: no warning
+    compress(4, ml.Novices(ratio=0.25)).load_state_dict(compress(4).state_dict())  # not applied yet: the new one counts
+
+
 # NoviceTuning
 
 

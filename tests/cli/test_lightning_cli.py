@@ -181,6 +181,8 @@ def test_a_model_folder_brings_its_own_tokenizer(trained: Path, config: str, tmp
         (["--data.prompts", "3"], ["--data.prompts: '3' is not possible", "list"]),
         (["--data.batch_size", "0"], ["--data.batch_size 0", "at least 1"]),
         (["--data.sources", "/nowhere/*.txt"], ["/nowhere/*.txt"]),
+        (["--data.sources", "/"], ["--data.sources: / is a folder"]),
+        (["--data.tokenizer", "some/name"], ["--data.tokenizer: there is no folder 'some/name'"]),
         (["--model.checkpoint", "/nowhere"], ["exactly one of", "--model.model null"]),
         (["--model.model", "null", "--model.checkpoint", "/nowhere"], ["model.checkpoint=/nowhere"]),
         (["--model.model.vocab_size", "10"], ["300 tokens", "only 10", "--data.tokenizer"]),

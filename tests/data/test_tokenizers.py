@@ -166,7 +166,7 @@ def test_a_checkpoint_folder_without_tokenizer_is_an_error_that_names_the_option
         load_tokenizer(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"--data.tokenizer: .* is not a folder"):
         load_tokenizer(tmp_path / "nothing")
-    with pytest.raises(RuntimeError, match=r"--data.tokenizer: there is no folder 'some/name' here .* network"):
+    with pytest.raises(FileNotFoundError, match=r"--data.tokenizer: there is no folder 'some/name' here .* network"):
         load_tokenizer("some/name")
 
 
