@@ -77,7 +77,7 @@ class Compress(AtStep):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over whether it has acted, and warn where that was something else than what is asked for now."""
         super().load_state_dict(state_dict)
-        self._applied = state_dict["methods"] if self.done else None
+        self._applied = state_dict.get("methods") if self.done else None
         now = list(map(repr, self.methods))
         if self._applied not in (None, now):
             warnings.warn(

@@ -101,6 +101,7 @@ def in_one_line(message: str) -> str:
         message: jsonargparse's message, which for a value that fits none of several types has a dozen lines.
     """
     line = _explain(_tree(message)) if message.strip() else message
+    line = line.replace("Expected a typing.Literal", "Expected one of ")
     return re.sub(r"<class '(?:\w+\.)*(\w+)'>", lambda kind: kind[1].replace("NoneType", "null"), line)
 
 

@@ -16,16 +16,15 @@ import difflib
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -35,6 +34,7 @@ from moe_lightning.cli.arguments import with_bare_flags
 from moe_lightning.cli.config_files import resolve_configs, run_name
 from moe_lightning.cli.errors import TRACEBACK_VARIABLE, OneLineErrors
 from moe_lightning.cli.messages import readable_messages
+from moe_lightning.cli.run_callbacks import NoteBeginning, SaveRunConfig, check_names
 from moe_lightning.cli.run_directory import RunDirectory
 from moe_lightning.data import TextDataModule, holds_tokenizer
 from moe_lightning.files import write_atomically
@@ -59,54 +59,6 @@ STRUCTURE_FIELDS = (
 
 class RunParser(OneLineErrors, LightningArgumentParser):
     """Lightning's parser with errors of one line."""
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """Write the options with their values to ``RUN/config.<command>.yaml``."""
-
-    def __init__(self, parser: LightningArgumentParser, config: Any, command: str = "fit", **kwargs: Any) -> None:
-        super().__init__(parser, config, save_to_log_dir=False, **kwargs)
-        self.command = command
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file."""
-        text = self.parser.dump(self.config, skip_unset=False)
-        write_atomically(Path(trainer.default_root_dir) / f"config.{self.command}.yaml", text)
-
-
-class NoteBeginning(Callback):
-    """Know whether the work itself has begun, or only its preparation, in which mistakes are found.
-
-    Args:
-        directory: Run directory, which is told.
-    """
-
-    def __init__(self, directory: RunDirectory) -> None:
-        super().__init__()
-        self.directory = directory
-        self.has_begun = False
-
-    def _note(self, trainer: Trainer) -> None:
-        if not self.has_begun and not trainer.sanity_checking:
-            self.has_begun = True
-            if trainer.is_global_zero:
-                self.directory.begin()
-
-    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        """Note it."""
-        self._note(trainer)
-
-    def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        """Note it."""
-        self._note(trainer)
-
-    def on_test_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        """Note it."""
-        self._note(trainer)
-
-    def on_predict_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        """Note it."""
-        self._note(trainer)
 
 
 class MoELightningCLI(LightningCLI):
@@ -287,7 +239,7 @@ class MoELightningCLI(LightningCLI):
             config["logger"] = TensorBoardLogger(str(self.run_dir), name="logs", version="", default_hp_metric=False)
         given = config.get("callbacks") or []
         given = list(given) if isinstance(given, list) else [given]
-        _check_names(given)
+        check_names(given)
         wanted: list[Callback] = []
         if self.subcommand == "predict":
             wanted.append(PredictionWriter())
@@ -315,6 +267,7 @@ class MoELightningCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except SystemExit:
             # Lightning leaves so after Ctrl-C.
+            self._undo()
             if subcommand == "fit" and last_checkpoint(self.run_dir).is_file() and self.trainer.is_global_zero:
                 print(
                     f"stopped at step {self.trainer.global_step}; to go on from the last checkpoint, repeat the "
@@ -325,14 +278,19 @@ class MoELightningCLI(LightningCLI):
         except (ValueError, OSError, MisconfigurationException) as error:
             # What Lightning or we find wrong with the options once data and model meet. Later errors keep their
             # traceback.
-            if self.beginning.has_begun:
-                raise
-            if self.trainer.is_global_zero:
-                self.directory.undo()
-            if os.environ.get(TRACEBACK_VARIABLE):
+            self._undo()
+            if self.beginning.has_begun or os.environ.get(TRACEBACK_VARIABLE):
                 raise
             print(f"moe-lightning {subcommand}: error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
+        except BaseException:
+            self._undo()
+            raise
+
+    def _undo(self) -> None:
+        """Leave no trace of a run that never began."""
+        if not self.beginning.has_begun and self.trainer.is_global_zero:
+            self.directory.undo()
 
     @rank_zero_only
     def before_fit(self) -> None:
@@ -361,24 +319,6 @@ class MoELightningCLI(LightningCLI):
     def after_test(self) -> None:
         """Write ``RUN/results/test.json``."""
         self._write_results()
-
-
-def _check_names(callbacks: Sequence[Callback]) -> None:
-    """Raise where two callbacks would keep their state in checkpoints under one name.
-
-    Args:
-        callbacks: Callbacks of a run.
-
-    Raises:
-        ValueError: Two have the same name.
-    """
-    names = [callback.state_key for callback in callbacks if type(callback).state_dict is not Callback.state_dict]
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise ValueError(
-                f"--trainer.callbacks: {name} stands there {count} times: give one of them another name or step, or "
-                "leave it out (methods that a Compress applies at the same step go into one list)"
-            )
 
 
 def main(arguments: Sequence[str]) -> int:

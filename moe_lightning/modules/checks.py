@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import MixtralConfig
+from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_lightning.checkpoints import check_checkpoint
@@ -18,6 +19,20 @@ MODEL_FIELDS = (
 )
 """Names that the option ``model`` may hold: the fields that MixtralConfig itself declares."""
 
+SIZE_FIELDS = frozenset(
+    {
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "num_local_experts",
+        "num_experts_per_tok",
+    }
+)
+"""Those that are numbers of something that there must be."""
 
 POSSIBLE_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "learning_rate": (lambda value: value > 0, "a number > 0"),
@@ -77,6 +92,18 @@ def check_model_fields(fields: dict[str, Any]) -> None:
             near = difflib.get_close_matches(name, MODEL_FIELDS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"possible are {', '.join(sorted(MODEL_FIELDS))}"
             raise ValueError(f"model.{name}: MixtralConfig has no such field: {hint}")
+    for name in SIZE_FIELDS & fields.keys():
+        value = fields[name]
+        if name == "num_key_value_heads" and value is None:  # as many as num_attention_heads
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"model.{name}={value!r}: use a whole number >= 1")
+    if fields.get("hidden_act", "silu") not in ACT2FN:
+        raise ValueError(f"model.hidden_act={fields['hidden_act']!r}: use one of {', '.join(sorted(ACT2FN))}")
+    try:
+        MixtralConfig(**fields)
+    except Exception as error:  # transformers checks the types, and has its own classes of errors for that
+        raise ValueError(f"model.model: {' '.join(str(error).split())}") from None
     experts, picked = fields.get("num_local_experts", 8), fields.get("num_experts_per_tok", 2)
     if not 1 <= picked <= experts:
         raise ValueError(

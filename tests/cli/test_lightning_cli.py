@@ -333,6 +333,18 @@ def test_a_used_run_directory_is_not_overwritten_by_accident(
     assert "--ckpt_path last" in line and "--overwrite true" in line
 
 
+def test_a_failure_of_any_kind_before_the_first_step_leaves_nothing(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("something that nobody foresaw")
+
+    monkeypatch.setattr("moe_lightning.modules.MixtralModule.configure_optimizers", fail)
+    with pytest.raises(KeyError):
+        main(["fit", "-c", config, "--run_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
 def test_overwriting_with_a_mistake_loses_nothing(
     folder: Path, config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
