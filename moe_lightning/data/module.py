@@ -201,7 +201,13 @@ class TextDataModule(lightning.LightningDataModule):
             stage: `fit`, `validate`, `test` or `predict`. For `predict` with a given tokenizer no source is read.
         """
         if stage == "predict":
-            read_prompts(self.prompts, self.prompts_file)  # a missing file is better known before a model runs
+            # a missing file is better known before a model runs
+            count, processes = len(read_prompts(self.prompts, self.prompts_file)), self._rank[1]
+            if count < processes:
+                raise ValueError(
+                    f"{count} prompt(s) cannot be shared by {processes} processes: use --trainer.devices {count} "
+                    "or give more prompts"
+                )
         if stage == "predict" and self.options.tokenizer is not None:
             _ = self.tokenizer
         else:

@@ -172,6 +172,15 @@ def test_predict_with_a_given_tokenizer_reads_no_source(options: dict[str, Any],
     assert len(data.predict_dataloader()) == 1
 
 
+def test_fewer_prompts_than_processes_are_an_error(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = TextDataModule(**options, prompts=["x"])
+    monkeypatch.setattr(TextDataModule, "_rank", (0, 2))
+    with pytest.raises(ValueError, match=r"1 prompt\(s\) cannot be shared by 2 processes: use --trainer.devices 1"):
+        data.setup("predict")
+
+
 @pytest.mark.parametrize(
     ("changed", "error"),
     [
