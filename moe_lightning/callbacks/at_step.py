@@ -86,6 +86,9 @@ class AtStep(Callback):
         if self.at_step == "end" or self.done:
             return
         total = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+        if self.at_step >= total and getattr(trainer, "fast_dev_run", False):
+            say(trainer, f"{type(self).__name__}: step {self.at_step} does not come in a fast_dev_run")
+            return
         if self.at_step >= total:
             raise ValueError(
                 f"{type(self).__name__}: at_step={self.at_step} lies beyond the run, which has {total} steps: choose a "

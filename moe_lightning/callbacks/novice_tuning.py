@@ -74,7 +74,7 @@ class NoviceTuning(AtStep):
             self.act(trainer, pl_module)
             self._active = self.done = True
         if self.learning_rate is not None:
-            self._set_learning_rate(trainer, self.learning_rate)
+            self._set_learning_rate(trainer, pl_module, self.learning_rate)
 
     def act(self, trainer: Trainer, module: LightningModule) -> None:
         """Freeze everything but the novices.
@@ -97,10 +97,11 @@ class NoviceTuning(AtStep):
         wrap_again(trainer, module)
         say(trainer, f"step {trainer.global_step}: only the novices train from here on ({count:,} parameters)")
 
-    def _set_learning_rate(self, trainer: Trainer, peak: float) -> None:
+    def _set_learning_rate(self, trainer: Trainer, module: LightningModule, peak: float) -> None:
         total = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
         progress = (trainer.global_step - self.at_step) / max(1, total - self.at_step)  # type: ignore[operator]
         rate = peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+        module.log("train/novice_learning_rate", rate)
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 if group.get("name") == "novices":

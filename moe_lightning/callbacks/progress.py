@@ -104,7 +104,12 @@ class CompactProgress(ProgressBar):
     # ------------------------------------------------------------ training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the time."""
+        """Say what is trained, and take the time."""
+        count = sum(parameter.numel() for parameter in pl_module.parameters())
+        total = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+        self.print(
+            f"training {type(pl_module).__name__}: {count:,} parameters, {total:.0f} steps on {pl_module.device}"
+        )
         self._started_at = time.monotonic()
         self._first_step = trainer.global_step
 
@@ -116,7 +121,11 @@ class CompactProgress(ProgressBar):
             ("train/loss", "loss {}"),
             ("val/perplexity", "val perplexity {}"),
             ("train/tokens_per_second", "{} tokens/s"),
-            ("train/learning_rate", "lr {}"),
+            # Where only novices train, theirs is the one that counts.
+            (
+                "train/novice_learning_rate" if "train/novice_learning_rate" in metrics else "train/learning_rate",
+                "lr {}",
+            ),
         ):
             if name in metrics:
                 parts.append(words.format(short(float(metrics[name]))))

@@ -194,7 +194,11 @@ def _device(name: str) -> torch.device:
 def _print_plan(prepared: Prepared) -> None:
     before, after = prepared.size_before, prepared.size_after
     share = after.parameters / before.parameters
-    steps = ["replay of a plan"] if prepared.plan is not None else [repr(method) for method in prepared.methods]
+    steps = (
+        ["replay of a plan, in the place of methods"]
+        if prepared.plan is not None
+        else [repr(method) for method in prepared.methods]
+    )
     print(f"model    {prepared.folder} on {prepared.device}, {str(prepared.dtype).removeprefix('torch.')}")
     for step in steps:
         print(f"method   {step}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 PYTHON_STDLIB = "python-stdlib"
+DEFAULT_TEXT_FIELD = "text"
 HUB_PREFIX = "hub:"
 
 # Not source text of a person: tests, generated tables and configuration, other people's packages.
@@ -333,7 +334,10 @@ def _open_hub(name: str, text_field: str, hub_split: str) -> Table:
 
 
 def _row_is_chat(row: dict[str, Any], text_field: str) -> bool:
-    return text_field == "messages" or ("messages" in row and text_field not in row)
+    # A field that was asked for by name and is not there is a mistake, and no conversation.
+    return text_field == "messages" or (
+        "messages" in row and text_field == DEFAULT_TEXT_FIELD and text_field not in row
+    )
 
 
 def _wrong_field(name: str, text_field: str, fields: Sequence[str]) -> ValueError:

@@ -15,6 +15,21 @@ from torchmetrics import Metric
 
 from moe_lightning.statistics.observer import RoutedOutputs
 
+ROUTING_SUMS = ("tokens", "count", "gate_sum", "gate_square_sum", "probability_sum", "coactivation")
+MOMENTS = ("output_count", "output_mean", "output_m2")
+OUTPUT_SUMS = (
+    *MOMENTS,
+    "gate_output_sum",
+    "gate2_output_sum",
+    "norm_sum",
+    "norm_square_sum",
+    "gate_norm_sum",
+    "gate2_norm_square_sum",
+    "output_max_abs",
+    "output_gram",
+    "layer_output_square_sum",
+)
+
 
 def merge_moments(
     count: Tensor, mean: Tensor, m2: Tensor, other_count: Tensor, other_mean: Tensor, other_m2: Tensor
@@ -108,8 +123,7 @@ class RoutingStatistics(_ExpertMetric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return the states by name."""
-        names = ("tokens", "count", "gate_sum", "gate_square_sum", "probability_sum", "coactivation")
-        return {name: getattr(self, name).clone() for name in names}
+        return {name: getattr(self, name).clone() for name in ROUTING_SUMS}
 
 
 class OutputStatistics(_ExpertMetric):
@@ -210,17 +224,6 @@ class OutputStatistics(_ExpertMetric):
             for rank in range(1, count.shape[0]):
                 merged = merge_moments(*merged, count[rank], mean[rank], m2[rank])
             count, mean, m2 = merged
-        values = {"output_count": count.clone(), "output_mean": mean.clone(), "output_m2": m2.clone()}
-        for name in (
-            "gate_output_sum",
-            "gate2_output_sum",
-            "norm_sum",
-            "norm_square_sum",
-            "gate_norm_sum",
-            "gate2_norm_square_sum",
-            "output_max_abs",
-            "output_gram",
-            "layer_output_square_sum",
-        ):
-            values[name] = getattr(self, name).clone()
+        values = {name: getattr(self, name).clone() for name in OUTPUT_SUMS if name not in MOMENTS}
+        values |= {"output_count": count.clone(), "output_mean": mean.clone(), "output_m2": m2.clone()}
         return values

@@ -16,28 +16,12 @@ from torch import Tensor
 
 from moe_lightning.files import write_atomically
 from moe_lightning.plan import ModelShape
-from moe_lightning.statistics.metrics import merge_moments
+from moe_lightning.statistics.metrics import MOMENTS, OUTPUT_SUMS, ROUTING_SUMS, merge_moments
 from moe_lightning.statistics.registry import criterion_named
 
 FORMAT_VERSION = "1"
 
-GROUPS: dict[str, tuple[str, ...]] = {
-    "routing": ("tokens", "count", "gate_sum", "gate_square_sum", "probability_sum", "coactivation"),
-    "outputs": (
-        "output_count",
-        "output_mean",
-        "output_m2",
-        "gate_output_sum",
-        "gate2_output_sum",
-        "norm_sum",
-        "norm_square_sum",
-        "gate_norm_sum",
-        "gate2_norm_square_sum",
-        "output_max_abs",
-        "output_gram",
-        "layer_output_square_sum",
-    ),
-}
+GROUPS: dict[str, tuple[str, ...]] = {"routing": ROUTING_SUMS, "outputs": OUTPUT_SUMS}
 """Statistics that are measured together, by the name that criteria and methods ask for."""
 
 
@@ -198,12 +182,11 @@ def merge_statistics(parts: Sequence[Statistics] | Iterable[Statistics]) -> Stat
         for name in merged:
             if name == "output_max_abs":
                 merged[name] = torch.maximum(merged[name], other[name])
-            elif name not in ("output_count", "output_mean", "output_m2"):
+            elif name not in MOMENTS:
                 merged[name] = merged[name] + other[name]
         if "output_mean" in merged:
-            moments = ("output_count", "output_mean", "output_m2")
-            result = merge_moments(*(merged[name] for name in moments), *(other[name] for name in moments))
-            merged.update(zip(moments, result, strict=True))
+            result = merge_moments(*(merged[name] for name in MOMENTS), *(other[name] for name in MOMENTS))
+            merged.update(zip(MOMENTS, result, strict=True))
     info = dict(parts[0].info)
     if all("batches" in part.info for part in parts):
         info["batches"] = sum(part.info["batches"] for part in parts)
