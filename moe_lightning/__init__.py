@@ -34,6 +34,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "from_pretrained": "checkpoints",
     "measure": "sizes",
+    "merge_statistics": "statistics",
     "save_pretrained": "checkpoints",
 }
 _PACKAGES = ("callbacks",)
@@ -59,6 +60,7 @@ __all__ = [
     "evaluate",
     "from_pretrained",
     "measure",
+    "merge_statistics",
     "save_pretrained",
 ]
 
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
     from moe_lightning.modules import MixtralModule
     from moe_lightning.plan import CompressionPlan, KeepExperts, ModelShape, NoviceExperts
     from moe_lightning.sizes import ModelSize, measure
+    from moe_lightning.statistics import merge_statistics
     from moe_lightning.surgery import build
     from moe_lightning.trimming import ExpertDrop, Novices
 

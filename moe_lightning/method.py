@@ -14,10 +14,8 @@ from moe_lightning.statistics import Statistics
 class Method(ABC):
     """A way to compress a model. Children are dataclasses: YAML, Python and tests build them alike."""
 
-    # Methods that fit one layer at a time will say "layer"; the driver interleaves collect, fill and propagate for
-    # them. Without an annotation: the YAML parser evaluates those of a base class among the names of the child's
+    # No annotated attributes here: the YAML parser evaluates those of a base class among the names of the child's
     # module, and where one fails it takes every option of the child unchecked.
-    granularity = "model"
 
     @property
     @abstractmethod

@@ -6,6 +6,7 @@ the oracle of the tests. This package imports nothing of ``moe_lightning``.
 
 from moe_kernels.experts import (
     RoutedPairs,
+    add_novices,
     combine_pairs,
     expert_outputs,
     grouped_linear,
@@ -17,6 +18,7 @@ from moe_kernels.experts import (
 
 __all__ = [
     "RoutedPairs",
+    "add_novices",
     "combine_pairs",
     "expert_outputs",
     "grouped_linear",

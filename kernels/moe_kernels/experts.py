@@ -167,6 +167,28 @@ def novice_weights(index_NK: Tensor, weight_NK: Tensor, slot_map_E: Tensor, num_
     return table.scatter_add(1, column, weight_NK * is_novice.to(weight_NK.dtype))
 
 
+def add_novices(
+    mixed_NH: Tensor, index_NK: Tensor, weight_NK: Tensor, slot_map_E: Tensor, novices_VH: Tensor | None
+) -> Tensor:
+    """Add the novices' share, ``sum_{i novice} g_i(x) v_i``, to the sum over real experts.
+
+    Args:
+        mixed_NH: From :func:`combine_pairs`, in fp32 or wider.
+        index_NK: Experts chosen by the router, ``[N, K]``.
+        weight_NK: Their routing weights, ``[N, K]``.
+        slot_map_E: Slot or novice of each expert.
+        novices_VH: Novice vectors ``[V, H]``, or None.
+
+    Returns:
+        ``[N, H]`` in the type of ``mixed_NH``, under autocast too.
+    """
+    if novices_VH is None or not novices_VH.shape[0]:
+        return mixed_NH
+    with torch.autocast(mixed_NH.device.type, enabled=False):
+        weights_NV = novice_weights(index_NK, weight_NK, slot_map_E, novices_VH.shape[0]).to(mixed_NH.dtype)
+        return mixed_NH + weights_NV @ novices_VH.to(mixed_NH.dtype)
+
+
 def mix_experts(
     hidden_NH: Tensor,
     index_NK: Tensor,
@@ -197,10 +219,7 @@ def mix_experts(
     pairs = sort_pairs(index_NK, slot_map_E, gate_up_S2IH.shape[0])
     outputs_PH = expert_outputs(hidden_NH, pairs, gate_up_S2IH, down_SHI, activation)
     mixed_NH = combine_pairs(outputs_PH, pairs, weight_NK)
-    if novices_VH is not None and novices_VH.shape[0]:
-        weights_NV = novice_weights(index_NK, weight_NK, slot_map_E, novices_VH.shape[0]).to(mixed_NH.dtype)
-        mixed_NH = mixed_NH + weights_NV @ novices_VH.to(mixed_NH.dtype)
-    return mixed_NH.to(hidden_NH.dtype)
+    return add_novices(mixed_NH, index_NK, weight_NK, slot_map_E, novices_VH).to(hidden_NH.dtype)
 
 
 def mix_experts_by_loop(

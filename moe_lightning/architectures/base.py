@@ -95,5 +95,9 @@ class Architecture(ABC):
             ValueError: The entry is there but is not a plan.
         """
         entry = getattr(config, CONFIG_KEY, None) or {}
-        plan = entry.get("plan") if isinstance(entry, dict) else None
-        return CompressionPlan.from_dict(plan) if plan else CompressionPlan()
+        if not isinstance(entry, dict):
+            entry = {}
+        if entry.get("plan"):
+            return CompressionPlan.from_dict(entry["plan"])
+        # A plain folder of a model that was compressed before: a model of its own, that knows where it comes from.
+        return CompressionPlan(origin={"lineage": entry["lineage"]} if entry.get("lineage") else {})

@@ -40,6 +40,15 @@ def say(trainer: Trainer, text: str) -> None:
         print(text, flush=True)
 
 
+def total_steps(trainer: Trainer) -> float:
+    """Return the optimizer steps after which the run ends, whichever of steps and epochs ends it; infinite for no end.
+
+    Not before ``on_train_start``: Lightning may make the training loader to answer, and a resumed run would lose its
+    place in the data.
+    """
+    return trainer.estimated_stepping_batches
+
+
 class AtStep(Callback):
     """Act once, before the first batch after ``at_step`` optimizer steps, or when training ends.
 
@@ -85,14 +94,14 @@ class AtStep(Callback):
         """
         if self.at_step == "end" or self.done:
             return
-        total = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+        total = total_steps(trainer)
         if self.at_step >= total and getattr(trainer, "fast_dev_run", False):
             say(trainer, f"{type(self).__name__}: step {self.at_step} does not come in a fast_dev_run")
             return
         if self.at_step >= total:
             raise ValueError(
-                f"{type(self).__name__}: at_step={self.at_step} lies beyond the run, which has {total} steps: choose a "
-                "smaller step or 'end'"
+                f"{type(self).__name__}: at_step={self.at_step} lies beyond the run, which has {total:.0f} steps: "
+                "choose a smaller step or 'end'"
             )
         if trainer.global_step > self.at_step:
             raise ValueError(

@@ -69,8 +69,8 @@ class Window:
         ``load [L, E]`` share of the routed pairs, ``weight [L, E]`` mean routing weight when picked, ``entropy [L]``,
         ``novice_mass [L]`` share of the routing weight that novices get. NaN for experts that are gone.
         """
-        sums = {name: tensor.cpu() for name, tensor in self.routing.compute().items()}
-        entropy_L = self.entropy.compute().cpu()
+        sums = {name: tensor.cpu() for name, tensor in self.routing.sums().items()}
+        entropy_L = self.entropy.compute().cpu().reshape(-1)  # torchmetrics squeezes one layer to a scalar
         if not bool((sums["tokens"] > 0).all()):
             return None
         known = torch.zeros_like(sums["count"], dtype=torch.bool)
@@ -154,8 +154,8 @@ class ExpertStatistics(Callback):
         self._config = None
 
     def _see(self, row: int, router: nn.Module, _args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        # Once a batch: gradient checkpointing runs a layer twice. A calibration runs in eval mode between batches.
-        if self._stage is None or row in self._seen or router.training != (self._stage == "train"):
+        # Once a batch: gradient checkpointing runs a layer twice. A calibration runs without gradients, in training.
+        if self._stage is None or row in self._seen or torch.is_grad_enabled() != (self._stage == "train"):
             return
         if self._model.config is not self._config:
             return  # compressed after this batch began to be watched: the windows are those of the old shape

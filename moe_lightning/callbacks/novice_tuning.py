@@ -6,13 +6,13 @@ import math
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
 
 from moe_lightning.architectures import architecture_of
-from moe_lightning.callbacks.at_step import AtStep, language_model, say
+from moe_lightning.callbacks.at_step import AtStep, language_model, say, total_steps
 from moe_lightning.callbacks.compress import Compress
 from moe_lightning.callbacks.strategies import check_strategy, wrap_again
-from moe_lightning.trimming import Novices
+from moe_lightning.compression import trial_edits
+from moe_lightning.plan import NoviceExperts
 
 
 class NoviceTuning(AtStep):
@@ -40,7 +40,7 @@ class NoviceTuning(AtStep):
             raise ValueError(f"NoviceTuning: learning_rate must be positive, got {learning_rate}")
         self.learning_rate = learning_rate
         self._active = False
-        self._frozen: list[nn.Parameter] = []
+        self._frozen_before: set[str] = set()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that there will be novices, before anything is trained.
@@ -53,18 +53,32 @@ class NoviceTuning(AtStep):
         if any(layout.novices for layout in architecture_of(model).shape(model).layouts):
             return
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        shape = architecture_of(model).shape(model)
         for place, callback in enumerate(callbacks):
             if isinstance(callback, Compress) and callback.at_step != "end":
-                makes_novices = any(isinstance(method, Novices) for method in callback.methods)
                 before = callback.at_step < self.at_step or (  # type: ignore[operator]
                     callback.at_step == self.at_step and place < callbacks.index(self)
                 )
-                if makes_novices and before:
+                if before and any(isinstance(edit, NoviceExperts) for edit in trial_edits(shape, callback.methods)[0]):
                     return
         raise ValueError(
             f"NoviceTuning at step {self.at_step}: there will be no novices to train: put a Compress with Novices "
             "before it"
         )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find a step that never comes, and an optimizer whose novices have no learning rate of their own.
+
+        Raises:
+            ValueError: The step never comes, or ``learning_rate`` is given and no optimizer has a group for novices.
+        """
+        super().on_train_start(trainer, pl_module)
+        groups = [group.get("name") for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        if self.learning_rate is not None and "novices" not in groups:
+            raise ValueError(
+                "NoviceTuning: learning_rate needs an optimizer with a group named 'novices': make its groups with "
+                "moe_lightning.surgery.parameter_groups, as MixtralModule does, or leave learning_rate out"
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Freeze at the step, again after a resume, and set the learning rate."""
@@ -80,25 +94,30 @@ class NoviceTuning(AtStep):
         """Freeze everything but the novices.
 
         Raises:
-            ValueError: The model has no novices.
+            ValueError: The model has no novices, or no optimizer holds them.
         """
         model = language_model(module)
-        novices = {name for name, _ in model.named_parameters() if name.endswith(".novices")}
+        novices = {name: parameter for name, parameter in model.named_parameters() if name.endswith(".novices")}
         if not novices:
             raise ValueError(f"NoviceTuning at step {self.at_step}: the model has no novices to train")
-        count = 0
-        for name, parameter in model.named_parameters():
-            if name in novices:
-                count += parameter.numel()
-            elif parameter.requires_grad:
-                parameter.requires_grad_(False)
-                parameter.grad = None
-                self._frozen.append(parameter)
+        held = {
+            id(item) for optimizer in trainer.optimizers for group in optimizer.param_groups for item in group["params"]
+        }
+        if not all(id(parameter) in held for parameter in novices.values()):
+            raise ValueError(f"NoviceTuning at step {self.at_step}: the novices are in no optimizer")
+        for name, parameter in module.named_parameters():
+            if name.endswith(".novices"):
+                continue
+            if not parameter.requires_grad:
+                self._frozen_before.add(name)
+            parameter.requires_grad_(False)
+            parameter.grad = None
         wrap_again(trainer, module)
+        count = sum(parameter.numel() for parameter in novices.values())
         say(trainer, f"step {trainer.global_step}: only the novices train from here on ({count:,} parameters)")
 
     def _set_learning_rate(self, trainer: Trainer, module: LightningModule, peak: float) -> None:
-        total = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+        total = total_steps(trainer)
         progress = (trainer.global_step - self.at_step) / max(1, total - self.at_step)  # type: ignore[operator]
         rate = peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
         module.log("train/novice_learning_rate", rate)
@@ -109,7 +128,9 @@ class NoviceTuning(AtStep):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let train again what trained before."""
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-        self._frozen.clear()
+        if self._active:
+            for name, parameter in pl_module.named_parameters():
+                if name not in self._frozen_before:
+                    parameter.requires_grad_(True)
+        self._frozen_before.clear()
         self._active = False

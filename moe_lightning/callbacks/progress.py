@@ -12,6 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
+from moe_lightning.callbacks.at_step import total_steps
+
 
 def duration(seconds: float) -> str:
     """Return a time as ``1:02:03`` or ``2:03``."""
@@ -83,11 +85,14 @@ class CompactProgress(ProgressBar):
         if self._line and self.is_terminal:
             print("\r\x1b[2K", end="")
 
+    def _is_due(self) -> bool:
+        # Asked before a line is made: reading metrics makes a GPU wait.
+        return self._enabled and time.monotonic() - self._shown_at >= (0.1 if self.is_terminal else self.seconds)
+
     def _show(self, line: str, force: bool = False) -> None:
-        now = time.monotonic()
-        if not self._enabled or (not force and now - self._shown_at < (0.1 if self.is_terminal else self.seconds)):
+        if not self._enabled or not (force or self._is_due()):
             return
-        self._shown_at = now
+        self._shown_at = time.monotonic()
         if not self.is_terminal:
             print(line, flush=True)
             return
@@ -106,7 +111,7 @@ class CompactProgress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what is trained, and take the time."""
         count = sum(parameter.numel() for parameter in pl_module.parameters())
-        total = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+        total = total_steps(trainer)
         self.print(
             f"training {type(pl_module).__name__}: {count:,} parameters, {total:.0f} steps on {pl_module.device}"
         )
@@ -114,7 +119,7 @@ class CompactProgress(ProgressBar):
         self._first_step = trainer.global_step
 
     def _training_line(self, trainer: Trainer) -> str:
-        total = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+        total = total_steps(trainer)
         step, metrics = trainer.global_step, trainer.callback_metrics
         parts = [f"step {step}/{total:.0f}"]
         for name, words in (
@@ -140,7 +145,8 @@ class CompactProgress(ProgressBar):
     ) -> None:
         """Show where the training is."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._show(self._training_line(trainer))
+        if self._is_due():
+            self._show(self._training_line(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the last line."""

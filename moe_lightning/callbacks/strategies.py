@@ -36,4 +36,5 @@ def wrap_again(trainer: Trainer, module: LightningModule) -> None:
     strategy = trainer.strategy
     if isinstance(strategy, DDPStrategy) and strategy.model is not module:
         strategy.model = None  # the old wrapper's hooks go with it
-        strategy.model = strategy._setup_model(module)
+        strategy.model = module
+        strategy.configure_ddp()  # communication hooks included

@@ -1,7 +1,7 @@
 """Reading and writing models as Hugging Face folders."""
 
 from moe_lightning.checkpoints.folders import Format, check_format, from_pretrained, save_pretrained
-from moe_lightning.checkpoints.inspect import check_checkpoint, read_config, stored_bytes
+from moe_lightning.checkpoints.inspect import check_checkpoint, read_config, stored_bytes, stored_dtype
 
 __all__ = [
     "Format",
@@ -11,4 +11,5 @@ __all__ = [
     "read_config",
     "save_pretrained",
     "stored_bytes",
+    "stored_dtype",
 ]

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from moe_lightning.plan import ModelShape
 from moe_lightning.sizes import measure
 from moe_lightning.surgery import plan_of
+
+
+def _history(origin: dict[str, Any]) -> list[Any]:
+    """Return every step that led to a model, those before it was written as a plain one first."""
+    earlier = (origin.get("lineage") or {}).get("origin") or {}
+    return [*(_history(earlier) if earlier else []), *origin.get("history", [])]
 
 
 def model_card(model: PreTrainedModel, shape: ModelShape, format: str) -> str:
@@ -49,8 +56,11 @@ def model_card(model: PreTrainedModel, shape: ModelShape, format: str) -> str:
             dropped = [expert for expert in range(shape.num_experts) if expert not in layout.router]
             cells = (" ".join(map(str, group)) or "-" for group in (layout.real, layout.novices, dropped))
             lines.append(f"| {layout.layer} | " + " | ".join(cells) + " |")
-        lines += ["", "## Lineage", ""]
-        for step in plan.origin.get("history", []):
+        lines.append("")
+    steps = _history(plan.origin)
+    if steps:
+        lines += ["## Lineage", ""]
+        for step in steps:
             lines += ["```json", json.dumps(step, indent=2), "```", ""]
     lines.append("Made with moe-lightning.")
     return "\n".join(lines) + "\n"

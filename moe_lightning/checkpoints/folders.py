@@ -86,6 +86,11 @@ def _plain_model(model: PreTrainedModel, shape: ModelShape) -> MixtralForCausalL
     return plain
 
 
+def _check_tokenizer_folder(source: Path) -> None:
+    if not any((source / name).is_file() for name in TOKENIZER_FILES):
+        raise FileNotFoundError(f"tokenizer={source}: there is no folder with tokenizer files: nothing was written")
+
+
 def _copy_tokenizer(source: Path, target: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
@@ -123,11 +128,14 @@ def save_pretrained(
 
     Raises:
         FileExistsError: The folder holds something and ``overwrite`` is not set.
+        FileNotFoundError: ``tokenizer`` names a folder without tokenizer files.
         ValueError: The format cannot hold the model, or a parameter is not finite.
     """
     shape = architecture_of(model).shape(model)
     chosen = check_format(shape, format)
     check_output_folder(directory, overwrite, "overwrite=True")
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        _check_tokenizer_folder(Path(tokenizer))
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"{name} is not finite: nothing was written")

@@ -8,6 +8,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moe_lightning.architectures import architecture_named
 
 INDEX = "model.safetensors.index.json"
@@ -94,6 +96,16 @@ def check_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
     for shard in _shards(Path(directory)):
         read_header(shard)
     return config
+
+
+def stored_dtype(directory: str | os.PathLike[str]) -> torch.dtype:
+    """Return the type of the first floating-point weight of a folder; float32 where there is none."""
+    known = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    for shard in _shards(Path(directory)):
+        for entry in read_header(shard).values():
+            if entry["dtype"] in known:
+                return known[entry["dtype"]]
+    return torch.float32
 
 
 def stored_bytes(directory: str | os.PathLike[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,10 +23,11 @@ from moe_lightning.checkpoints import (
     from_pretrained,
     save_pretrained,
     stored_bytes,
+    stored_dtype,
 )
 from moe_lightning.cli.arguments import with_bare_flags, with_replaced_lists
 from moe_lightning.cli.config_files import resolve_configs
-from moe_lightning.cli.errors import OneLineErrors, in_one_line
+from moe_lightning.cli.errors import TRACEBACK_VARIABLE, OneLineErrors, in_one_line
 from moe_lightning.cli.messages import readable_messages
 from moe_lightning.compression import CompressionResult, compress, trial_edits
 from moe_lightning.data import TextDataModule, holds_tokenizer
@@ -37,6 +39,7 @@ from moe_lightning.sizes import ModelSize, measure
 from moe_lightning.surgery import apply_plan, build
 from moe_lightning.trimming import Replay
 
+WORK_HAD_BEGUN = "the compression had begun; nothing was written"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -104,7 +107,11 @@ def compress_checkpoint(
     if dry_run:
         return _dry_run(prepared, calibration_batches)
     assert prepared.output is not None
-    return _run(prepared, calibration_batches, overwrite)
+    try:
+        return _run(prepared, calibration_batches, overwrite)
+    except Exception as error:
+        error.add_note(WORK_HAD_BEGUN)  # no mistake in the options: where it comes from is worth reading
+        raise
 
 
 def _prepare(
@@ -162,7 +169,7 @@ def _prepare(
             f"the tokenizer has {data.vocab_size} tokens, the model knows {shape.vocab_size}: name the model's own "
             "tokenizer by --data.tokenizer"
         )
-    kind = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
+    kind = DTYPES.get(dtype) or getattr(config, "dtype", None) or stored_dtype(model)
     default = torch.get_default_dtype()
     torch.set_default_dtype(kind)
     try:
@@ -238,7 +245,7 @@ def _dry_run(prepared: Prepared, calibration_batches: int | None) -> dict[str, A
     # Small products, statistics and the rest: half of the rate of a large product is what a pass gets at best.
     seconds = 2 * flops / rate
     print(f"data     {calibration} calibration blocks, {tested} test blocks of {data.block_size} tokens")
-    print(f"memory   about {memory / 2**20:,.0f} MiB at most")
+    print(f"memory   about {memory / 2**20:,.0f} MiB, and the activations of a batch")
     print(f"time     at least {seconds:,.0f} s (probe: {rate / 1e9:,.0f} GFLOP/s)")
     print("dry run: nothing was calibrated, nothing was written")
     return {
@@ -274,8 +281,9 @@ def _run(prepared: Prepared, calibration_batches: int | None, overwrite: bool) -
         proof = _prove(model, folder, data, prepared)
         numbers: dict[str, Any] = {
             "model": str(prepared.folder),
-            "before": _row(before, result.size_before, stored_bytes(prepared.folder), speed_before),
-            "after": _row(after, result.size_after, stored_bytes(folder), speed_after),
+            "sequence_length": data.block_size,
+            "before": _row(before, prepared.size_before, stored_bytes(prepared.folder), speed_before),
+            "after": _row(after, measure(model, data.block_size), stored_bytes(folder), speed_after),
             "compression": result.summary(),
             "compression_seconds": seconds,
             "loaded_again_max_logit_difference": proof,
@@ -372,6 +380,8 @@ def main(arguments: Sequence[str]) -> int:
             values.pop("config", None)
             compress_checkpoint(**values)
     except (ValueError, TypeError, OSError) as error:
+        if WORK_HAD_BEGUN in getattr(error, "__notes__", ()) or os.environ.get(TRACEBACK_VARIABLE):
+            raise
         print(f"moe-lightning compress: error: {in_one_line(str(error))}", file=sys.stderr)
         return 2
     return 0

@@ -20,7 +20,7 @@ from moe_lightning.method import Method
 from moe_lightning.plan import CompressionPlan, Edit, ModelShape
 from moe_lightning.sizes import measure
 from moe_lightning.statistics import Statistics, collect
-from moe_lightning.surgery import Surgery, apply_plan, carry_optimizer, plan_of
+from moe_lightning.surgery import Surgery, apply_plan, carry_optimizer, check_class, plan_of
 from moe_lightning.trimming import Replay
 
 Batches = Iterable[Mapping[str, Any]]
@@ -99,6 +99,7 @@ def compress(
             calibration pass wherever the shape alone tells.
         RuntimeError: The parameters touched differ from those claimed, or a value filled in is not finite.
     """
+    check_class(model)
     if (methods is None) == (plan is None):
         raise ValueError("give either methods or a plan to replay, and not both")
     if plan is not None:
@@ -143,13 +144,13 @@ def compress(
         )
         result.modules.update(_statuses(result, tokens))
         _prove(result)
+        replaced = [item for surgery in surgeries for item in surgery.replaced]
+        for optimizer in optimizers:
+            carry_optimizer(optimizer, model, replaced)
     except BaseException:
         for surgery in reversed(surgeries):
             surgery.undo()
         raise
-    replaced = [item for surgery in surgeries for item in surgery.replaced]
-    for optimizer in optimizers:
-        carry_optimizer(optimizer, model, replaced)
     return result
 
 

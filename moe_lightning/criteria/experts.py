@@ -24,9 +24,9 @@ def _tokens(statistics: Statistics) -> Tensor:
 @register_criterion("random", set(), "control")
 def random(statistics: Statistics, seed: int) -> Tensor:
     """Draw uniform numbers: the control that every criterion must beat."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     size = (len(statistics.shape.layouts), statistics.shape.num_experts)
-    return torch.rand(size, dtype=torch.float64, generator=generator)
+    return torch.rand(size, dtype=torch.float64, generator=generator, device="cpu")
 
 
 @register_criterion("frequency", {"routing"}, "2507.00390 ablation; common")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from moe_kernels import combine_pairs, novice_weights, sort_pairs
+from moe_kernels import add_novices, combine_pairs, sort_pairs
 from moe_kernels.experts import Activation
 from torch import Tensor, nn
 
@@ -96,10 +96,7 @@ class CompressedExperts(nn.Module):
         slot_map = self.slot_map_on(hidden_NH.device)
         pairs = sort_pairs(index_NK, slot_map, self.storage.num_slots)
         mixed_NH = combine_pairs(self.storage(hidden_NH, pairs, self.act_fn), pairs, weight_NK)
-        if self.novices is not None:
-            weights_NV = novice_weights(index_NK, weight_NK, slot_map, self.num_novices).to(mixed_NH.dtype)
-            mixed_NH = mixed_NH + weights_NV @ self.novices.to(mixed_NH.dtype)
-        return mixed_NH.to(hidden_NH.dtype)
+        return add_novices(mixed_NH, index_NK, weight_NK, slot_map, self.novices).to(hidden_NH.dtype)
 
     def extra_repr(self) -> str:
         """Say how many experts are real and how many are novices."""

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections import deque
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -32,7 +32,7 @@ from moe_lightning.modules.checks import (
 )
 from moe_lightning.modules.losses import next_token_loss
 from moe_lightning.plan import CompressionPlan
-from moe_lightning.surgery import parameter_groups, plan_of, rebuild
+from moe_lightning.surgery import GROUP_NAMES, parameter_groups, plan_of, rebuild
 
 
 def plain_values(plan: CompressionPlan) -> dict[str, Any]:
@@ -294,8 +294,6 @@ class MixtralModule(LightningModule):
             raise ValueError("the learning rate schedule needs the length of the run: set --trainer.max_steps")
         groups = parameter_groups(self.model, self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
-        # Plain functions: LambdaLR saves the attributes of callable objects, and would load an old schedule over a new
-        # one.
         # A plain function: of other callables LambdaLR saves the attributes, and loads them over the new ones.
         factors = [lambda step: self.learning_rate_factor(step)] * len(groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
@@ -303,6 +301,9 @@ class MixtralModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Let the options of this run win over what a resumed optimizer and schedule remember of the last one."""
+        names = [group.get("name") for group in self.trainer.optimizers[0].param_groups]
+        if names != list(GROUP_NAMES) or not self.trainer.lr_scheduler_configs:
+            return  # a child of this class has optimizers of its own
         optimizer, schedule = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
         factor = self.learning_rate_factor(schedule.last_epoch)
         wanted = parameter_groups(self.model, self.weight_decay)
@@ -312,6 +313,20 @@ class MixtralModule(LightningModule):
             group["betas"] = self.betas
             group["weight_decay"] = fresh.get("weight_decay", self.weight_decay)
         schedule.base_lrs = [self.learning_rate] * len(wanted)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MixtralModule:
+        # bf16-true casts every tensor. The frequencies of the rotary embedding are in no file and are float32 wherever
+        # transformers loads a model: in bfloat16 the model trained would not be the model that is exported.
+        kept = {
+            (module, name): buffer
+            for module in self.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name.endswith("inv_freq")
+        }
+        applied = super()._apply(fn, recurse)
+        for (module, name), buffer in kept.items():
+            setattr(module, name, buffer.to(getattr(module, name).device))
+        return cast("MixtralModule", applied)
 
     # ------------------------------------------------------------ evaluation
 

@@ -31,7 +31,13 @@ def check_needs(needs: Iterable[str] | None) -> frozenset[str]:
 
 
 def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        raise ValueError(
+            f"the model lies on {', '.join(sorted(map(str, devices)))}: statistics need all of it on one device, "
+            "not offloaded: load it without device_map"
+        )
+    return devices.pop()
 
 
 def _padding(batch: Mapping[str, Any]) -> Tensor | None:
@@ -88,6 +94,8 @@ def collect(
     Cost: one forward pass plus about ``10 * tokens * k * hidden`` float64 operations a layer.
     """
     wanted = check_needs(needs)
+    if isinstance(batches, Mapping):
+        raise ValueError("batches must be a list or another iterable of batches, not one batch: pass [batch]")
     architecture = architecture_of(model)
     shape = architecture.shape(model)
     device = _device_of(model)

@@ -64,7 +64,7 @@ class _ExpertMetric(Metric):
     is_differentiable = False
 
     def _zeros(self, name: str, *shape: int, reduce: str | None = "sum") -> None:
-        self.add_state(name, torch.zeros(*shape, dtype=torch.float64), dist_reduce_fx=reduce)
+        self.add_state(name, torch.zeros(*shape, dtype=torch.float64, device="cpu"), dist_reduce_fx=reduce)
         self._shapes = {**getattr(self, "_shapes", {}), name: shape}
 
     def sums(self) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ class ExpertObserver:
         pairs = sort_pairs(index_NK, opened.slot_map, opened.gate_up_proj.shape[0])
         outputs_PH = expert_outputs(hidden_NH, pairs, opened.gate_up_proj, opened.down_proj, opened.activation)
         num_tokens, top_k = index_NK.shape
-        table = hidden_NH.new_zeros(num_tokens * top_k, hidden_NH.shape[-1]).index_copy(0, pairs.order, outputs_PH)
+        table = outputs_PH.new_zeros(num_tokens * top_k, hidden_NH.shape[-1]).index_copy(0, pairs.order, outputs_PH)
         slot_NK = opened.slot_map[index_NK]
         mixed_NH = combine_pairs(outputs_PH, pairs, weight_NK)
         if opened.novices is not None:

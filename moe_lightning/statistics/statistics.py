@@ -63,7 +63,7 @@ class Statistics:
     @property
     def known(self) -> Tensor:
         """Which experts the router knows, bool ``[layers, experts]``."""
-        known = torch.zeros(len(self.shape.layouts), self.shape.num_experts, dtype=torch.bool)
+        known = torch.zeros(len(self.shape.layouts), self.shape.num_experts, dtype=torch.bool, device="cpu")
         for row, layout in enumerate(self.shape.layouts):
             known[row, list(layout.router)] = True
         return known
@@ -142,7 +142,7 @@ class Statistics:
             shape: Shape of the model.
             seed: Seed of the values.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         rows, experts, hidden = len(shape.layouts), shape.num_experts, 1
         sizes = {
             "tokens": (rows,),
@@ -154,7 +154,7 @@ class Statistics:
         tensors = {}
         for name in (name for names in GROUPS.values() for name in names):
             size = sizes.get(name, (rows, experts, hidden) if name in wide else (rows, experts))
-            one_layer = 2 + torch.rand(size[1:], dtype=torch.float64, generator=generator)
+            one_layer = 2 + torch.rand(size[1:], dtype=torch.float64, generator=generator, device="cpu")
             tensors[name] = one_layer.expand(size).clone()
         return cls(shape, tensors, {"synthetic": True})
 

@@ -1,6 +1,6 @@
 """The only code that changes a model's structure, and the model classes that the structure needs."""
 
-from moe_lightning.surgery.apply import Surgery, apply_plan, plan_of, rebuild
+from moe_lightning.surgery.apply import Surgery, apply_plan, check_class, plan_of, rebuild
 from moe_lightning.surgery.build import build
 from moe_lightning.surgery.models import (
     CompressedMixtralConfig,
@@ -8,9 +8,10 @@ from moe_lightning.surgery.models import (
     as_config,
     register_with_transformers,
 )
-from moe_lightning.surgery.optimizer import carry_optimizer, parameter_groups
+from moe_lightning.surgery.optimizer import GROUP_NAMES, carry_optimizer, parameter_groups
 
 __all__ = [
+    "GROUP_NAMES",
     "CompressedMixtralConfig",
     "CompressedMixtralForCausalLM",
     "Surgery",
@@ -18,6 +19,7 @@ __all__ = [
     "as_config",
     "build",
     "carry_optimizer",
+    "check_class",
     "parameter_groups",
     "plan_of",
     "rebuild",

@@ -92,6 +92,20 @@ def _set_config(change: LayoutChange, model: nn.Module, old: object, new: object
             change.set(module, "config", new)
 
 
+def check_class(model: nn.Module) -> None:
+    """Make sure that surgery can change a model's class.
+
+    Raises:
+        ValueError: A child of ``MixtralForCausalLM``, or a wrapper around it.
+    """
+    architecture_of(model)
+    if type(model) not in (MixtralForCausalLM, CompressedMixtralForCausalLM):
+        raise ValueError(
+            f"cannot compress a {type(model).__name__}: pass the MixtralForCausalLM itself, before "
+            "torch.compile or other wrappers"
+        )
+
+
 def apply_plan(model: PreTrainedModel, plan: CompressionPlan) -> Surgery:
     """Extend a live model's plan in place: slice its tensors, change its class and its config.
 
@@ -106,6 +120,7 @@ def apply_plan(model: PreTrainedModel, plan: CompressionPlan) -> Surgery:
         ValueError: The model carries other edits, or the plan does not fit it. Nothing is changed then.
         RuntimeError: The parameters counted differ from the parameters claimed. Nothing is changed then.
     """
+    check_class(model)
     architecture = architecture_of(model)
     carried = architecture.plan_of_config(model.config)
     if not plan.starts_with(carried):
@@ -118,8 +133,6 @@ def apply_plan(model: PreTrainedModel, plan: CompressionPlan) -> Surgery:
     change = change_layouts(model, architecture, before, after)
     surgery = Surgery(before, after, change)
     try:
-        if type(model) not in (MixtralForCausalLM, CompressedMixtralForCausalLM):
-            raise ValueError(f"cannot compress a {type(model).__name__}: pass a MixtralForCausalLM")
         if surgery.touched != surgery.claimed:
             raise RuntimeError(f"surgery touched {surgery.touched} parameters but the plan claims {surgery.claimed}")
         if not plan:

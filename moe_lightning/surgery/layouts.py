@@ -71,7 +71,8 @@ def _new_novices(
         for row, expert in enumerate(after.novices):
             if expert in before.novices and opened.novices is not None:
                 values[row] = opened.novices[before.novices.index(expert)]
-    return nn.Parameter(values)
+    old = opened.novices
+    return nn.Parameter(values, requires_grad=old.requires_grad if old is not None else True)
 
 
 def _change_layer(

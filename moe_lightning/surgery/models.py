@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.mixtral.configuration_mixtral import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
+from transformers.utils import can_return_tuple
 
 from moe_lightning.architectures import MixtralArchitecture
 from moe_lightning.architectures.base import CONFIG_KEY
@@ -77,6 +78,7 @@ class CompressedMixtralForCausalLM(MixtralForCausalLM):
         # done to still hold its module; ours take every name and go their own way.
         return True
 
+    @can_return_tuple
     def forward(  # noqa: D102 - the signature and meaning of MixtralForCausalLM.forward
         self,
         input_ids: torch.Tensor | None = None,

@@ -45,24 +45,33 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def _carried_state(state: dict[str, Any], item: ReplacedParameter) -> dict[str, Any]:
+    """Slice everything in a parameter's state that has a row for each of the parameter's rows."""
     assert item.old is not None and item.rows is not None
     carried = {}
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == item.old.shape and value.ndim > 0:
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            carried[key] = value
+        elif value.ndim == item.old.ndim and len(value) == len(item.old):
             rows = item.rows.to(value.device)
             carried[key] = value.index_select(0, rows.clamp(min=0))
             carried[key][rows < 0] = 0  # novices that are new among old ones have no moments yet
         else:
-            carried[key] = value
+            raise RuntimeError(
+                f"the optimizer's state {key!r} of {item.name} has the shape {tuple(value.shape)}, which cannot "
+                f"be sliced like the parameter's {tuple(item.old.shape)}: compress with an optimizer such as AdamW"
+            )
     return carried
 
 
 @torch.no_grad()
 def carry_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, replaced: Sequence[ReplacedParameter]) -> None:
-    """Edit an existing optimizer in place after a change of structure.
+    """Edit an existing optimizer in place after a change of structure, wholly or not at all.
 
     Schedulers and the trainer hold the optimizer, so it stays the same object. Surviving parameters keep their state:
     fused experts and router rows are sliced, and so are their moments.
+
+    Parameters of the optimizer that are none of the model's (a module may train more than its model) stay where they
+    are, behind those of the model.
 
     Args:
         optimizer: The optimizer of the model before the change.
@@ -70,37 +79,54 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, replaced
         replaced: What surgery replaced; of several surgeries all of it, in their order. (After the first of two
             surgeries alone, the optimizer would hold parameters that the second took out of the model.)
 
-    Parameters of the optimizer that are none of the model's (a module may train more than its model) stay where they
-    are, behind those of the model.
+    Raises:
+        RuntimeError: The optimizer keeps state that cannot be sliced; it is as it was then.
     """
     successor = {id(item.old): item for item in replaced if item.old is not None}
     positions = {id(parameter): place for place, parameter in enumerate(model.parameters())}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    held: set[int] = set()
-    homes: dict[str, dict[str, Any]] = {}
+    groups: list[list[nn.Parameter]] = []
+    states: dict[Tensor, dict[str, Any]] = {}
+    gone: list[nn.Parameter] = []
     for group in optimizer.param_groups:
         members = []
         for parameter in group["params"]:
             last: nn.Parameter | None = parameter
+            state = optimizer.state.get(parameter)
             while last is not None and (item := successor.get(id(last))) is not None:
-                state = optimizer.state.pop(last, None)
-                if state and item.new is not None:
-                    optimizer.state[item.new] = _carried_state(state, item)
+                gone.append(last)
+                state = _carried_state(state, item) if state and item.new is not None else None
                 last = item.new
             if last is not None:
                 members.append(last)
-        group["params"][:] = members
-        held.update(id(parameter) for parameter in members)
-        for parameter in members:
-            homes.setdefault(names.get(id(parameter), ""), group)
-    named_groups = {group["name"]: group for group in optimizer.param_groups if "name" in group}
+                if last is not parameter and state:
+                    states[last] = state
+        groups.append(members)
+    _add_new_ones(optimizer, groups, replaced, names)
+    # Nothing was changed so far.
+    for group, members in zip(optimizer.param_groups, groups, strict=True):
+        group["params"][:] = sorted(members, key=lambda parameter: positions.get(id(parameter), len(positions)))
+    for parameter in gone:
+        optimizer.state.pop(parameter, None)
+    optimizer.state.update(states)
+
+
+def _add_new_ones(
+    optimizer: torch.optim.Optimizer,
+    groups: list[list[nn.Parameter]],
+    replaced: Sequence[ReplacedParameter],
+    names: dict[int, str],
+) -> None:
+    """Give the novices that have no predecessor a group: their own, or that of their layer's experts, or the last."""
+    held = {id(parameter) for members in groups for parameter in members}
+    home_of = {names[id(parameter)]: members for members in groups for parameter in members if id(parameter) in names}
+    own = [
+        members for group, members in zip(optimizer.param_groups, groups, strict=True) if group.get("name") == "novices"
+    ]
     for item in replaced:
-        if item.new is None or id(item.new) in held or id(item.new) in successor:
+        if item.new is None or id(item.new) in held or id(item.new) not in names or not item.name.endswith(".novices"):
             continue
-        # Novices have no predecessor: the group made for them, or else the one that trains their layer's experts.
-        home = named_groups.get("novices") or homes.get(item.name.removesuffix("novices") + "storage.down_proj")
-        if home is not None:
-            home["params"].append(item.new)
-            held.add(id(item.new))
-    for group in optimizer.param_groups:
-        group["params"].sort(key=lambda parameter: positions.get(id(parameter), len(positions)))
+        experts = home_of.get(item.name.removesuffix("novices") + "storage.down_proj")
+        home = own[0] if own else experts if experts is not None else groups[-1]
+        home.append(item.new)
+        held.add(id(item.new))

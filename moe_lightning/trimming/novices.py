@@ -45,7 +45,7 @@ def novice_values(kind: str, statistics: Statistics, layer: int, experts: tuple[
     if kind not in NOVICE_NEEDS:
         raise ValueError(f"unknown novice {kind!r}: choose one of {', '.join(NOVICE_NEEDS)}")
     if kind == "zero":
-        return torch.zeros(len(experts), statistics.shape.hidden_size, dtype=torch.float64)
+        return torch.zeros(len(experts), statistics.shape.hidden_size, dtype=torch.float64, device="cpu")
     at = (statistics.row(layer), list(experts))
     weight = statistics["output_count" if kind == "mean" else "gate_square_sum"][at]
     unreached = [expert for expert, amount in zip(experts, weight.tolist(), strict=True) if amount == 0]

@@ -22,7 +22,7 @@ from moe_lightning.callbacks.strategies import check_strategy
 from moe_lightning.plan import CompressionPlan
 from moe_lightning.surgery import plan_of
 from tests.callbacks.small_fit import batches, fit, tiny_module
-from tests.models import random_batches
+from tests.models import random_batches, tiny_mixtral
 from tests.small_runs import write_texts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -277,3 +277,63 @@ def test_two_processes_stay_equal(tmp_path: Path) -> None:
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first.keys() == second.keys() and any("novices" in name for name in first)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class OwnModule(LightningModule):
+    """A module that is not ours, with one group of parameters."""
+
+    def __init__(self, trains: str = "") -> None:
+        super().__init__()
+        self.model = tiny_mixtral()
+        self.other = torch.nn.Linear(2, 2)
+        self.trains = trains
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.model(input_ids=batch["input_ids"], labels=batch["labels"]).loss + self.other.weight.sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for name, p in self.named_parameters() if self.trains in name], lr=1e-2)
+
+
+def novices_at(step: int) -> Compress:
+    return Compress([ml.Novices(ratio=0.5)], at_step=step, batches=random_batches())
+
+
+@pytest.mark.filterwarnings("ignore:.*has no set_plan")
+@pytest.mark.parametrize("trains", ["", "lm_head"])
+def test_novice_tuning_in_a_module_of_ones_own(trains: str, tmp_path: Path) -> None:
+    module = OwnModule(trains)
+    head, other = module.model.lm_head.weight.clone(), module.other.weight.clone()
+    seen: list[Any] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 0:
+                seen.append({n: p.detach().clone() for n, p in pl_module.model.named_parameters()})
+
+    fit(module, tmp_path, [novices_at(0), NoviceTuning(at_step=0), Look()], steps=3)
+    moved = [n for n, p in module.model.named_parameters() if not torch.equal(p, seen[0][n])]
+    assert moved == [f"model.layers.{layer}.mlp.experts.novices" for layer in range(3)]
+    assert torch.equal(module.model.lm_head.weight, head)
+    assert torch.equal(module.other.weight, other)
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*has no set_plan")
+def test_a_learning_rate_that_no_group_can_take_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="learning_rate needs an optimizer with a group named 'novices'"):
+        fit(OwnModule(), tmp_path, [novices_at(0), NoviceTuning(at_step=0, learning_rate=0.1)], steps=3)
+
+
+def test_a_step_behind_the_last_epoch_is_found(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at_step=50 lies beyond the run, which has 4 steps"):
+        fit(tiny_module(), tmp_path, [novices_at(50)], steps=100, train=batches(4), max_epochs=1)
+
+
+def test_bf16_true_keeps_the_positions_of_the_exported_model(tmp_path: Path) -> None:
+    module = tiny_module()
+    fit(module, tmp_path, [Export("final")], steps=2, precision="bf16-true")
+    again = ml.from_pretrained(tmp_path / "models" / "final")
+    batch = batches(1)[0]["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(module.model.eval()(batch).logits, again(batch).logits)

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import moe_lightning as ml
 from moe_lightning.callbacks import Compress, ExpertStatistics
 from tests.callbacks.small_fit import batches, fit, tiny_module
-from tests.models import random_batches
+from tests.models import SIZES, random_batches
 
 
 def events(folder: Path) -> EventAccumulator:
@@ -172,3 +172,23 @@ def test_works_without_tensorboard(tmp_path: Path) -> None:
 def test_a_step_count_that_is_not_positive_is_an_error() -> None:
     with pytest.raises(ValueError, match="every_n_steps must be 1 or more, got 0"):
         ExpertStatistics(every_n_steps=0)
+
+
+def test_a_model_in_eval_mode_is_watched_too(tmp_path: Path) -> None:
+    module, plain = tiny_module(), tiny_module()
+    module.configure_model()
+    module.model.eval()
+    compress = Compress([ml.Novices(ratio=0.5)], at_step=4, batches=random_batches())
+    fit(module, tmp_path / "a", [ExpertStatistics(every_n_steps=2), compress], steps=6)
+    other = Compress([ml.Novices(ratio=0.5)], at_step=4, batches=random_batches())
+    fit(plain, tmp_path / "b", [ExpertStatistics(every_n_steps=2), other], steps=6)
+    for name in ("load_max", "novice_mass"):
+        tag = f"experts_train/{name}"
+        assert scalar(events(tmp_path / "a"), tag) == scalar(events(tmp_path / "b"), tag)
+
+
+def test_a_model_with_one_layer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = ml.MixtralModule(model={**SIZES, "num_hidden_layers": 1}, warmup_steps=1)
+    fit(module, tmp_path, [ExpertStatistics(every_n_steps=2)], steps=2)
+    assert "experts_train/routing_entropy/layer_0" in events(tmp_path).Tags()["scalars"]

@@ -288,3 +288,20 @@ def test_uncompressed_model_round_trip(tmp_path: Path) -> None:
     folder = ml.save_pretrained(model, tmp_path / "out")
     assert type(AutoModelForCausalLM.from_pretrained(folder)) is MixtralForCausalLM
     assert torch.equal(logits_of(ml.from_pretrained(folder)), logits_of(model))
+
+
+def test_a_tokenizer_folder_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no folder with tokenizer files"):
+        ml.save_pretrained(compressed("novices"), tmp_path / "out", tmp_path / "nowhere")
+    assert not (tmp_path / "out").exists()
+
+
+def test_lineage_survives_a_plain_folder(tmp_path: Path) -> None:
+    first = ml.from_pretrained(ml.save_pretrained(compressed("drop"), tmp_path / "one"))
+    ml.compress(first, random_batches(), ml.Novices(keep=2, criterion="reap"), progress=False)
+    card = (ml.save_pretrained(first, tmp_path / "two") / "README.md").read_text()
+    assert card.index('"method": "ExpertDrop"') < card.index('"method": "Novices"')
+    again = ml.from_pretrained(tmp_path / "two")
+    assert plan_of(again).origin["lineage"]["edits"]
+    plain = ml.from_pretrained(tmp_path / "one")
+    assert '"method": "ExpertDrop"' in (ml.save_pretrained(plain, tmp_path / "three") / "README.md").read_text()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import MixtralForCausalLM
 
+import moe_lightning as ml
 from moe_lightning.architectures import architecture_of
 from moe_lightning.plan import CompressionPlan, KeepExperts, NoviceExperts
 from moe_lightning.surgery import CompressedMixtralForCausalLM, apply_plan, build, plan_of, rebuild
@@ -171,3 +172,25 @@ def test_refuses_what_is_no_mixtral() -> None:
     inner = tiny_mixtral().model
     with pytest.raises(ValueError, match="MixtralForCausalLM"):
         architecture_of(inner)
+
+
+def test_a_child_or_a_wrapper_is_refused_before_anything_is_measured() -> None:
+    class Child(MixtralForCausalLM):
+        pass
+
+    def no_batches() -> object:
+        raise AssertionError("the calibration began")
+        yield
+
+    for model in (Child(tiny_config()), torch.compile(tiny_mixtral())):
+        with pytest.raises(ValueError, match=r"cannot compress a .*: pass the MixtralForCausalLM itself"):
+            ml.compress(model, no_batches(), ml.Novices(ratio=0.5))  # type: ignore[arg-type]
+
+
+def test_tuples_where_they_are_asked_for() -> None:
+    model = tiny_mixtral()
+    apply_plan(model, PLAN)
+    ids = random_batches()[0]["input_ids"]
+    found = model(input_ids=ids, labels=ids, output_router_logits=True, return_dict=False)
+    assert isinstance(found, tuple)
+    assert torch.equal(found[0], model(input_ids=ids, labels=ids, output_router_logits=True).loss)

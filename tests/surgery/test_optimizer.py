@@ -3,8 +3,10 @@
 import copy
 from typing import Any
 
+import pytest
 import torch
 
+import moe_lightning as ml
 from moe_lightning.plan import CompressionPlan, KeepExperts, NoviceExperts
 from moe_lightning.surgery import apply_plan, carry_optimizer, parameter_groups
 from tests.models import random_batches, tiny_mixtral
@@ -155,3 +157,38 @@ def test_old_novices_keep_their_moments_when_new_ones_come() -> None:
     assert torch.equal(new[1], old[0])
     assert not new[[0, 2]].any()
     step(model, optimizer)
+
+
+def test_an_optimizer_whose_state_cannot_be_sliced_is_refused_and_nothing_is_changed() -> None:
+    model = tiny_mixtral()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-3)
+    step(model, optimizer)
+    odd = model.model.layers[2].mlp.experts.down_proj
+    optimizer.state[odd]["odd"] = torch.zeros(5, 7)
+    groups = [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(RuntimeError, match=r"state 'odd' of .*down_proj has the shape \(5, 7\)"):
+        ml.compress(model, random_batches(), ml.Novices(ratio=0.5), optimizers=[optimizer], progress=False)
+    assert [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups] == groups
+    assert set(optimizer.state) == set(model.parameters())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    del optimizer.state[odd]["odd"]
+    ml.compress(model, random_batches(), ml.Novices(ratio=0.5), optimizers=[optimizer], progress=False)
+    step(model, optimizer)
+
+
+def test_factored_state_is_sliced_too() -> None:
+    model = tiny_mixtral()
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=1e-3)
+    step(model, optimizer)
+    ml.compress(model, random_batches(), ml.Novices(ratio=0.5), optimizers=[optimizer], progress=False)
+    step(model, optimizer)
+
+
+def test_novices_find_an_optimizer_that_trains_only_the_head() -> None:
+    model = tiny_mixtral()
+    optimizer = torch.optim.AdamW(model.lm_head.parameters(), lr=1e-3)
+    ml.compress(model, random_batches(), ml.Novices(ratio=0.5), optimizers=[optimizer], progress=False)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    held = [names[id(parameter)] for parameter in optimizer.param_groups[0]["params"]]
+    assert held == [f"model.layers.{layer}.mlp.experts.novices" for layer in range(3)] + ["lm_head.weight"]
