@@ -162,7 +162,7 @@ def test_an_origin_that_is_no_mapping_is_an_error() -> None:
     ("edits", "message"),
     [
         ((KeepExperts(1, (4,)),), "layer 1 would keep 1 expert.* the router picks 2: keep at least 2"),
-        ((KeepExperts(1, ()),), "layer 1 would keep 0 expert"),
+        ((KeepExperts(1, ()),), "layer 1 would keep no expert"),
         ((KeepExperts(3, (0, 1)),), r"layer 3 is not an MoE layer.*\[0, 1, 2\]"),
         ((KeepExperts(0, (1, 0)),), "ascending and distinct"),
         ((KeepExperts(0, (1, 1, 2)),), "ascending and distinct"),

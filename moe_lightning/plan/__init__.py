@@ -1,0 +1,33 @@
+"""What was decided, and for what shape of model, as plain data. Imports no torch.
+
+A :class:`CompressionPlan` is a tuple of edits. Layer and expert numbers in it are always those of the *original*
+model, so that plans can be re-read, compared and continued. A :class:`ModelShape` is all that a decision needs to know
+of a model.
+"""
+
+from moe_lightning.plan.edits import (
+    DropBlock,
+    DropMoE,
+    Edit,
+    KeepChannels,
+    KeepExperts,
+    MergeExperts,
+    NoviceExperts,
+)
+from moe_lightning.plan.plan import PLAN_VERSION, CompressionPlan
+from moe_lightning.plan.shape import ABSENT, ExpertLayout, ModelShape
+
+__all__ = [
+    "ABSENT",
+    "PLAN_VERSION",
+    "CompressionPlan",
+    "DropBlock",
+    "DropMoE",
+    "Edit",
+    "ExpertLayout",
+    "KeepChannels",
+    "KeepExperts",
+    "MergeExperts",
+    "ModelShape",
+    "NoviceExperts",
+]

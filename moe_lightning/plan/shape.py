@@ -1,0 +1,218 @@
+"""Sizes of a model, and who stands where in its MoE layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+ABSENT = -(2**31)
+"""Entry of a slot map: the router still knows the expert, and it contributes nothing."""
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """Who stands where in one MoE layer.
+
+    Attributes:
+        layer: Number of the decoder layer in the original model.
+        router: Original numbers of the experts that the router still knows, ascending: one router row each.
+        novices: Those of them that are novices, ascending.
+        ranks: Rank of the low-rank map of each novice, in the order of ``novices``; empty where all are constants.
+        absent: Those of ``router`` that contribute nothing, ascending.
+        merged: Pairs ``(expert, owner)``, ascending: the expert is computed by the weights of the owner.
+        width: Channels that are left in each real expert, which then has a bias; None where all are there.
+    """
+
+    layer: int
+    router: tuple[int, ...]
+    novices: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = ()
+    absent: tuple[int, ...] = ()
+    merged: tuple[tuple[int, int], ...] = ()
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        """Write ranks that are all zero as none, so that equal layouts compare equal."""
+        if self.ranks and not any(self.ranks):
+            object.__setattr__(self, "ranks", ())
+
+    @property
+    def real(self) -> tuple[int, ...]:
+        """Original numbers of the experts whose weights are stored, ascending."""
+        gone = {*self.novices, *self.absent, *(expert for expert, _ in self.merged)}
+        return tuple(expert for expert in self.router if expert not in gone)
+
+    @property
+    def novice_ranks(self) -> tuple[int, ...]:
+        """Rank of each novice's map, 0 for a constant."""
+        return self.ranks or (0,) * len(self.novices)
+
+    @property
+    def stored_rank(self) -> int:
+        """Ranks of all novices together: rows of the two stacks of their maps."""
+        return sum(self.ranks)
+
+    @property
+    def novice_map(self) -> tuple[int, ...]:
+        """For each row of the stacks of maps the number of the novice that it belongs to."""
+        return tuple(number for number, rank in enumerate(self.novice_ranks) for _ in range(rank))
+
+    @property
+    def slot_map(self) -> tuple[int, ...]:
+        """For each router row: the slot of a real expert (``>= 0``), ``-1 - number`` of a novice, or ``ABSENT``."""
+        slots = {expert: slot for slot, expert in enumerate(self.real)}
+        places = {**slots, **{expert: -1 - number for number, expert in enumerate(self.novices)}}
+        places |= {expert: slots[owner] for expert, owner in self.merged}
+        return tuple(places.get(expert, ABSENT) for expert in self.router)
+
+    def parameters(self, hidden_size: int, intermediate_size: int) -> int:
+        """Count the parameters of the router, the experts, their biases and the novices."""
+        width = intermediate_size if self.width is None else self.width
+        one = 3 * hidden_size * width + (hidden_size if self.width is not None else 0)
+        vectors = len(self.router) + len(self.novices) + 2 * self.stored_rank
+        return len(self.real) * one + vectors * hidden_size
+
+    def same_for_all(self) -> tuple[object, ...]:
+        """Return what engines that want all layers alike compare: rows, stored experts, novices, absent, width."""
+        return len(self.router), len(self.real), len(self.novices), len(self.absent), len(self.merged), self.width
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a mixture-of-experts language model and the experts that it has now.
+
+    Attributes:
+        architecture: Name of the family, e.g. ``mixtral``.
+        num_layers: Decoder layers of the original model.
+        hidden_size: H.
+        intermediate_size: I, of one expert of the original model.
+        vocab_size: V.
+        num_attention_heads: Query heads.
+        num_key_value_heads: Key/value heads.
+        head_dim: Size of one head.
+        tie_word_embeddings: Whether the head shares the embedding's weights.
+        num_experts: Experts of an MoE layer in the original model.
+        top_k: Experts that the router picks for a token; all of them in a layer that has fewer.
+        layouts: One entry for each MoE layer that is left, ascending by layer.
+        original_moe_layers: Numbers of the MoE layers of the original model; None takes those of ``layouts``.
+        blocks: Original numbers of the decoder layers that are left; None takes all.
+        weight_bytes: Bytes of one parameter. It is no part of the shape when shapes are compared.
+    """
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    tie_word_embeddings: bool
+    num_experts: int
+    top_k: int
+    layouts: tuple[ExpertLayout, ...]
+    original_moe_layers: tuple[int, ...] = None  # type: ignore[assignment]
+    blocks: tuple[int, ...] = None  # type: ignore[assignment]
+    weight_bytes: int = field(default=4, compare=False)
+
+    def __post_init__(self) -> None:
+        """Fill in what an uncompressed model leaves out."""
+        if self.original_moe_layers is None:
+            object.__setattr__(self, "original_moe_layers", self.moe_layers)
+        if self.blocks is None:
+            object.__setattr__(self, "blocks", tuple(range(self.num_layers)))
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Original numbers of the MoE layers that are left, ascending."""
+        return tuple(layout.layer for layout in self.layouts)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of one whole expert (gate, up and down matrices)."""
+        return 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters of a decoder layer without its MoE sub-layer and that one's norm."""
+        width, hidden = self.head_dim, self.hidden_size
+        return hidden * width * (2 * self.num_attention_heads + 2 * self.num_key_value_heads) + hidden
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model by arithmetic on the sizes: the claim that tensors are counted against."""
+        hidden = self.hidden_size
+        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * hidden
+        # Each MoE sub-layer has a norm of its own.
+        experts = sum(layout.parameters(hidden, self.intermediate_size) + hidden for layout in self.layouts)
+        return len(self.blocks) * self.block_parameters + embeddings + hidden + experts
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all parameters in the type that the model has."""
+        return self.parameters * self.weight_bytes
+
+    def layout(self, layer: int) -> ExpertLayout:
+        """Return the layout of a layer.
+
+        Raises:
+            ValueError: The layer is not an MoE layer of this model, or no longer.
+        """
+        for layout in self.layouts:
+            if layout.layer == layer:
+                return layout
+        raise ValueError(f"layer {layer} is not an MoE layer of this model: its MoE layers are {list(self.moe_layers)}")
+
+    def with_layout(self, layout: ExpertLayout) -> ModelShape:
+        """Return the same shape with one layer's layout replaced."""
+        self.layout(layout.layer)
+        layouts = tuple(layout if old.layer == layout.layer else old for old in self.layouts)
+        return dataclasses.replace(self, layouts=layouts)
+
+    def without_moe(self, layer: int) -> ModelShape:
+        """Return the same shape without the MoE sub-layer of a layer."""
+        self.layout(layer)
+        return dataclasses.replace(self, layouts=tuple(layout for layout in self.layouts if layout.layer != layer))
+
+    def without_block(self, layer: int) -> ModelShape:
+        """Return the same shape without a decoder layer.
+
+        Raises:
+            ValueError: There is no such layer.
+        """
+        if layer not in self.blocks:
+            raise ValueError(f"layer {layer} is not a decoder layer of this model: it has layers {list(self.blocks)}")
+        layouts = tuple(layout for layout in self.layouts if layout.layer != layer)
+        return dataclasses.replace(
+            self, layouts=layouts, blocks=tuple(block for block in self.blocks if block != layer)
+        )
+
+    def uncompressed(self) -> ModelShape:
+        """Return the shape with every layer, and every expert of every layer, back in its place."""
+        everyone = tuple(range(self.num_experts))
+        layouts = tuple(ExpertLayout(layer, everyone) for layer in self.original_moe_layers)
+        return dataclasses.replace(self, layouts=layouts, blocks=tuple(range(self.num_layers)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelShape:
+        """Read what :meth:`to_dict` wrote."""
+        fields = dict(values)
+        for name in ("original_moe_layers", "blocks"):
+            if fields.get(name) is not None:
+                fields[name] = tuple(fields[name])
+        fields["layouts"] = tuple(ExpertLayout(**_with_tuples(item)) for item in values["layouts"])
+        return cls(**fields)
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuples(value) for name, value in values.items()}
+
+
+def tuples(value: Any) -> Any:
+    """Turn lists, nested ones too, into tuples."""
+    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
