@@ -5,6 +5,8 @@ the oracle of the tests. This package imports nothing of ``moe_lightning``.
 """
 
 from moe_kernels.experts import (
+    ABSENT,
+    NoviceMaps,
     RoutedPairs,
     add_novices,
     combine_pairs,
@@ -13,10 +15,13 @@ from moe_kernels.experts import (
     mix_experts,
     mix_experts_by_loop,
     novice_weights,
+    pair_outputs,
     sort_pairs,
 )
 
 __all__ = [
+    "ABSENT",
+    "NoviceMaps",
     "RoutedPairs",
     "add_novices",
     "combine_pairs",
@@ -25,5 +30,6 @@ __all__ = [
     "mix_experts",
     "mix_experts_by_loop",
     "novice_weights",
+    "pair_outputs",
     "sort_pairs",
 ]

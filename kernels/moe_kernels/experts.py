@@ -1,11 +1,12 @@
 """The sum over experts of a mixture-of-experts block, in plain torch.
 
 ``y = sum_i g_i(x) * E_i(x)`` where ``E_i`` is either a real expert (a SwiGLU network held in a slot of the
-weight stack) or a novice (a constant vector). ``slot_map[expert]`` says which: ``>= 0`` is a slot, ``< 0`` is novice
-``-1 - slot_map[expert]``.
+weight stack; several experts may share one), a novice (a constant vector, perhaps with a low-rank map), or nothing.
+``slot_map[expert]`` says which: ``>= 0`` is a slot, from ``-V`` to ``-1`` novice ``-1 - slot_map[expert]``, below that
+nothing.
 
 Legend of shape suffixes: N tokens, H hidden, I intermediate, E experts the router knows, K top-k, S real experts
-(slots), P routed (token, expert) pairs that reach a real expert, V novices.
+(slots), P routed (token, expert) pairs that reach a real expert, V novices, R ranks of all novices' maps together.
 """
 
 from __future__ import annotations
@@ -22,6 +23,24 @@ Activation = Callable[[Tensor], Tensor]
 # F.grouped_mm takes these types only, and wants every stride but the last to be a multiple of 16 bytes.
 _GROUPED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STRIDE_BYTES = 16
+
+
+ABSENT = -(2**31)
+"""Entry of a slot map for an expert that contributes nothing."""
+
+
+class NoviceMaps(NamedTuple):
+    """Low-rank maps of the novices of a layer, stacked: novice ``v`` gives ``sum_r <x, in_r> out_r`` over its rows.
+
+    Attributes:
+        in_RH: What each row reads of the input, ``[R, H]``.
+        out_RH: What it adds to the output, ``[R, H]``.
+        novice_R: Number of the novice that each row belongs to, int64 ``[R]``.
+    """
+
+    in_RH: Tensor
+    out_RH: Tensor
+    novice_R: Tensor
 
 
 class RoutedPairs(NamedTuple):
@@ -109,6 +128,7 @@ def expert_outputs(
     gate_up_S2IH: Tensor,
     down_SHI: Tensor,
     activation: Activation,
+    bias_SH: Tensor | None = None,
 ) -> Tensor:
     """Compute ``E_i(x)`` of every routed pair, before the routing weight.
 
@@ -118,13 +138,19 @@ def expert_outputs(
         gate_up_S2IH: Gate rows, then up rows, ``[S, 2I, H]``.
         down_SHI: ``[S, H, I]``.
         activation: Activation of the gate half.
+        bias_SH: Added to every output of a slot, ``[S, H]``, or None.
 
     Returns:
         ``[P, H]``, in the order of ``pairs``.
     """
     rows_PH = hidden_NH[pairs.tokens]
     gate_PI, up_PI = grouped_linear(rows_PH, gate_up_S2IH, pairs.offsets).chunk(2, dim=-1)
-    return grouped_linear(activation(gate_PI) * up_PI, down_SHI, pairs.offsets)
+    outputs_PH = grouped_linear(activation(gate_PI) * up_PI, down_SHI, pairs.offsets)
+    if bias_SH is None or not bias_SH.shape[0]:
+        return outputs_PH
+    place_P = torch.arange(outputs_PH.shape[0], device=outputs_PH.device)
+    slot_P = torch.bucketize(place_P, pairs.offsets, right=True)
+    return outputs_PH + bias_SH[slot_P].to(outputs_PH.dtype)
 
 
 def combine_pairs(outputs_PH: Tensor, pairs: RoutedPairs, weight_NK: Tensor) -> Tensor:
@@ -161,16 +187,25 @@ def novice_weights(index_NK: Tensor, weight_NK: Tensor, slot_map_E: Tensor, num_
     num_experts = slot_map_E.shape[0]
     known = (index_NK >= 0) & (index_NK < num_experts)
     slot = slot_map_E[index_NK.clamp(0, num_experts - 1)]
-    is_novice = known & (slot < 0)
+    is_novice = known & (slot < 0) & (slot >= -num_novices)
     column = torch.where(is_novice, -1 - slot, 0)
     table = weight_NK.new_zeros(index_NK.shape[0], num_novices)
     return table.scatter_add(1, column, weight_NK * is_novice.to(weight_NK.dtype))
 
 
 def add_novices(
-    mixed_NH: Tensor, index_NK: Tensor, weight_NK: Tensor, slot_map_E: Tensor, novices_VH: Tensor | None
+    mixed_NH: Tensor,
+    index_NK: Tensor,
+    weight_NK: Tensor,
+    slot_map_E: Tensor,
+    novices_VH: Tensor | None,
+    hidden_NH: Tensor | None = None,
+    maps: NoviceMaps | None = None,
 ) -> Tensor:
-    """Add the novices' share, ``sum_{i novice} g_i(x) v_i``, to the sum over real experts.
+    """Add the novices' share, ``sum_{i novice} g_i(x) (v_i + map_i(x))``, to the sum over real experts.
+
+    The maps of all novices together are two dense products: ``((x in^T) * w) out`` with the routing weight of each
+    row's novice in between.
 
     Args:
         mixed_NH: From :func:`combine_pairs`, in fp32 or wider.
@@ -178,6 +213,8 @@ def add_novices(
         weight_NK: Their routing weights, ``[N, K]``.
         slot_map_E: Slot or novice of each expert.
         novices_VH: Novice vectors ``[V, H]``, or None.
+        hidden_NH: Input of the block, ``[N, H]``; only maps read it.
+        maps: The novices' low-rank maps, or None.
 
     Returns:
         ``[N, H]`` in the type of ``mixed_NH``, under autocast too.
@@ -185,8 +222,51 @@ def add_novices(
     if novices_VH is None or not novices_VH.shape[0]:
         return mixed_NH
     with torch.autocast(mixed_NH.device.type, enabled=False):
-        weights_NV = novice_weights(index_NK, weight_NK, slot_map_E, novices_VH.shape[0]).to(mixed_NH.dtype)
-        return mixed_NH + weights_NV @ novices_VH.to(mixed_NH.dtype)
+        wide = mixed_NH.dtype
+        weights_NV = novice_weights(index_NK, weight_NK, slot_map_E, novices_VH.shape[0]).to(wide)
+        mixed_NH = mixed_NH + weights_NV @ novices_VH.to(wide)
+        if maps is None or not maps.in_RH.shape[0]:
+            return mixed_NH
+        assert hidden_NH is not None
+        # Both products in the type of the weights, where matrix units are fast; the weights between them are wide.
+        read_NR = hidden_NH.to(maps.in_RH.dtype) @ maps.in_RH.T
+        weighted_NR = (read_NR.to(wide) * weights_NV[:, maps.novice_R]).to(maps.out_RH.dtype)
+        return mixed_NH + (weighted_NR @ maps.out_RH).to(wide)
+
+
+def pair_outputs(
+    hidden_NH: Tensor,
+    index_NK: Tensor,
+    gate_up_S2IH: Tensor,
+    down_SHI: Tensor,
+    slot_map_E: Tensor,
+    novices_VH: Tensor | None,
+    activation: Activation,
+    maps: NoviceMaps | None = None,
+    bias_SH: Tensor | None = None,
+) -> Tensor:
+    """Compute what each chosen expert gives for a token before its routing weight, whatever stands in its place.
+
+    Args are those of :func:`mix_experts`.
+
+    Returns:
+        ``[N, K, H]`` in the type of ``hidden_NH``; zeros for absent experts.
+    """
+    num_tokens, top_k = index_NK.shape
+    pairs = sort_pairs(index_NK, slot_map_E, gate_up_S2IH.shape[0])
+    outputs_PH = expert_outputs(hidden_NH, pairs, gate_up_S2IH, down_SHI, activation, bias_SH)
+    table = outputs_PH.new_zeros(num_tokens * top_k, hidden_NH.shape[-1]).index_copy(0, pairs.order, outputs_PH)
+    if novices_VH is None or not novices_VH.shape[0]:
+        return table.view(num_tokens, top_k, hidden_NH.shape[-1])
+    slot = slot_map_E[index_NK.reshape(-1)]
+    places = ((slot < 0) & (slot >= -novices_VH.shape[0])).nonzero().squeeze(-1)
+    number = -1 - slot[places]
+    given = novices_VH[number].to(table.dtype)
+    if maps is not None and maps.in_RH.shape[0]:
+        mine = (number[:, None] == maps.novice_R[None, :]).to(table.dtype)
+        read = hidden_NH[places // top_k] @ maps.in_RH.to(table.dtype).T
+        given = given + (read * mine) @ maps.out_RH.to(table.dtype)
+    return table.index_copy(0, places, given).view(num_tokens, top_k, hidden_NH.shape[-1])
 
 
 def mix_experts(
@@ -198,6 +278,8 @@ def mix_experts(
     slot_map_E: Tensor,
     novices_VH: Tensor | None,
     activation: Activation,
+    maps: NoviceMaps | None = None,
+    bias_SH: Tensor | None = None,
 ) -> Tensor:
     """Compute the whole sum over real experts and novices by grouped products.
 
@@ -207,9 +289,11 @@ def mix_experts(
         weight_NK: Their routing weights, ``[N, K]``.
         gate_up_S2IH: Real experts' gate and up rows, ``[S, 2I, H]``.
         down_SHI: Real experts' down matrices, ``[S, H, I]``.
-        slot_map_E: Slot (``>= 0``) or novice (``-1 - number``) of each expert, int64 ``[E]``.
+        slot_map_E: Slot (``>= 0``), novice (``-1 - number``) or nothing (``ABSENT``) of each expert, int64 ``[E]``.
         novices_VH: Novice vectors ``[V, H]``, or None where there are none.
         activation: Activation of the gate half.
+        maps: Low-rank maps of the novices, or None.
+        bias_SH: Bias of each slot, ``[S, H]``, or None.
 
     Returns:
         ``[N, H]`` in the type of ``hidden_NH``. Differentiable in everything but the integers.
@@ -217,9 +301,9 @@ def mix_experts(
     Source: 2406.02500 eq. 7 (the sum over the experts that are left), 2507.00390 (novices keep their routing weight).
     """
     pairs = sort_pairs(index_NK, slot_map_E, gate_up_S2IH.shape[0])
-    outputs_PH = expert_outputs(hidden_NH, pairs, gate_up_S2IH, down_SHI, activation)
+    outputs_PH = expert_outputs(hidden_NH, pairs, gate_up_S2IH, down_SHI, activation, bias_SH)
     mixed_NH = combine_pairs(outputs_PH, pairs, weight_NK)
-    return add_novices(mixed_NH, index_NK, weight_NK, slot_map_E, novices_VH).to(hidden_NH.dtype)
+    return add_novices(mixed_NH, index_NK, weight_NK, slot_map_E, novices_VH, hidden_NH, maps).to(hidden_NH.dtype)
 
 
 def mix_experts_by_loop(
@@ -231,12 +315,15 @@ def mix_experts_by_loop(
     slot_map_E: Tensor,
     novices_VH: Tensor | None,
     activation: Activation,
+    maps: NoviceMaps | None = None,
+    bias_SH: Tensor | None = None,
 ) -> Tensor:
     """Say the same as :func:`mix_experts` token by token and pair by pair: the oracle of the tests.
 
     Args and Returns are those of :func:`mix_experts`.
     """
     wide = torch.promote_types(torch.promote_types(hidden_NH.dtype, weight_NK.dtype), torch.float32)
+    num_novices = 0 if novices_VH is None else novices_VH.shape[0]
     rows = []
     for hidden_H, experts, weights in zip(hidden_NH, index_NK.tolist(), weight_NK, strict=True):
         row = torch.zeros_like(hidden_H, dtype=wide)
@@ -247,9 +334,17 @@ def mix_experts_by_loop(
             if slot >= 0:
                 gate, up = (gate_up_S2IH[slot] @ hidden_H).chunk(2)
                 output = down_SHI[slot] @ (activation(gate) * up)
+                if bias_SH is not None:
+                    output = output + bias_SH[slot]
+            elif slot < -num_novices:
+                continue
             else:
                 assert novices_VH is not None
                 output = novices_VH[-1 - slot]
+                if maps is not None:
+                    for reads, gives, novice in zip(maps.in_RH, maps.out_RH, maps.novice_R.tolist(), strict=True):
+                        if novice == -1 - slot:
+                            output = output + (hidden_H @ reads) * gives
             row = row + weight.to(wide) * output.to(wide)
         rows.append(row.to(hidden_NH.dtype))
     return torch.stack(rows) if rows else torch.zeros_like(hidden_NH)

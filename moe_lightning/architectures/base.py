@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from moe_kernels import NoviceMaps, pair_outputs
 from moe_kernels.experts import Activation
 from torch import Tensor, nn
 
@@ -22,7 +24,7 @@ class MoELayer:
 
     Attributes:
         index: Number of the decoder layer in the original model.
-        name: Name of the block in ``model.named_modules()``.
+        name: Name of the block in ``model.named_modules()``; layers count from 0 there, whatever went before.
         block: The sparse block: its forward takes the hidden states after the norm.
         router: Its forward returns ``(logits [tokens, experts], weights [tokens, k], index [tokens, k])``.
         experts: Its forward takes ``(hidden [tokens, hidden], index [tokens, k], weight [tokens, k])``.
@@ -45,9 +47,11 @@ class OpenExperts:
     Attributes:
         gate_up_proj: ``[slots, 2 * intermediate, hidden]``.
         down_proj: ``[slots, hidden, intermediate]``.
-        slot_map: Slot or novice of each router row, int64 ``[experts]``.
+        slot_map: Slot, novice or ``ABSENT`` of each router row, int64 ``[experts]``.
         novices: ``[novices, hidden]`` or None.
         activation: Activation of the gate half.
+        maps: Low-rank maps of the novices, or None.
+        bias: Bias of each slot, ``[slots, hidden]``, or None.
     """
 
     gate_up_proj: Tensor
@@ -55,6 +59,30 @@ class OpenExperts:
     slot_map: Tensor
     novices: Tensor | None
     activation: Activation
+    maps: NoviceMaps | None = None
+    bias: Tensor | None = None
+
+    def pair_outputs(self, hidden_NH: Tensor, index_NK: Tensor) -> Tensor:
+        """Compute what each chosen expert gives for a token before its routing weight.
+
+        Args:
+            hidden_NH: Input of the experts, ``[tokens, hidden]``.
+            index_NK: Router rows chosen, int64 ``[tokens, k]``.
+
+        Returns:
+            ``[tokens, k, hidden]``.
+        """
+        return pair_outputs(
+            hidden_NH,
+            index_NK,
+            self.gate_up_proj,
+            self.down_proj,
+            self.slot_map,
+            self.novices,
+            self.activation,
+            self.maps,
+            self.bias,
+        )
 
 
 class Architecture(ABC):
@@ -73,7 +101,7 @@ class Architecture(ABC):
 
     @abstractmethod
     def moe_layers(self, model: nn.Module) -> list[MoELayer]:
-        """Return the MoE layers of a live model, ascending."""
+        """Return the MoE layers that a live model has, ascending."""
 
     @abstractmethod
     def open_experts(self, layer: MoELayer) -> OpenExperts:
@@ -81,11 +109,25 @@ class Architecture(ABC):
 
     @abstractmethod
     def decoder_layers(self, model: nn.Module) -> Sequence[Any]:
-        """Return the list of decoder layers."""
+        """Return the list of decoder layers that a live model has; ``shape(model).blocks`` are their numbers."""
+
+    @abstractmethod
+    def route(self, layer: MoELayer, logits_NR: Tensor) -> tuple[Tensor, Tensor]:
+        """Do what a layer's router does with its logits.
+
+        Args:
+            layer: The layer.
+            logits_NR: ``[tokens, router rows]``; minus infinity for a row that must not be chosen.
+
+        Returns:
+            Routing weights ``[tokens, k]`` and the rows chosen, int64 ``[tokens, k]``.
+        """
 
     def shape(self, model: nn.Module) -> ModelShape:
-        """Return the shape of a live model: its config with its plan applied."""
-        return self.shape_of_config(model.config)
+        """Return the shape of a live model: its config with its plan applied, and the type of its weights."""
+        shape = self.shape_of_config(model.config)
+        weight = next(iter(model.parameters()))
+        return dataclasses.replace(shape, weight_bytes=weight.element_size())
 
     @staticmethod
     def plan_of_config(config: Any) -> CompressionPlan:

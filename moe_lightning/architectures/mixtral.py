@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from moe_lightning.architectures.base import Architecture, MoELayer, OpenExperts
-from moe_lightning.experts import CompressedExperts
+from moe_lightning.architectures.base import CONFIG_KEY, Architecture, MoELayer, OpenExperts
+from moe_lightning.experts import CompressedExperts, NoMoE
 from moe_lightning.plan import ExpertLayout, ModelShape
 
 
@@ -29,7 +29,7 @@ class MixtralArchitecture(Architecture):
             )
         for layer in layers:
             mlp = getattr(layer, "mlp", None)
-            if not hasattr(mlp, "gate") or not hasattr(mlp, "experts"):
+            if not isinstance(mlp, NoMoE) and (not hasattr(mlp, "gate") or not hasattr(mlp, "experts")):
                 raise ValueError(
                     "this Mixtral does not have transformers 5's layout (mlp.gate, mlp.experts): use transformers>=5.15"
                 )
@@ -38,9 +38,11 @@ class MixtralArchitecture(Architecture):
         """Return the shape that a Mixtral config describes, its plan applied."""
         everyone = tuple(range(config.num_local_experts))
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        num_layers = self.original_layers(config)
+        dtype = getattr(config, "dtype", None)
         shape = ModelShape(
             architecture=self.model_type,
-            num_layers=config.num_hidden_layers,
+            num_layers=num_layers,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             vocab_size=config.vocab_size,
@@ -50,27 +52,44 @@ class MixtralArchitecture(Architecture):
             tie_word_embeddings=bool(config.tie_word_embeddings),
             num_experts=config.num_local_experts,
             top_k=config.num_experts_per_tok,
-            layouts=tuple(ExpertLayout(layer, everyone) for layer in range(config.num_hidden_layers)),
+            layouts=tuple(ExpertLayout(layer, everyone) for layer in range(num_layers)),
+            weight_bytes=dtype.itemsize if isinstance(dtype, torch.dtype) else 4,
         )
         return self.plan_of_config(config).check(shape)
+
+    @staticmethod
+    def original_layers(config: Any) -> int:
+        """Return the decoder layers of the original model; the config of one with dropped blocks counts those left."""
+        entry = getattr(config, CONFIG_KEY, None)
+        original = entry.get("original") if isinstance(entry, dict) and entry.get("plan") else None
+        return original["num_hidden_layers"] if original else config.num_hidden_layers
 
     def decoder_layers(self, model: Any) -> Sequence[Any]:
         """Return ``model.model.layers``."""
         return model.model.layers
 
-    def moe_layers(self, model: nn.Module) -> list[MoELayer]:
-        """Return one entry for each decoder layer: all of Mixtral's are sparse."""
+    def moe_layers(self, model: Any) -> list[MoELayer]:
+        """Return one entry for each decoder layer that has its sparse block: all of them in the original Mixtral."""
+        layers = self.decoder_layers(model)
+        blocks = self.shape_of_config(model.config).blocks
         return [
             MoELayer(
-                index=index,
-                name=f"model.layers.{index}.mlp",
+                index=number,
+                name=f"model.layers.{place}.mlp",
                 block=layer.mlp,
                 router=layer.mlp.gate,
                 experts=layer.mlp.experts,
                 decoder_layer=layer,
             )
-            for index, layer in enumerate(self.decoder_layers(model))
+            for place, (number, layer) in enumerate(zip(blocks, layers, strict=True))
+            if not isinstance(layer.mlp, NoMoE)
         ]
+
+    def route(self, layer: MoELayer, logits_NR: Tensor) -> tuple[Tensor, Tensor]:
+        """Softmax in fp32 (or wider), the top k, renormalised to 1."""
+        wide = torch.promote_types(logits_NR.dtype, torch.float32)
+        weight_NK, index_NK = logits_NR.to(wide).softmax(-1).topk(layer.router.top_k, dim=-1)
+        return weight_NK / weight_NK.sum(-1, keepdim=True), index_NK
 
     def open_experts(self, layer: MoELayer) -> OpenExperts:
         """Return the weights of transformers' experts or of ours."""
@@ -78,6 +97,7 @@ class MixtralArchitecture(Architecture):
         if isinstance(experts, CompressedExperts):
             gate_up, down = experts.storage.dense()
             slot_map = experts.slot_map_on(gate_up.device)
-            return OpenExperts(gate_up, down, slot_map, experts.novices, experts.act_fn)
+            maps = experts.maps_on(gate_up.device)
+            return OpenExperts(gate_up, down, slot_map, experts.novices, experts.act_fn, maps, experts.storage.bias)
         slot_map = torch.arange(experts.gate_up_proj.shape[0], device=experts.gate_up_proj.device)
         return OpenExperts(experts.gate_up_proj, experts.down_proj, slot_map, None, experts.act_fn)

@@ -2,6 +2,7 @@
 
 from moe_lightning.experts.balancing import load_balancing_loss
 from moe_lightning.experts.compressed import CompressedExperts
-from moe_lightning.experts.storage import Dense
+from moe_lightning.experts.no_moe import NoMoE
+from moe_lightning.experts.storage import Channels, Dense
 
-__all__ = ["CompressedExperts", "Dense", "load_balancing_loss"]
+__all__ = ["Channels", "CompressedExperts", "Dense", "NoMoE", "load_balancing_loss"]

@@ -14,10 +14,15 @@ from torch import Tensor, nn
 class Dense(nn.Module):
     """Fused floating-point weights, laid out as in transformers.
 
+    I may be smaller than the config's: see :class:`Channels`.
+
     Attributes:
         gate_up_proj: Gate rows, then up rows, ``[experts, 2 * intermediate, hidden]``.
         down_proj: ``[experts, hidden, intermediate]``.
+        bias: None: whole experts have none.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(self, gate_up_proj: nn.Parameter, down_proj: nn.Parameter) -> None:
         """Hold two stacks of weights.
@@ -37,6 +42,7 @@ class Dense(nn.Module):
             )
         self.gate_up_proj = gate_up_proj
         self.down_proj = down_proj
+        self.register_parameter("bias", None)
 
     @classmethod
     def empty(
@@ -64,9 +70,37 @@ class Dense(nn.Module):
 
     def forward(self, hidden_NH: Tensor, pairs: RoutedPairs, activation: Activation) -> Tensor:
         """Compute the experts' outputs for the routed pairs, before the routing weight: ``[P, H]``."""
-        return expert_outputs(hidden_NH, pairs, self.gate_up_proj, self.down_proj, activation)
+        return expert_outputs(hidden_NH, pairs, self.gate_up_proj, self.down_proj, activation, self.bias)
 
     def extra_repr(self) -> str:
         """Say how many experts of what size are held."""
         slots, double, hidden = self.gate_up_proj.shape
         return f"num_slots={slots}, hidden_size={hidden}, intermediate_size={double // 2}"
+
+
+class Channels(Dense):
+    """Experts of which only some channels are left, the same number in each, with a bias for those that went.
+
+    ``E(x) = down (act(gate x) * up x) + bias`` (2312.11983, FLAP, for the experts of a layer).
+
+    Attributes:
+        gate_up_proj: Rows of the channels that are left, ``[experts, 2 * width, hidden]``.
+        down_proj: ``[experts, hidden, width]``.
+        bias: ``[experts, hidden]``.
+    """
+
+    def __init__(self, gate_up_proj: nn.Parameter, down_proj: nn.Parameter, bias: nn.Parameter) -> None:
+        """Hold two stacks of weights and a bias.
+
+        Args:
+            gate_up_proj: ``[experts, 2 * width, hidden]``.
+            down_proj: ``[experts, hidden, width]``.
+            bias: ``[experts, hidden]``.
+
+        Raises:
+            ValueError: They do not fit each other.
+        """
+        super().__init__(gate_up_proj, down_proj)
+        if tuple(bias.shape) != tuple(down_proj.shape[:2]):
+            raise ValueError(f"bias {tuple(bias.shape)} and down_proj {tuple(down_proj.shape)} do not fit")
+        self.bias = bias

@@ -95,8 +95,8 @@ class ModelShape:
         num_experts: Experts of an MoE layer in the original model.
         top_k: Experts that the router picks for a token; all of them in a layer that has fewer.
         layouts: One entry for each MoE layer that is left, ascending by layer.
-        original_moe_layers: Numbers of the MoE layers of the original model; None takes those of ``layouts``.
-        blocks: Original numbers of the decoder layers that are left; None takes all.
+        original_moe_layers: Numbers of the MoE layers of the original model; none given: those of ``layouts``.
+        blocks: Original numbers of the decoder layers that are left; none given: all.
         weight_bytes: Bytes of one parameter. It is no part of the shape when shapes are compared.
     """
 
@@ -112,15 +112,15 @@ class ModelShape:
     num_experts: int
     top_k: int
     layouts: tuple[ExpertLayout, ...]
-    original_moe_layers: tuple[int, ...] = None  # type: ignore[assignment]
-    blocks: tuple[int, ...] = None  # type: ignore[assignment]
+    original_moe_layers: tuple[int, ...] = ()
+    blocks: tuple[int, ...] = ()
     weight_bytes: int = field(default=4, compare=False)
 
     def __post_init__(self) -> None:
         """Fill in what an uncompressed model leaves out."""
-        if self.original_moe_layers is None:
+        if not self.original_moe_layers:
             object.__setattr__(self, "original_moe_layers", self.moe_layers)
-        if self.blocks is None:
+        if not self.blocks:
             object.__setattr__(self, "blocks", tuple(range(self.num_layers)))
 
     @property
@@ -203,8 +203,7 @@ class ModelShape:
         """Read what :meth:`to_dict` wrote."""
         fields = dict(values)
         for name in ("original_moe_layers", "blocks"):
-            if fields.get(name) is not None:
-                fields[name] = tuple(fields[name])
+            fields[name] = tuple(fields.get(name, ()))
         fields["layouts"] = tuple(ExpertLayout(**_with_tuples(item)) for item in values["layouts"])
         return cls(**fields)
 
