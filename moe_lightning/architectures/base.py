@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from moe_kernels import NoviceMaps, pair_outputs
 from moe_kernels.experts import Activation
@@ -85,11 +85,23 @@ class OpenExperts:
         )
 
 
+class Changes(Protocol):
+    """How a structure is changed so that it can be undone."""
+
+    def set(self, module: Any, name: str, value: object) -> None:
+        """Set an attribute and remember the old one."""
+
+    def drop(self, prefix: str, *modules: tuple[str, nn.Module]) -> None:
+        """Remember that the parameters of modules, given with their names under a prefix, are gone."""
+
+
 class Architecture(ABC):
     """Where things are in the models of one family, and how they are computed there."""
 
     model_type: ClassVar[str]
     compressed_model_type: ClassVar[str]
+    layers_prefix: ClassVar[str]
+    """Name of the list of decoder layers in ``model.named_modules()``."""
 
     @abstractmethod
     def check_model(self, model: nn.Module) -> None:
@@ -110,6 +122,14 @@ class Architecture(ABC):
     @abstractmethod
     def decoder_layers(self, model: nn.Module) -> Sequence[Any]:
         """Return the list of decoder layers that a live model has; ``shape(model).blocks`` are their numbers."""
+
+    @abstractmethod
+    def drop_moe(self, layer: MoELayer, change: Changes) -> None:
+        """Take the MoE sub-layer of a layer out with its norm; the layer then adds nothing after its attention."""
+
+    @abstractmethod
+    def keep_blocks(self, model: Any, layers: Sequence[Any], change: Changes) -> None:
+        """Make ``layers`` the decoder layers of a model, numbered anew for the key/value cache."""
 
     @abstractmethod
     def route(self, layer: MoELayer, logits_NR: Tensor) -> tuple[Tensor, Tensor]:

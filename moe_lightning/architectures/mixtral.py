@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from moe_lightning.architectures.base import CONFIG_KEY, Architecture, MoELayer, OpenExperts
+from moe_lightning.architectures.base import CONFIG_KEY, Architecture, Changes, MoELayer, OpenExperts
 from moe_lightning.experts import CompressedExperts, NoMoE
 from moe_lightning.plan import ExpertLayout, ModelShape
 
@@ -18,6 +18,7 @@ class MixtralArchitecture(Architecture):
 
     model_type: ClassVar[str] = "mixtral"
     compressed_model_type: ClassVar[str] = "moe_lightning_mixtral"
+    layers_prefix: ClassVar[str] = "model.layers"
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ValueError where the layers are not where transformers 5 puts them."""
@@ -84,6 +85,22 @@ class MixtralArchitecture(Architecture):
             for place, (number, layer) in enumerate(zip(blocks, layers, strict=True))
             if not isinstance(layer.mlp, NoMoE)
         ]
+
+    def drop_moe(self, layer: MoELayer, change: Changes) -> None:
+        """Put :class:`NoMoE` into ``mlp`` and nothing into the norm before it."""
+        block = layer.decoder_layer
+        prefix = layer.name.removesuffix(".mlp")
+        change.drop(prefix, ("post_attention_layernorm", block.post_attention_layernorm), ("mlp", block.mlp))
+        nothing = NoMoE()
+        nothing.train(block.mlp.training)
+        change.set(block, "mlp", nothing)
+        change.set(block, "post_attention_layernorm", nn.Identity())
+
+    def keep_blocks(self, model: Any, layers: Sequence[Any], change: Changes) -> None:
+        """Rebuild ``model.model.layers`` and number its attentions."""
+        change.set(model.model, "layers", nn.ModuleList(layers))
+        for place, layer in enumerate(layers):
+            change.set(layer.self_attn, "layer_idx", place)
 
     def route(self, layer: MoELayer, logits_NR: Tensor) -> tuple[Tensor, Tensor]:
         """Softmax in fp32 (or wider), the top k, renormalised to 1."""

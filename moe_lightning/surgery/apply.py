@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import MixtralConfig, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 
 from moe_lightning.architectures import architecture_of
@@ -39,27 +40,29 @@ class Surgery:
 
     @property
     def claimed(self) -> int:
-        """Parameters that the two shapes say go or come, by arithmetic: experts and router rows out, novices in."""
+        """Parameters that the two shapes say go or come, by arithmetic on what each edit is about."""
         before, after = self.before, self.after
-        total = 0
-        for old, new in zip(before.layouts, after.layouts, strict=True):
-            total += (len(old.real) - len(new.real)) * before.expert_parameters
-            total += (len(old.router) - len(new.router)) * before.hidden_size
-            went = len(set(old.novices) - set(new.novices))
-            came = len(set(new.novices) - set(old.novices))
-            total += (went + came) * before.hidden_size
+        hidden, whole = before.hidden_size, before.intermediate_size
+        total = (len(before.blocks) - len(after.blocks)) * before.block_parameters
+        for old in before.layouts:
+            if old.layer not in after.moe_layers:
+                total += old.parameters(hidden, whole) + hidden  # with its norm
+                continue
+            new = after.layout(old.layer)
+            widths = [whole if layout.width is None else layout.width for layout in (old, new)]
+            total += 3 * hidden * (len(old.real) * widths[0] - len(new.real) * widths[1])
+            total += (len(old.router) - len(new.router)) * hidden
+            biases = [0 if layout.width is None else len(layout.real) for layout in (old, new)]
+            total += abs(biases[0] - biases[1]) * hidden
+            ranks = [dict(zip(layout.novices, layout.novice_ranks, strict=True)) for layout in (old, new)]
+            total += sum((1 + 2 * ranks[0][expert]) * hidden for expert in ranks[0].keys() - ranks[1].keys())
+            total += sum((1 + 2 * ranks[1][expert]) * hidden for expert in ranks[1].keys() - ranks[0].keys())
         return total
 
     @property
     def touched(self) -> int:
         """Parameters that went or came, counted in the tensors themselves."""
-        total = 0
-        for item in self.replaced:
-            kept = 0 if item.rows is None else int((item.rows >= 0).sum())
-            for parameter in (item.old, item.new):
-                if parameter is not None and len(parameter):
-                    total += (len(parameter) - kept) * parameter[0].numel()
-        return total
+        return sum(item.numbers_gone_and_new for item in self.replaced)
 
     def undo(self) -> None:
         """Put the model back as it was."""
@@ -79,11 +82,18 @@ def config_entry(plan: CompressionPlan, shape: ModelShape) -> dict[str, object]:
         shape: The shape after the plan.
 
     Returns:
-        The plan, and the number of router rows of each layer in transformers' ``per_layer_config`` form. It stands
-        inside our key because, active, it makes every read of ``config.num_local_experts`` raise.
+        The plan; the number of router rows of each layer that is left in transformers' ``per_layer_config`` form (it
+        stands inside our key because, active, it makes every read of ``config.num_local_experts`` raise); and the
+        number of layers of the original model, which the plan counts by.
     """
-    per_layer = {str(layout.layer): {"num_local_experts": len(layout.router)} for layout in shape.layouts}
-    return {"plan": plan.to_dict(), "per_layer_config": per_layer}
+    per_layer: dict[str, dict[str, object]] = {}
+    for place, number in enumerate(shape.blocks):
+        if number in shape.moe_layers:
+            per_layer[str(place)] = {"num_local_experts": len(shape.layout(number).router)}
+        elif number in shape.original_moe_layers:
+            per_layer[str(place)] = {"skip": ["mlp"]}
+    original = {"num_hidden_layers": shape.num_layers}
+    return {"plan": plan.to_dict(), "per_layer_config": per_layer, "original": original}
 
 
 def _set_config(change: LayoutChange, model: nn.Module, old: object, new: object) -> None:
@@ -106,15 +116,29 @@ def check_class(model: nn.Module) -> None:
         )
 
 
-def apply_plan(model: PreTrainedModel, plan: CompressionPlan) -> Surgery:
+def compressed_config(config: MixtralConfig, plan: CompressionPlan, shape: ModelShape) -> CompressedMixtralConfig:
+    """Return the config of the compressed model that a plan leads to.
+
+    Args:
+        config: Config of the model before, plain or compressed.
+        plan: The whole plan.
+        shape: The shape after the plan.
+    """
+    new = as_config(config, CompressedMixtralConfig, config_entry(plan, shape))
+    new.num_hidden_layers = len(shape.blocks)
+    return new
+
+
+def apply_plan(model: PreTrainedModel, plan: CompressionPlan, channels: Mapping[int, Tensor] | None = None) -> Surgery:
     """Extend a live model's plan in place: slice its tensors, change its class and its config.
 
     Args:
         model: A Mixtral with its language head, compressed or not.
         plan: The whole plan; it must begin with the edits that the model already carries.
+        channels: For layers whose experts lose channels the ones that each keeps, int64 ``[S, width]``, ascending.
 
     Returns:
-        What was done. New novices are zeros; fill them.
+        What was done. New novices and biases are zeros, and merged experts are their owners: fill them.
 
     Raises:
         ValueError: The model carries other edits, or the plan does not fit it. Nothing is changed then.
@@ -130,14 +154,14 @@ def apply_plan(model: PreTrainedModel, plan: CompressionPlan) -> Surgery:
         )
     before = architecture.shape(model)
     after = plan.check(before.uncompressed())
-    change = change_layouts(model, architecture, before, after)
+    change = change_layouts(model, architecture, before, after, channels)
     surgery = Surgery(before, after, change)
     try:
         if surgery.touched != surgery.claimed:
             raise RuntimeError(f"surgery touched {surgery.touched} parameters but the plan claims {surgery.claimed}")
         if not plan:
             return surgery  # nothing is compressed: it stays what it is, and is written as what it is
-        new = as_config(model.config, CompressedMixtralConfig, config_entry(plan, after))
+        new = compressed_config(model.config, plan, after)
         _set_config(change, model, model.config, new)
         change.set(model, "__class__", CompressedMixtralForCausalLM)
         if "_weight_conversions" in vars(model):

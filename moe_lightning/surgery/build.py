@@ -7,8 +7,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 
 from moe_lightning.architectures import architecture_named
 from moe_lightning.plan import CompressionPlan
-from moe_lightning.surgery.apply import config_entry
-from moe_lightning.surgery.models import CompressedMixtralConfig, CompressedMixtralForCausalLM, as_config
+from moe_lightning.surgery.apply import compressed_config
+from moe_lightning.surgery.models import CompressedMixtralForCausalLM, as_config
 
 
 def build(config: MixtralConfig, plan: CompressionPlan | None = None) -> MixtralForCausalLM:
@@ -28,6 +28,8 @@ def build(config: MixtralConfig, plan: CompressionPlan | None = None) -> Mixtral
     if plan is None:
         plan = architecture.plan_of_config(config)
     if not plan:
-        return MixtralForCausalLM(as_config(config, MixtralConfig, None))
-    after = plan.check(architecture.shape_of_config(as_config(config, CompressedMixtralConfig, None)))
-    return CompressedMixtralForCausalLM(as_config(config, CompressedMixtralConfig, config_entry(plan, after)))
+        plain = as_config(config, MixtralConfig, None)
+        plain.num_hidden_layers = architecture.shape_of_config(config).num_layers
+        return MixtralForCausalLM(plain)
+    after = plan.check(architecture.shape_of_config(config).uncompressed())
+    return CompressedMixtralForCausalLM(compressed_config(config, plan, after))

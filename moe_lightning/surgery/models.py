@@ -69,8 +69,14 @@ class CompressedMixtralForCausalLM(MixtralForCausalLM):
         """
         architecture = MixtralArchitecture()
         after = architecture.shape_of_config(config)
-        super().__init__(config)
-        change_layouts(self, architecture, after.uncompressed(), after)
+        # First the original model, then what the plan leaves of it.
+        left, config.num_hidden_layers = config.num_hidden_layers, after.num_layers
+        entry, config.moe_lightning = config.moe_lightning, None
+        try:
+            super().__init__(config)
+            change_layouts(self, architecture, after.uncompressed(), after)
+        finally:
+            config.num_hidden_layers, config.moe_lightning = left, entry
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

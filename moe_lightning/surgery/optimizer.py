@@ -15,12 +15,20 @@ from torch import Tensor, nn
 from moe_lightning.surgery.layouts import ReplacedParameter
 
 GROUP_NAMES = ("decay", "no_decay", "novices")
+NOVICE_PARAMETERS = ("novices", "novice_in", "novice_out")
+"""Last part of the names of the parameters that make up novices."""
+
+
+def is_novice(name: str) -> bool:
+    """Say whether a parameter of this name belongs to a novice."""
+    return name.rpartition(".")[2] in NOVICE_PARAMETERS
 
 
 def _group_of(name: str, parameter: nn.Parameter) -> str:
-    if name.endswith(".novices"):
+    if is_novice(name):
         return "novices"
-    return "decay" if parameter.ndim >= 2 else "no_decay"
+    # Biases of experts are stacked, and vectors all the same.
+    return "decay" if parameter.ndim >= 2 and not name.endswith(".bias") else "no_decay"
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -52,15 +60,22 @@ def _carried_state(state: dict[str, Any], item: ReplacedParameter) -> dict[str, 
         if not isinstance(value, Tensor) or value.ndim == 0:
             carried[key] = value
         elif value.ndim == item.old.ndim and len(value) == len(item.old):
-            rows = item.rows.to(value.device)
-            carried[key] = value.index_select(0, rows.clamp(min=0))
-            carried[key][rows < 0] = 0  # novices that are new among old ones have no moments yet
+            # Novices that are new among old ones have no moments yet: zeros.
+            carried[key] = _carried_values(item, value)
         else:
             raise RuntimeError(
                 f"the optimizer's state {key!r} of {item.name} has the shape {tuple(value.shape)}, which cannot "
                 f"be sliced like the parameter's {tuple(item.old.shape)}: compress with an optimizer such as AdamW"
             )
     return carried
+
+
+def _carried_values(item: ReplacedParameter, value: Tensor) -> Tensor:
+    assert item.old is not None and item.rows is not None
+    if item.axis is not None and value.shape[item.axis] != item.old.shape[item.axis]:
+        # Factored moments: the rows are there, but no entry for each channel.
+        return ReplacedParameter(item.name, item.old, item.new, item.rows).carried(value)
+    return item.carried(value)
 
 
 @torch.no_grad()
@@ -117,16 +132,21 @@ def _add_new_ones(
     replaced: Sequence[ReplacedParameter],
     names: dict[int, str],
 ) -> None:
-    """Give the novices that have no predecessor a group: their own, or that of their layer's experts, or the last."""
+    """Give novices and biases that have no predecessor a group: their own, their layer's experts', or the last."""
     held = {id(parameter) for members in groups for parameter in members}
     home_of = {names[id(parameter)]: members for members in groups for parameter in members if id(parameter) in names}
-    own = [
-        members for group, members in zip(optimizer.param_groups, groups, strict=True) if group.get("name") == "novices"
-    ]
+    named = list(zip((group.get("name") for group in optimizer.param_groups), groups, strict=True))
+    own = [members for name, members in named if name == "novices"]
+    vectors = [members for name, members in named if name == "no_decay"]
     for item in replaced:
-        if item.new is None or id(item.new) in held or id(item.new) not in names or not item.name.endswith(".novices"):
+        if item.new is None or id(item.new) in held or id(item.new) not in names:
             continue
-        experts = home_of.get(item.name.removesuffix("novices") + "storage.down_proj")
-        home = own[0] if own else experts if experts is not None else groups[-1]
+        if not is_novice(item.name) and not item.name.endswith(".bias"):
+            continue
+        experts = home_of.get(item.name.partition(".experts.")[0] + ".experts.storage.down_proj")
+        if not is_novice(item.name):  # a bias: with the vectors, where there is such a group
+            home = vectors[0] if vectors else experts if experts is not None else groups[-1]
+        else:
+            home = own[0] if own else experts if experts is not None else groups[-1]
         home.append(item.new)
         held.add(id(item.new))
