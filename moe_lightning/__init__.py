@@ -16,11 +16,20 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it.
 _HOMES = {
+    "Angular": "trimming",
+    "BlockDrop": "trimming",
+    "ChannelDrop": "trimming",
     "CompressionPlan": "plan",
     "CompressionResult": "compression",
+    "DropBlock": "plan",
+    "DropMoE": "plan",
     "ExpertDrop": "trimming",
+    "KeepChannels": "plan",
     "KeepExperts": "plan",
+    "LayerDrop": "trimming",
     "Likelihood": "evaluation",
+    "Merge": "trimming",
+    "MergeExperts": "plan",
     "MixtralModule": "modules",
     "ModelShape": "plan",
     "ModelSize": "sizes",
@@ -40,11 +49,20 @@ _HOMES = {
 _PACKAGES = ("callbacks",)
 
 __all__ = [
+    "Angular",
+    "BlockDrop",
+    "ChannelDrop",
     "CompressionPlan",
     "CompressionResult",
+    "DropBlock",
+    "DropMoE",
     "ExpertDrop",
+    "KeepChannels",
     "KeepExperts",
+    "LayerDrop",
     "Likelihood",
+    "Merge",
+    "MergeExperts",
     "MixtralModule",
     "ModelShape",
     "ModelSize",
@@ -72,11 +90,20 @@ if TYPE_CHECKING:
     from moe_lightning.data import TextDataModule
     from moe_lightning.evaluation import Likelihood, evaluate
     from moe_lightning.modules import MixtralModule
-    from moe_lightning.plan import CompressionPlan, KeepExperts, ModelShape, NoviceExperts
+    from moe_lightning.plan import (
+        CompressionPlan,
+        DropBlock,
+        DropMoE,
+        KeepChannels,
+        KeepExperts,
+        MergeExperts,
+        ModelShape,
+        NoviceExperts,
+    )
     from moe_lightning.sizes import ModelSize, measure
     from moe_lightning.statistics import merge_statistics
     from moe_lightning.surgery import build
-    from moe_lightning.trimming import ExpertDrop, Novices
+    from moe_lightning.trimming import Angular, BlockDrop, ChannelDrop, ExpertDrop, LayerDrop, Merge, Novices
 
 
 def __getattr__(name: str) -> Any:

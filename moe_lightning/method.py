@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from moe_lightning.architectures import OpenExperts
 from moe_lightning.plan import Edit, ModelShape
 from moe_lightning.statistics import Statistics
 
@@ -37,17 +39,38 @@ class Method(ABC):
             ValueError: The budget does not fit the shape.
         """
 
-    def fill(self, edit: Edit, statistics: Statistics) -> dict[str, Tensor]:
+    def low_rank_wants(self, edits: Sequence[Edit]) -> dict[int, tuple[tuple[int, int], ...]]:
+        """Return which experts need a low-rank fit, which takes second moments: by layer, pairs (expert, rank)."""
+        return {}
+
+    def settle(self, edits: tuple[Edit, ...], statistics: Statistics) -> tuple[Edit, ...]:
+        """Return the edits as the fits in ``statistics.fits`` leave them."""
+        return edits
+
+    def fill(self, edit: Edit, statistics: Statistics, weights: OpenExperts | None = None) -> dict[str, Tensor]:
         """Return the values of the parameters that an edit makes.
 
         Args:
             edit: One of the edits proposed.
             statistics: What was measured.
+            weights: The layer's experts before the edit, one slot for each of ``layout.real``; None where it has none.
 
         Returns:
-            By kind of parameter: ``novices`` is ``[experts of the edit, hidden]``, in the order of the edit.
+            By kind of parameter. For novices, in the order of the edit: ``novices`` ``[experts of the edit, hidden]``,
+            ``novice_in`` and ``novice_out`` ``[sum of ranks, hidden]``. For merged experts, in the order of the groups:
+            ``gate_up_proj`` ``[groups, 2 * intermediate, hidden]``, ``down_proj``. For channels: ``channels``, int64
+            ``[slots, width]``, ascending, and ``bias`` ``[slots, hidden]``.
         """
         return {}
+
+    @property
+    def measures_sensitivity(self) -> bool:
+        """Whether the method reads how much the model suffers when each layer alone is trimmed."""
+        return False
+
+    def trial(self, shape: ModelShape, statistics: Statistics, layer: int) -> tuple[Edit, ...]:
+        """Return the edits that trim one layer alone, for measuring its sensitivity."""
+        raise NotImplementedError(f"{type(self).__name__} measures no sensitivity")
 
     def describe(self) -> dict[str, Any]:
         """Return the method's name and options as plain types, for the plan's origin."""

@@ -98,9 +98,13 @@ def measure(
         products += layer.router.weight.numel()
         if opened.novices is not None:
             products += opened.novices.numel()
+        if opened.maps is not None:
+            products += opened.maps.in_RH.numel() + opened.maps.out_RH.numel()
         if real:
             one = (opened.gate_up_proj.numel() + opened.down_proj.numel()) // real
-            picks = min(shape.top_k * (1.0 - share), real) if routed_share is not None else min(shape.top_k, real)
+            # Merged experts share weights, and a token that picks two of them is computed twice.
+            reachable = int(sum(place >= 0 for place in shape.layout(layer.index).slot_map))
+            picks = min(shape.top_k, reachable) if routed_share is None else min(shape.top_k * (1.0 - share), reachable)
             experts += picks * one
     parameters = sum(parameter.numel() for parameter in model.parameters())
     flops = 2 * tokens * products + scores + round(2 * tokens * experts)

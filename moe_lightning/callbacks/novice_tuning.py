@@ -13,6 +13,7 @@ from moe_lightning.callbacks.compress import Compress
 from moe_lightning.callbacks.strategies import check_strategy, wrap_again
 from moe_lightning.compression import trial_edits
 from moe_lightning.plan import NoviceExperts
+from moe_lightning.surgery import is_novice
 
 
 class NoviceTuning(AtStep):
@@ -97,7 +98,7 @@ class NoviceTuning(AtStep):
             ValueError: The model has no novices, or no optimizer holds them.
         """
         model = language_model(module)
-        novices = {name: parameter for name, parameter in model.named_parameters() if name.endswith(".novices")}
+        novices = {name: parameter for name, parameter in model.named_parameters() if is_novice(name)}
         if not novices:
             raise ValueError(f"NoviceTuning at step {self.at_step}: the model has no novices to train")
         held = {
@@ -106,7 +107,7 @@ class NoviceTuning(AtStep):
         if not all(id(parameter) in held for parameter in novices.values()):
             raise ValueError(f"NoviceTuning at step {self.at_step}: the novices are in no optimizer")
         for name, parameter in module.named_parameters():
-            if name.endswith(".novices"):
+            if is_novice(name):
                 continue
             if not parameter.requires_grad:
                 self._frozen_before.add(name)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from moe_lightning.plan import ModelShape
+from moe_lightning.plan import ModelShape, plan_table
 from moe_lightning.sizes import measure
 from moe_lightning.surgery import plan_of
 
@@ -51,12 +51,7 @@ def model_card(model: PreTrainedModel, shape: ModelShape, format: str) -> str:
         "",
     ]
     if plan:
-        lines += ["## Experts", "", "| layer | real experts | novices | dropped |", "|--:|---|---|---|"]
-        for layout in shape.layouts:
-            dropped = [expert for expert in range(shape.num_experts) if expert not in layout.router]
-            cells = (" ".join(map(str, group)) or "-" for group in (layout.real, layout.novices, dropped))
-            lines.append(f"| {layout.layer} | " + " | ".join(cells) + " |")
-        lines.append("")
+        lines += ["## Experts", "", plan_table(plan, shape)]
     steps = _history(plan.origin)
     if steps:
         lines += ["## Lineage", ""]

@@ -43,9 +43,21 @@ TOKENIZER_FOLDERS = ("additional_chat_templates",)
 
 def _why_not_plain(shape: ModelShape) -> str | None:
     """Say why a shape cannot be written as a plain Mixtral, or None where it can."""
-    with_novices = [layout.layer for layout in shape.layouts if layout.novices]
-    if with_novices:
-        return f"layers {with_novices} have novices"
+    reasons = {
+        "have novices": [layout.layer for layout in shape.layouts if layout.novices],
+        "have router rows without an expert": [layout.layer for layout in shape.layouts if layout.absent],
+        "have experts that share weights": [layout.layer for layout in shape.layouts if layout.merged],
+        "have lost channels": [layout.layer for layout in shape.layouts if layout.width is not None],
+        "have fewer experts than the router picks": [
+            layout.layer for layout in shape.layouts if len(layout.router) < shape.top_k
+        ],
+        "have lost their MoE": [
+            block for block in shape.blocks if block in shape.original_moe_layers and block not in shape.moe_layers
+        ],
+    }
+    for reason, layers in reasons.items():
+        if layers:
+            return f"layers {layers} {reason}"
     counts = sorted({len(layout.router) for layout in shape.layouts})
     if len(counts) > 1:
         return f"its layers have different numbers of experts ({', '.join(map(str, counts))})"

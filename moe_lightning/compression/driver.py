@@ -1,11 +1,12 @@
 """``ml.compress``: in place, and all or nothing.
 
-observe (collect what the method needs) -> propose (edits) -> check (against the shape) -> apply (surgery) -> fill
-(values), once for each method; the second method sees the model as the first left it.
+observe (collect what the method needs) -> propose (edits) -> settle (fits) -> check (against the shape) -> apply
+(surgery) -> fill (values), once for each method; the second method sees the model as the first left it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,12 +16,15 @@ import transformers
 from transformers import PreTrainedModel
 
 from moe_lightning.architectures import architecture_of
-from moe_lightning.compression.result import CompressionResult, ModuleStatus
+from moe_lightning.compression.filling import apply_edits, settled_edits, undo
+from moe_lightning.compression.result import CompressionResult
+from moe_lightning.compression.sensitivity import layer_divergence
+from moe_lightning.compression.statuses import module_statuses
 from moe_lightning.method import Method
 from moe_lightning.plan import CompressionPlan, Edit, ModelShape
 from moe_lightning.sizes import measure
 from moe_lightning.statistics import Statistics, collect
-from moe_lightning.surgery import Surgery, apply_plan, carry_optimizer, check_class, plan_of
+from moe_lightning.surgery import Surgery, carry_optimizer, check_class, plan_of
 from moe_lightning.trimming import Replay
 
 Batches = Iterable[Mapping[str, Any]]
@@ -75,6 +79,7 @@ def compress(
     methods: Method | Sequence[Method] | None = None,
     *,
     plan: CompressionPlan | None = None,
+    statistics: Statistics | None = None,
     origin: Mapping[str, Any] | None = None,
     optimizers: Sequence[torch.optim.Optimizer] = (),
     progress: bool = True,
@@ -86,6 +91,8 @@ def compress(
         batches: Calibration batches: dicts with ``input_ids`` ``[batch, sequence]`` and optional ``attention_mask``.
         methods: Methods in the order in which they are applied.
         plan: A plan to replay instead of methods. It is the whole plan of an uncompressed model.
+        statistics: What was measured on the model as it is, for the first method; the later ones measure anew. None
+            makes a pass for the first one too.
         origin: Where the calibration data comes from, plain types; kept in the plan.
         optimizers: Optimizers of the model. They are edited in place and go on training what is left, with the state of
             what survives.
@@ -113,23 +120,26 @@ def compress(
     architecture = architecture_of(model)
     shape_before = architecture.shape(model)
     check_methods(shape_before, chosen)
-    if isinstance(batches, Iterator) and len(chosen) > 1:
-        batches = list(batches)  # every method makes a pass of its own
+    if isinstance(batches, Iterator):
+        batches = list(batches)  # methods, fits and trials make passes of their own
+    if statistics is not None:
+        _check_statistics(statistics, chosen[0], shape_before)
     size_before = measure(model)
     first: Statistics | None = None
     surgeries: list[Surgery] = []
     tokens: dict[int, dict[int, int]] = {}
+    fits: dict[tuple[int, int], str] = {}
     try:
         for method in chosen:
-            shape = architecture.shape(model)
-            statistics = _observe(model, batches, method, shape, progress)
-            edits = method.propose(shape, statistics)
+            given = statistics if method is chosen[0] else None
+            measured = observe(model, batches, method, given, progress)
+            edits = method.propose(architecture.shape(model), measured)
+            edits = settled_edits(model, batches, method, edits, measured, progress)
             step = {**method.describe(), **_provenance(origin)}
-            surgery = apply_plan(model, plan_of(model).extended(edits, _plain(step)))
-            surgeries.append(surgery)
-            _fill(model, method, edits, statistics)
-            _count_tokens(tokens, edits, statistics)
-            first = first or (statistics if statistics.tensors else None)
+            surgeries += apply_edits(model, method, edits, measured, _plain(step))
+            _count_tokens(tokens, edits, measured)
+            fits |= {key: fit.status for key, fit in measured.fits.items()}
+            first = first or (measured if measured.tensors else None)
         result = CompressionResult(
             model=model,
             plan=plan_of(model),
@@ -141,23 +151,52 @@ def compress(
             size_after=measure(model),
             shape_before=shape_before,
             shape_after=architecture.shape(model),
+            surgeries=surgeries,
         )
-        result.modules.update(_statuses(result, tokens))
+        result.modules.update(module_statuses(result.plan, shape_before, result.shape_after, tokens, fits))
         _prove(result)
         replaced = [item for surgery in surgeries for item in surgery.replaced]
         for optimizer in optimizers:
             carry_optimizer(optimizer, model, replaced)
     except BaseException:
-        for surgery in reversed(surgeries):
-            surgery.undo()
+        undo(surgeries)
         raise
     return result
 
 
-def _observe(model: PreTrainedModel, batches: Batches, method: Method, shape: ModelShape, progress: bool) -> Statistics:
-    if not method.needs:
-        return Statistics(shape, {})
-    return collect(model, batches, method.needs, progress=progress)
+def _check_statistics(statistics: Statistics, method: Method, shape: ModelShape) -> None:
+    if statistics.shape != shape:
+        raise ValueError("statistics= were measured on a model of another shape: collect them from this one")
+    missing = method.needs - statistics.groups
+    if missing:
+        raise ValueError(
+            f"statistics= hold no {', '.join(sorted(missing))}, which {type(method).__name__} needs: "
+            f"collect(model, batches, needs={sorted(method.needs)})"
+        )
+
+
+def observe(
+    model: PreTrainedModel, batches: Batches, method: Method, given: Statistics | None = None, progress: bool = True
+) -> Statistics:
+    """Measure what a method needs, its layers' sensitivity included; what is given already is not measured again.
+
+    Args:
+        model: The model as it is.
+        batches: Calibration batches.
+        method: The method.
+        given: Statistics of the model as it is, or None. They are not changed.
+        progress: Show progress bars.
+    """
+    if given is not None:
+        statistics = dataclasses.replace(given, tensors=dict(given.tensors), fits=dict(given.fits))
+    elif method.needs:
+        statistics = collect(model, batches, method.needs, progress=progress)
+    else:
+        statistics = Statistics(architecture_of(model).shape(model), {})
+    if method.measures_sensitivity and "layer_divergence" not in statistics.tensors:
+        statistics.tensors["layer_divergence"] = layer_divergence(model, batches, method, statistics, progress)
+        statistics.info["layer_divergence"] = _plain(method.describe())
+    return statistics
 
 
 def _provenance(origin: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -181,62 +220,16 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool) or value is None else str(value)
 
 
-@torch.no_grad()
-def _fill(model: PreTrainedModel, method: Method, edits: Sequence[Edit], statistics: Statistics) -> None:
-    architecture = architecture_of(model)
-    layers = {layer.index: layer for layer in architecture.moe_layers(model)}
-    layouts = {layout.layer: layout for layout in architecture.shape(model).layouts}
-    for edit in edits:
-        for name, values in method.fill(edit, statistics).items():
-            assert name == "novices", name
-            layer, experts = edit.layer, edit.experts  # type: ignore[attr-defined]
-            # In a replayed plan a later edit may have dropped a novice again.
-            left = [place for place, expert in enumerate(experts) if expert in layouts[layer].novices]
-            if not left:
-                continue
-            parameter = layers[layer].experts.novices
-            values = values[left].to(parameter.device, parameter.dtype)  # what is finite in float64 may overflow here
-            rows = torch.tensor(
-                [layouts[layer].novices.index(experts[place]) for place in left], device=parameter.device
-            )
-            if not bool(torch.isfinite(values).all()):
-                raise RuntimeError(
-                    f"layer {layer}: the novices of experts {list(experts)} are not finite in {parameter.dtype}"
-                )
-            with torch.inference_mode(False):
-                parameter.data[rows] = values
-
-
 def _count_tokens(tokens: dict[int, dict[int, int]], edits: Sequence[Edit], statistics: Statistics) -> None:
     name = next((name for name in ("count", "output_count") if name in statistics.tensors), None)
     if name is None:
         return
     for edit in edits:
+        if edit.layer not in statistics.shape.moe_layers:
+            continue
         row = statistics[name][statistics.row(edit.layer)]
         known = statistics.shape.layout(edit.layer).router
         tokens.setdefault(edit.layer, {expert: int(row[expert]) for expert in known})
-
-
-def _statuses(result: CompressionResult, tokens: dict[int, dict[int, int]]) -> Iterator[tuple[str, ModuleStatus]]:
-    architecture = architecture_of(result.model)
-    kinds = {
-        (edit.layer, expert): edit.novice
-        for edit in result.plan.edits
-        for expert in edit.experts  # type: ignore[attr-defined]
-        if hasattr(edit, "novice")
-    }
-    for layer in architecture.moe_layers(result.model):
-        before, after = result.shape_before.layout(layer.index), result.shape_after.layout(layer.index)
-        if before == after:
-            continue
-        parts = [f"{len(after.real)} of {len(before.real)} experts real"]
-        if after.novices:
-            named = sorted({kinds[layer.index, expert] for expert in after.novices})
-            parts.append(f"{len(after.novices)} novices ({', '.join(named)})")
-        dropped = len(before.router) - len(after.router)
-        if dropped:
-            parts.append(f"{dropped} dropped with their router rows")
-        yield f"{layer.name}.experts", ModuleStatus(", ".join(parts), tokens.get(layer.index, {}))
 
 
 def _prove(result: CompressionResult) -> None:

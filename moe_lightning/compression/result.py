@@ -10,6 +10,7 @@ from torch import nn
 from moe_lightning.plan import CompressionPlan, ModelShape
 from moe_lightning.sizes import ModelSize
 from moe_lightning.statistics import Statistics
+from moe_lightning.surgery import Surgery, plan_of
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class CompressionResult:
         size_after: The same after.
         shape_before: Shape before.
         shape_after: Shape after.
+        surgeries: What :meth:`undo` takes back. They hold the weights that went: empty the list to free them.
     """
 
     model: nn.Module
@@ -53,6 +55,18 @@ class CompressionResult:
     size_after: ModelSize
     shape_before: ModelShape
     shape_after: ModelShape
+    surgeries: list[Surgery] = field(default_factory=list, repr=False)
+
+    def undo(self) -> None:
+        """Put the model back as it was before. Optimizers that were carried over are not put back.
+
+        Raises:
+            RuntimeError: The model was changed further since, or this was done before.
+        """
+        if not self.surgeries or plan_of(self.model).edits != self.plan.edits:  # type: ignore[arg-type]
+            raise RuntimeError("cannot undo this compression: it was undone before, or others followed it")
+        while self.surgeries:
+            self.surgeries.pop().undo()
 
     def summary(self) -> dict[str, Any]:
         """Return the numbers as plain types."""

@@ -16,6 +16,7 @@ from moe_lightning.plan.edits import (
 )
 from moe_lightning.plan.plan import PLAN_VERSION, CompressionPlan
 from moe_lightning.plan.shape import ABSENT, ExpertLayout, ModelShape
+from moe_lightning.plan.table import plan_table
 
 __all__ = [
     "ABSENT",
@@ -30,4 +31,5 @@ __all__ = [
     "MergeExperts",
     "ModelShape",
     "NoviceExperts",
+    "plan_table",
 ]

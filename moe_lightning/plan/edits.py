@@ -79,6 +79,7 @@ _FIELD_TYPES = {
     "groups": (lambda value: isinstance(value, tuple) and all(map(_numbers, value)), "a list of lists of numbers"),
     "router": (lambda value: value in get_args(RouterRows), "'slice' or 'keep'"),
     "novice": (lambda value: isinstance(value, str), "a name"),
+    "align": (lambda value: isinstance(value, bool), "true or false"),
     "allow_fewer_than_top_k": (lambda value: isinstance(value, bool), "true or false"),
 }
 
@@ -105,9 +106,7 @@ def _refuse_merged(layout: ExpertLayout, verb: str) -> None:
 
 def _subset(layout: ExpertLayout, kept: set[int], router: tuple[int, ...], absent: tuple[int, ...]) -> ExpertLayout:
     """Return the layout with only some experts left in their roles."""
-    pairs = [
-        (expert, rank) for expert, rank in zip(layout.novices, layout.novice_ranks, strict=True) if expert in kept
-    ]
+    pairs = [(expert, rank) for expert, rank in zip(layout.novices, layout.novice_ranks, strict=True) if expert in kept]
     return dataclasses.replace(
         layout,
         router=router,
@@ -202,11 +201,13 @@ class MergeExperts(Edit):
         layer: Number of the decoder layer in the original model.
         groups: Original numbers of the experts that are merged: every real expert of the layer is in one group. The
             first and smallest of a group owns its slot. Values are in the weights.
+        align: Whether channels were matched before the mean.
     """
 
     kind: ClassVar[str] = "merge_experts"
     layer: int
     groups: tuple[tuple[int, ...], ...]
+    align: bool = True
 
     def apply(self, shape: ModelShape) -> ModelShape:
         """Return the shape after this edit; see :meth:`Edit.apply`."""

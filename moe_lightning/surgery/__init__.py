@@ -8,7 +8,7 @@ from moe_lightning.surgery.models import (
     as_config,
     register_with_transformers,
 )
-from moe_lightning.surgery.optimizer import GROUP_NAMES, carry_optimizer, parameter_groups
+from moe_lightning.surgery.optimizer import GROUP_NAMES, carry_optimizer, is_novice, parameter_groups
 
 __all__ = [
     "GROUP_NAMES",
@@ -20,6 +20,7 @@ __all__ = [
     "build",
     "carry_optimizer",
     "check_class",
+    "is_novice",
     "parameter_groups",
     "plan_of",
     "rebuild",

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from moe_lightning.architectures import OpenExperts
 from moe_lightning.method import Method
-from moe_lightning.plan import CompressionPlan, Edit, ModelShape, NoviceExperts
+from moe_lightning.plan import CompressionPlan, Edit, KeepChannels, MergeExperts, ModelShape, NoviceExperts
 from moe_lightning.statistics import Statistics
-from moe_lightning.trimming.novices import NOVICE_NEEDS, novice_values
+from moe_lightning.trimming.channel_drop import CHANNEL_NEEDS, kept_channels
+from moe_lightning.trimming.merge import MERGE_NEEDS, merged_weights
+from moe_lightning.trimming.novices import NOVICE_NEEDS, low_rank_wants, novice_parameters
 
 
 @dataclass
 class Replay(Method):
-    """Apply the edits of a plan; only the values of novices are measured anew.
+    """Apply the edits of a plan; only the values that they make are measured anew.
 
     Attributes:
         plan: The plan. It holds whole edits, so nothing is scored.
@@ -25,22 +29,37 @@ class Replay(Method):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the novices' vectors need."""
+        """What the values of novices, merged experts and channels need."""
         kinds = [edit.novice for edit in self.plan.edits if isinstance(edit, NoviceExperts)]
         unknown = sorted(set(kinds) - set(NOVICE_NEEDS))
         if unknown:
             raise ValueError(f"the plan has unknown novices {unknown}: known are {', '.join(NOVICE_NEEDS)}")
-        return frozenset().union(*(NOVICE_NEEDS[kind] for kind in kinds))
+        needs = frozenset[str]().union(*(NOVICE_NEEDS[kind] for kind in kinds))
+        if any(isinstance(edit, MergeExperts) for edit in self.plan.edits):
+            needs |= MERGE_NEEDS
+        if any(isinstance(edit, KeepChannels) for edit in self.plan.edits):
+            needs |= CHANNEL_NEEDS
+        return needs
 
     def propose(self, shape: ModelShape, statistics: Statistics) -> tuple[Edit, ...]:
         """Return the plan's edits; see :meth:`Method.propose`."""
         return self.plan.edits
 
-    def fill(self, edit: Edit, statistics: Statistics) -> dict[str, Tensor]:
-        """Return the novices' vectors; see :meth:`Method.fill`."""
-        if not isinstance(edit, NoviceExperts):
-            return {}
-        return {"novices": novice_values(edit.novice, statistics, edit.layer, edit.experts)}
+    def low_rank_wants(self, edits: Sequence[Edit]) -> dict[int, tuple[tuple[int, int], ...]]:
+        """Return the maps to fit. One that does not beat the constant becomes zero: the plan says its rank."""
+        return low_rank_wants(edits)
+
+    def fill(self, edit: Edit, statistics: Statistics, weights: OpenExperts | None = None) -> dict[str, Tensor]:
+        """Return the values that the edit makes; see :meth:`Method.fill`."""
+        if isinstance(edit, NoviceExperts):
+            return novice_parameters(edit, statistics)
+        if isinstance(edit, MergeExperts):
+            assert weights is not None
+            return merged_weights(edit.groups, statistics, edit.layer, weights, edit.align)
+        if isinstance(edit, KeepChannels):
+            assert weights is not None
+            return kept_channels(statistics, edit.layer, edit.width, weights)
+        return {}
 
     def describe(self) -> dict[str, Any]:
         """Return the origin of the plan that is replayed."""

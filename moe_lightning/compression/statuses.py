@@ -1,0 +1,71 @@
+"""What happened to every module, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moe_lightning.compression.result import ModuleStatus
+from moe_lightning.plan import CompressionPlan, ExpertLayout, ModelShape, NoviceExperts
+
+
+def _experts_status(
+    before: ExpertLayout, after: ExpertLayout, whole: int, kinds: Mapping[int, str], fits: Mapping[int, str]
+) -> str:
+    parts = [f"{len(after.real)} of {len(before.real)} experts real"]
+    if after.novices:
+        named = sorted({kinds[expert] for expert in after.novices})
+        ranks = f", {after.stored_rank} rows of maps" if after.stored_rank else ""
+        parts.append(f"{len(after.novices)} novices ({', '.join(named)}{ranks})")
+    dropped = len(before.router) - len(after.router)
+    if dropped:
+        parts.append(f"{dropped} dropped with their router rows")
+    if len(after.absent) > len(before.absent):
+        parts.append(f"{len(after.absent) - len(before.absent)} dropped, their router rows kept")
+    if after.merged != before.merged:
+        parts.append(f"{len(after.merged)} merged into others")
+    if after.width != before.width:
+        parts.append(f"{after.width} of {before.width or whole} channels in each, and a bias")
+    fallen = [f"{expert}: {fits[expert]}" for expert in after.novices if "constant" in fits.get(expert, "")]
+    if fallen:
+        parts.append(f"no map for {'; '.join(fallen)}")
+    return ", ".join(parts)
+
+
+def module_statuses(
+    plan: CompressionPlan,
+    before: ModelShape,
+    after: ModelShape,
+    tokens: Mapping[int, dict[int, int]],
+    fits: Mapping[tuple[int, int], str],
+) -> dict[str, ModuleStatus]:
+    """Say what happened to every module that changed, by its name in the model before.
+
+    Args:
+        plan: The whole plan.
+        before: Shape before.
+        after: Shape after.
+        tokens: Calibration tokens that reached each expert, by layer and original number.
+        fits: How the low-rank fit of an expert went, by (layer, expert).
+    """
+    kinds: dict[int, dict[int, str]] = {}
+    for edit in plan.edits:
+        if isinstance(edit, NoviceExperts):
+            kinds.setdefault(edit.layer, {}).update(dict.fromkeys(edit.experts, edit.novice))
+    found = {}
+    for place, number in enumerate(before.blocks):
+        name = f"model.layers.{place}"
+        if number not in after.blocks:
+            found[name] = ModuleStatus("dropped, the whole layer")
+        elif number in before.moe_layers and number not in after.moe_layers:
+            found[f"{name}.mlp"] = ModuleStatus("dropped with its norm")
+        elif number in before.moe_layers and before.layout(number) != after.layout(number):
+            of_layer = {expert: status for (layer, expert), status in fits.items() if layer == number}
+            status = _experts_status(
+                before.layout(number),
+                after.layout(number),
+                before.intermediate_size,
+                kinds.get(number, {}),
+                of_layer,
+            )
+            found[f"{name}.mlp.experts"] = ModuleStatus(status, tokens.get(number, {}))
+    return found

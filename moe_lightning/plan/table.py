@@ -1,0 +1,46 @@
+"""Who stands where, as a table in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from moe_lightning.plan.plan import CompressionPlan
+from moe_lightning.plan.shape import ModelShape
+
+
+def plan_table(plan: CompressionPlan, shape: ModelShape) -> str:
+    """Return who stands where after a plan, one layer a row, by original expert numbers.
+
+    Args:
+        plan: The plan.
+        shape: The shape that it leads to.
+    """
+
+    def numbers(experts: Iterable[object]) -> str:
+        return " ".join(map(str, experts)) or "-"
+
+    lines = [f"{len(plan.edits)} edits", ""]
+    gone = [block for block in range(shape.num_layers) if block not in shape.blocks]
+    if gone:
+        lines += [f"Layers dropped as a whole: {numbers(gone)}", ""]
+    lines += ["| layer | real experts | novices | dropped |", "|--:|---|---|---|"]
+    for layer in shape.original_moe_layers:
+        if layer in gone:
+            continue
+        if layer not in shape.moe_layers:
+            lines.append(f"| {layer} | - | - | the whole MoE |")
+            continue
+        layout = shape.layout(layer)
+        real = numbers(layout.real)
+        if layout.merged:
+            shared = numbers(f"{expert}={owner}" for expert, owner in layout.merged)
+            real += f" (shared: {shared})"
+        if layout.width is not None:
+            real += f", {layout.width} channels each"
+        ranks = dict(zip(layout.novices, layout.novice_ranks, strict=True))
+        novices = numbers(f"{expert} (rank {rank})" if rank else expert for expert, rank in ranks.items())
+        dropped = (
+            expert for expert in range(shape.num_experts) if expert not in layout.router or expert in layout.absent
+        )
+        lines.append(f"| {layer} | {real} | {novices} | {numbers(dropped)} |")
+    return "\n".join(lines) + "\n"
