@@ -4,8 +4,9 @@ Importing this package fills the registry that ``Statistics.score`` reads; ``ml.
 from here for that reason.
 """
 
-from moe_lightning.criteria import experts
-from moe_lightning.criteria.selection import Scope, kept_experts
+from moe_lightning.criteria import experts, families, naee
+from moe_lightning.criteria.counts import Scope
+from moe_lightning.criteria.selection import kept_experts
 from moe_lightning.statistics import Statistics, collect
 
-__all__ = ["Scope", "Statistics", "collect", "experts", "kept_experts"]
+__all__ = ["Scope", "Statistics", "collect", "experts", "families", "kept_experts", "naee"]

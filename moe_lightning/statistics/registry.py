@@ -21,23 +21,55 @@ class Criterion:
         needs: Groups of statistics that it reads.
         function: ``(statistics, seed) -> score [layers, experts]``, larger = keep.
         source: Paper and equation.
+        selector: Whether it chooses whole sets of experts, so that no expert has a score of its own; ``function`` then
+            raises ValueError.
     """
 
     name: str
     needs: frozenset[str]
     function: ScoreFunction
     source: str
+    selector: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """Criteria whose names carry numbers, e.g. ``power:1,1,1``.
+
+    Attributes:
+        name: What stands before the colon.
+        form: The whole name with placeholders, for messages.
+        make: From what stands behind the colon to the criterion; raises ValueError with what is possible.
+    """
+
+    name: str
+    form: str
+    make: Callable[[str], Criterion]
 
 
 CRITERIA: dict[str, Criterion] = {}
 
+FAMILIES: dict[str, Family] = {}
 
-def register_criterion(name: str, needs: set[str], source: str) -> Callable[[ScoreFunction], ScoreFunction]:
+
+def register_criterion(
+    name: str, needs: set[str], source: str, selector: bool = False
+) -> Callable[[ScoreFunction], ScoreFunction]:
     """Return a decorator that adds a score function to the registry."""
 
     def add(function: ScoreFunction) -> ScoreFunction:
-        CRITERIA[name] = Criterion(name, frozenset(needs), function, source)
+        CRITERIA[name] = Criterion(name, frozenset(needs), function, source, selector)
         return function
+
+    return add
+
+
+def register_family(name: str, form: str) -> Callable[[Callable[[str], Criterion]], Callable[[str], Criterion]]:
+    """Return a decorator that adds a maker of criteria whose names are ``name:arguments``."""
+
+    def add(make: Callable[[str], Criterion]) -> Callable[[str], Criterion]:
+        FAMILIES[name] = Family(name, form, make)
+        return make
 
     return add
 
@@ -45,9 +77,17 @@ def register_criterion(name: str, needs: set[str], source: str) -> Callable[[Sco
 def criterion_named(name: str) -> Criterion:
     """Return a criterion by its name.
 
+    Args:
+        name: A name of the registry, or one of a family with its numbers (``power:1,1,1``, ``residual:16``).
+
     Raises:
         ValueError: There is none of that name; the message lists those that there are.
     """
-    if name not in CRITERIA:
-        raise ValueError(f"unknown criterion {name!r}: choose one of {', '.join(sorted(CRITERIA))}")
-    return CRITERIA[name]
+    if name in CRITERIA:
+        return CRITERIA[name]
+    family, colon, arguments = name.partition(":")
+    if colon and family in FAMILIES:
+        return FAMILIES[family].make(arguments)
+    hint = f" ({FAMILIES[name].form} needs its numbers)" if name in FAMILIES else ""
+    known = ", ".join([*sorted(CRITERIA), *sorted(family.form for family in FAMILIES.values())])
+    raise ValueError(f"unknown criterion {name!r}{hint}: choose one of {known}")

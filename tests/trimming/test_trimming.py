@@ -241,8 +241,8 @@ class Untouchable:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "either ratio or keep"),
-        ({"ratio": 0.5, "keep": 3}, "either ratio or keep"),
+        ({}, "exactly one of ratio, keep, parameters and bytes"),
+        ({"ratio": 0.5, "keep": 3}, "exactly one of ratio, keep, parameters and bytes"),
         ({"ratio": 1.0}, r"ratio must lie in \[0, 1\), got 1.0"),
         ({"ratio": -0.1}, r"ratio must lie in \[0, 1\)"),
         ({"ratio": float("nan")}, "ratio must lie"),
@@ -251,7 +251,7 @@ class Untouchable:
         ({"keep": float("nan")}, "keep"),
         ({"keep": float("inf")}, "keep"),
         ({"ratio": 0.5, "criterion": "magic"}, "unknown criterion 'magic'.*mone"),
-        ({"ratio": 0.5, "scope": "block"}, "unknown scope 'block'"),
+        ({"ratio": 0.5, "scope": "block"}, "unknown scope 'block': choose one of layer, global, sensitivity"),
     ],
 )
 def test_options_out_of_range(kind: Any, options: dict, message: str) -> None:
