@@ -4,7 +4,7 @@ Nothing here uses the package under test. A compressed model is *emulated* on th
 router logit is minus infinity, a novice's output is a constant, all by naive loops. Layer and expert numbers are those
 of the original model.
 
-Legend: T tokens without padding, E experts, H hidden.
+Legend: T tokens without padding, E experts, H hidden, I channels.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,6 +33,13 @@ class LayerRecord:
         probability: Full softmax, ``[T, E]``.
         output: ``E_i(x)``, NaN where not chosen, ``[T, E, H]``.
         mixed: Output of the block, ``[T, H]``.
+        logits: Of the router, ``[T, E]``.
+        channel: ``act(gate x) * up x``, NaN where not chosen, ``[T, E, I]``.
+        entering: Input of the decoder layer, ``[T, H]``.
+        stream: Residual stream after attention, ``[T, H]``.
+        leaving: Output of the decoder layer, ``[T, H]``.
+        last: Whether the token is the last one of its sequence, bool ``[T]``.
+        down: Down matrices ``[E, H, I]``: of the layer, not of its tokens.
     """
 
     gate: Array
@@ -40,13 +47,20 @@ class LayerRecord:
     probability: Array
     output: Array
     mixed: Array
+    logits: Array
+    channel: Array
+    entering: Array
+    stream: Array
+    leaving: Array
+    last: Array
+    down: Array
 
 
 @dataclass
 class Recorder:
     """Collects the calls of every MoE layer."""
 
-    calls: dict[int, list[LayerRecord]] = field(default_factory=dict)
+    calls: dict[int, list[dict[str, Array]]] = field(default_factory=dict)
 
     def layers(self, masks: list[Tensor | None] | None = None) -> list[LayerRecord]:
         """Return one record a layer, the tokens of all calls in a row, padding left out.
@@ -56,28 +70,32 @@ class Recorder:
         """
         result = []
         for layer in sorted(self.calls):
-            calls = self.calls[layer]
-            keeps = [
-                np.ones(len(call.gate), bool) if mask is None else mask.reshape(-1).bool().numpy()
-                for call, mask in zip(calls, masks or [None] * len(calls), strict=True)
-            ]
-            names = ("gate", "chosen", "probability", "output", "mixed")
-            result.append(
-                LayerRecord(
-                    *(
-                        np.concatenate([getattr(c, name)[keep] for c, keep in zip(calls, keeps, strict=True)])
-                        for name in names
-                    )
-                )
-            )
+            kept = []
+            for call, mask in zip(self.calls[layer], masks or [None] * len(self.calls[layer]), strict=True):
+                batch, length = call["entering"].shape[:2]
+                keep = np.ones((batch, length), bool) if mask is None else mask.bool().numpy()
+                last = np.zeros((batch, length), bool)
+                for row in range(batch):
+                    if keep[row].any():
+                        last[row, np.flatnonzero(keep[row])[-1]] = True
+                tokens = {"last": last, **{name: array for name, array in call.items() if name != "down"}}
+                flat = {
+                    name: array.reshape(batch * length, *array.shape[2:])
+                    if array.shape[:2] == (batch, length)
+                    else array
+                    for name, array in tokens.items()
+                }
+                kept.append({name: array[keep.reshape(-1)] for name, array in flat.items()})
+            joined = {name: np.concatenate([call[name] for call in kept]) for name in kept[0]}
+            result.append(LayerRecord(down=self.calls[layer][0]["down"], **joined))
         return result
 
 
-def expert_by_hand(hidden_H: Tensor, gate_up_2IH: Tensor, down_HI: Tensor) -> Tensor:
-    """Compute ``down @ (silu(gate @ x) * (up @ x))`` for one token."""
+def channels_by_hand(hidden_H: Tensor, gate_up_2IH: Tensor) -> Tensor:
+    """Compute ``silu(gate @ x) * (up @ x)`` for one token."""
     half = gate_up_2IH.shape[0] // 2
     gate, up = gate_up_2IH[:half] @ hidden_H, gate_up_2IH[half:] @ hidden_H
-    return down_HI @ (gate / (1 + torch.exp(-gate)) * up)
+    return gate / (1 + torch.exp(-gate)) * up
 
 
 def _double(tensor: Tensor) -> Array:
@@ -113,32 +131,52 @@ def emulated(model: Any, dropped: Dropped | None = None, constants: Constants | 
         tokens, experts = hidden.shape[0], module.gate_up_proj.shape[0]
         gate = torch.zeros(tokens, experts, dtype=torch.float64)
         outputs = torch.full((tokens, experts, hidden.shape[1]), torch.nan, dtype=torch.float64)
+        channels = torch.full((tokens, experts, module.down_proj.shape[2]), torch.nan, dtype=torch.float64)
         mixed = torch.zeros(tokens, hidden.shape[1], dtype=torch.promote_types(hidden.dtype, torch.float32))
         for token in range(tokens):
             for expert, g in zip(index[token].tolist(), weight[token], strict=True):
                 if (layer, expert) in constants:
                     out = constants[layer, expert].to(hidden.dtype)
                 else:
-                    out = expert_by_hand(hidden[token], module.gate_up_proj[expert], module.down_proj[expert])
+                    inner = channels_by_hand(hidden[token], module.gate_up_proj[expert])
+                    channels[token, expert] = inner
+                    out = module.down_proj[expert] @ inner
                 gate[token, expert] = g
                 outputs[token, expert] = out
                 mixed[token] += g * out
         changed = bool(constants) or bool(dropped)
         mixed = mixed.to(hidden.dtype) if changed else output
-        probability = memory["logits"].double().softmax(-1)
-        recorder.calls.setdefault(layer, []).append(
-            LayerRecord(
-                _double(gate),
-                (~outputs.isnan().any(-1)).numpy(),
-                _double(probability),
-                _double(outputs),
-                _double(mixed),
-            )
-        )
+        memory |= {
+            "gate": gate,
+            "chosen": ~outputs.isnan().any(-1),
+            "probability": memory["logits"].double().softmax(-1),
+            "output": outputs,
+            "mixed": mixed,
+            "channel": channels,
+            "down": module.down_proj,
+        }
         return mixed if changed else None
+
+    def layer_hook(layer: int, memory: dict[str, Tensor], _module: Any, args: Any, output: Tensor) -> None:
+        memory |= {"entering": args[0], "leaving": output}
+        call = {
+            name: tensor.numpy() if tensor.dtype == torch.bool else _double(tensor) for name, tensor in memory.items()
+        }
+        recorder.calls.setdefault(layer, []).append(call)
+        memory.clear()
 
     for number, layer in enumerate(model.model.layers):
         memory: dict[str, Tensor] = {}
+        handles.append(
+            layer.register_forward_hook(
+                lambda m, a, o, number=number, memory=memory: layer_hook(number, memory, m, a, o)
+            )
+        )
+        handles.append(
+            layer.post_attention_layernorm.register_forward_pre_hook(
+                lambda m, a, memory=memory: memory.update(stream=a[0])
+            )
+        )
         handles.append(
             layer.mlp.gate.register_forward_hook(
                 lambda m, a, o, number=number, memory=memory: router_hook(number, memory, m, a, o)
@@ -186,12 +224,20 @@ def sums(layer: LayerRecord) -> dict[str, Array]:
             mean[expert] = members.mean(0)
             m2[expert] = ((members - members.mean(0)) ** 2).sum(0)
     weighted = gate[:, :, None] * output
+    channel_mean, channel_m2 = np.zeros((2, experts, layer.channel.shape[2]))
+    for expert in range(experts):
+        members = layer.channel[chosen[:, expert], expert]
+        if len(members):
+            channel_mean[expert] = members.mean(0)
+            channel_m2[expert] = ((members - members.mean(0)) ** 2).sum(0)
     return {
         "tokens": np.array(float(tokens)),
         "count": count,
         "gate_sum": gate.sum(0),
         "gate_square_sum": (gate**2).sum(0),
         "probability_sum": layer.probability.sum(0),
+        "topk_probability_sum": np.where(chosen, layer.probability, 0.0).sum(0),
+        "logit_gram": np.einsum("ti,tj->ij", layer.logits, layer.logits),
         "coactivation": np.einsum("ti,tj->ij", chosen.astype(float), chosen.astype(float)),
         "output_count": count,
         "output_mean": mean,
@@ -205,13 +251,47 @@ def sums(layer: LayerRecord) -> dict[str, Array]:
         "output_max_abs": np.abs(output).max((0, 2)) if tokens else np.zeros(experts),
         "output_gram": np.einsum("tih,tjh->ij", weighted, weighted),
         "layer_output_square_sum": np.array((layer.mixed**2).sum()),
+        "gate2_norm_sum": (gate**2 * norm).sum(0),
+        "gate_norm_square_sum": (gate * norm**2).sum(0),
+        "gate_product_sum": np.einsum("ti,tj->ij", gate, gate),
+        "pair_output_sum": np.einsum("ti,tj,tih->ijh", gate, gate, output),
+        "channel_count": count,
+        "channel_mean": channel_mean,
+        "channel_m2": channel_m2,
+        "channel_weight_square": (layer.down**2).sum(1),
+        "moe_tokens": np.array(float(tokens)),
+        "moe_cosine_sum": cosine(layer.stream, layer.stream + layer.mixed).sum(),
+        "block_tokens": np.array(float(tokens)),
+        "block_cosine_sum": cosine(layer.entering, layer.leaving).sum(),
+    }
+
+
+def cosine(left: Array, right: Array) -> Array:
+    """Cosines of the rows of two arrays."""
+    return (left * right).sum(-1) / np.sqrt((left**2).sum(-1) * (right**2).sum(-1))
+
+
+def similarities(layers: list[LayerRecord]) -> dict[str, Array]:
+    """Compute the sums over all pairs of hidden states; a state's angle with itself is zero by definition."""
+    states = [layers[0].entering, *(layer.leaving for layer in layers)]
+    places, last = len(states), layers[0].last
+    cosines = np.zeros((places, places, len(last)))
+    for i, j in np.ndindex(places, places):
+        cosines[i, j] = 1.0 if i == j else cosine(states[i], states[j])
+    angle = np.arccos(np.clip(cosines, -1, 1)) / np.pi
+    return {
+        "similarity_tokens": np.array([float(len(last))]),
+        "similarity_sequences": np.array([float(last.sum())]),
+        "hidden_cosine_sum": cosines.sum(-1),
+        "hidden_angle_sum": angle.sum(-1),
+        "hidden_last_angle_sum": angle[:, :, last].sum(-1),
     }
 
 
 def reference_sums(layers: list[LayerRecord]) -> dict[str, Array]:
-    """Stack the sums of all layers."""
+    """Compute all sums; those of single layers are stacked."""
     rows = [sums(layer) for layer in layers]
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return {**{name: np.stack([row[name] for row in rows]) for name in rows[0]}, **similarities(layers)}
 
 
 def assert_sums_equal(
@@ -227,16 +307,18 @@ def assert_sums_equal(
     """
     for name, tensor in tensors.items():
         got, want = tensor.numpy().copy(), expected[name].copy()
-        if gone is not None and want.ndim >= 2:
+        if gone is not None and want.ndim >= 2 and want.shape[:2] == gone.shape:
             lost = np.broadcast_to(gone.reshape(gone.shape + (1,) * (want.ndim - 2)), want.shape).copy()
-            if name in ("coactivation", "output_gram"):
+            if name in ("coactivation", "logit_gram", "output_gram", "gate_product_sum"):
                 lost |= gone[:, None, :]
+            if name == "pair_output_sum":
+                lost |= gone[:, None, :, None]
             assert np.isnan(got[lost]).all(), f"{name}: numbers of deleted experts"
             got[lost] = want[lost] = 0.0
         assert got.shape == want.shape, name
         assert got.dtype == np.float64, name
         assert np.isfinite(got).all(), name
-        scale = np.abs(want).max(-1, keepdims=True) if want.ndim == 3 else np.abs(want)
+        scale = np.abs(want).max(-1, keepdims=True) if want.ndim >= 3 else np.abs(want)
         error = np.abs(got - want)
         assert (error <= relative * scale).all(), f"{name}: {(error / np.maximum(scale, 1e-300)).max():.3g}"
 

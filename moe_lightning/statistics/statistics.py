@@ -16,32 +16,40 @@ from torch import Tensor
 
 from moe_lightning.files import write_atomically
 from moe_lightning.plan import ModelShape
-from moe_lightning.statistics.metrics import MOMENTS, OUTPUT_SUMS, ROUTING_SUMS, merge_moments
+from moe_lightning.statistics.groups import ENTRIES, GROUPS, TABLE, known_experts, mark_absent, sizes_of
+from moe_lightning.statistics.metrics import merge_moments
 from moe_lightning.statistics.registry import criterion_named
 
-FORMAT_VERSION = "1"
-
-GROUPS: dict[str, tuple[str, ...]] = {"routing": ROUTING_SUMS, "outputs": OUTPUT_SUMS}
-"""Statistics that are measured together, by the name that criteria and methods ask for."""
+FORMAT_VERSION = "2"
 
 
 @dataclass
 class Statistics:
-    """Sums over calibration tokens, float64, for every MoE layer and expert.
+    """Sums over calibration tokens, float64, for every layer and expert.
 
     Rows are the MoE layers (``shape.moe_layers``), columns the experts of the *original* model; a column of an expert
-    that the router no longer knows is NaN. The tensors are described in :class:`RoutingStatistics` and
-    :class:`OutputStatistics`.
+    that the router no longer knows is NaN. The tensors are described in the metrics: :class:`RoutingStatistics`,
+    :class:`OutputStatistics`, :class:`PairStatistics`, :class:`ChannelStatistics`, :class:`LayerSimilarity`,
+    :class:`BlockSimilarity`, :class:`HiddenSimilarity`; those that are no sums stand below.
+
+    * ``channel_weight_square [L, E, I]``: ``|W_down[:, j]|^2`` of every channel of a real expert.
+    * ``low_rank_tokens [L, E]``, ``low_rank_error [L, E, R + 1]``: held-out mean over tokens of ``g^2 |E - map|^2``
+      for maps of rank 0 to R.
+    * ``expert_divergence [L, E]``: KL in nats per token (over ``divergence_tokens [1]``) of the intact model to the one
+      in which the router cannot choose that expert.
+    * ``layer_divergence [L]``: the same where a method trims that layer alone; only ``compress`` measures it.
 
     Attributes:
         shape: Shape of the model that was observed.
-        tensors: Sums by name.
+        tensors: Statistics by name.
         info: Where they come from (data, seed, versions), plain types.
+        fits: What a method asked to be fitted to the same batches, by (layer, expert). It is not saved.
     """
 
     shape: ModelShape
     tensors: dict[str, Tensor]
     info: dict[str, Any] = field(default_factory=dict)
+    fits: dict[tuple[int, int], Any] = field(default_factory=dict, compare=False)
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a sum by its name.
@@ -63,10 +71,40 @@ class Statistics:
     @property
     def known(self) -> Tensor:
         """Which experts the router knows, bool ``[layers, experts]``."""
-        known = torch.zeros(len(self.shape.layouts), self.shape.num_experts, dtype=torch.bool, device="cpu")
-        for row, layout in enumerate(self.shape.layouts):
-            known[row, list(layout.router)] = True
-        return known
+        return known_experts(self.shape)
+
+    @property
+    def moe_cosine(self) -> Tensor:
+        """Mean cosine of the residual stream before and after each MoE layer, ``[layers]``."""
+        return self["moe_cosine_sum"] / self["moe_tokens"]
+
+    @property
+    def block_cosine(self) -> Tensor:
+        """Mean cosine of input and output of each decoder layer, ``[blocks]``."""
+        return self["block_cosine_sum"] / self["block_tokens"]
+
+    @property
+    def hidden_cosine(self) -> Tensor:
+        """Mean cosine of the hidden states at all pairs of places between blocks, ``[blocks + 1, blocks + 1]``."""
+        return self["hidden_cosine_sum"] / self["similarity_tokens"]
+
+    def hidden_angle(self, tokens: str = "last") -> Tensor:
+        """Return the mean angle of the hidden states at all pairs of places between blocks, in units of pi.
+
+        Args:
+            tokens: ``last`` (of each sequence) or ``all``.
+
+        Returns:
+            ``[blocks + 1, blocks + 1]``.
+
+        Raises:
+            ValueError: Another word.
+        """
+        if tokens == "all":
+            return self["hidden_angle_sum"] / self["similarity_tokens"]
+        if tokens == "last":
+            return self["hidden_last_angle_sum"] / self["similarity_sequences"]
+        raise ValueError(f"tokens must be 'last' or 'all', not {tokens!r}")
 
     def row(self, layer: int) -> int:
         """Return the row of a layer by its original number."""
@@ -143,20 +181,37 @@ class Statistics:
             seed: Seed of the values.
         """
         generator = torch.Generator("cpu").manual_seed(seed)
-        rows, experts, hidden = len(shape.layouts), shape.num_experts, 1
-        sizes = {
-            "tokens": (rows,),
-            "layer_output_square_sum": (rows,),
-            "coactivation": (rows, experts, experts),
-            "output_gram": (rows, experts, experts),
-        }
-        wide = {"output_mean", "output_m2", "gate_output_sum", "gate2_output_sum"}
-        tensors = {}
-        for name in (name for names in GROUPS.values() for name in names):
-            size = sizes.get(name, (rows, experts, hidden) if name in wide else (rows, experts))
-            one_layer = 2 + torch.rand(size[1:], dtype=torch.float64, generator=generator, device="cpu")
-            tensors[name] = one_layer.expand(size).clone()
+        tensors: dict[str, Tensor] = {}
+        for name, entry in ENTRIES.items():
+            # Nobody's decision depends on how wide outputs are.
+            size = sizes_of(shape, entry.dims.replace("H", "1"))
+            each_row = torch.rand(size[1:], dtype=torch.float64, generator=generator, device="cpu")
+            tensors[name] = (2 + each_row).expand(size).clone()
+        # More rank, less error.
+        tensors["low_rank_error"] = tensors["low_rank_error"].sort(-1, descending=True).values
+        tensors |= _synthetic_similarity(shape)
+        mark_absent(shape, tensors)
         return cls(shape, tensors, {"synthetic": True})
+
+
+def _synthetic_similarity(shape: ModelShape) -> dict[str, Tensor]:
+    """Return cosines as of hidden states that turn by the same angle, to the same side, in every block."""
+    step = 0.4
+    (places,) = sizes_of(shape, "C")
+    number = torch.arange(places, dtype=torch.float64, device="cpu")
+    angle = (step * (number[:, None] - number[None, :]).abs()).clamp(max=torch.pi / 2)
+    one = torch.ones(1, dtype=torch.float64, device="cpu")
+    values = {
+        "similarity_tokens": one,
+        "similarity_sequences": one.clone(),
+        "hidden_cosine_sum": angle.cos(),
+        "hidden_angle_sum": angle / torch.pi,
+        "hidden_last_angle_sum": angle / torch.pi,
+    }
+    for dims, count, cosine in (("L", "moe_tokens", "moe_cosine_sum"), ("B", "block_tokens", "block_cosine_sum")):
+        values[count] = torch.ones(sizes_of(shape, dims), dtype=torch.float64, device="cpu")
+        values[cosine] = values[count] * angle.new_tensor(step).cos()
+    return values
 
 
 def merge_statistics(parts: Sequence[Statistics] | Iterable[Statistics]) -> Statistics:
@@ -178,16 +233,39 @@ def merge_statistics(parts: Sequence[Statistics] | Iterable[Statistics]) -> Stat
     for part in parts[1:]:
         if part.shape != parts[0].shape or part.tensors.keys() != merged.keys():
             raise ValueError("statistics can be merged only for the same model and the same set of sums")
-        other = part.tensors
-        for name in merged:
-            if name == "output_max_abs":
-                merged[name] = torch.maximum(merged[name], other[name])
-            elif name not in MOMENTS:
-                merged[name] = merged[name] + other[name]
-        if "output_mean" in merged:
-            result = merge_moments(*(merged[name] for name in MOMENTS), *(other[name] for name in MOMENTS))
-            merged.update(zip(MOMENTS, result, strict=True))
+        merged = _merged(merged, part.tensors)
     info = dict(parts[0].info)
     if all("batches" in part.info for part in parts):
         info["batches"] = sum(part.info["batches"] for part in parts)
     return Statistics(parts[0].shape, merged, info)
+
+
+def _merged(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
+    values: dict[str, Tensor] = {}
+    for name in one:
+        kind, _, counted = ENTRIES[name].merge.partition(" ")
+        if kind == "sum":
+            values[name] = one[name] + other[name]
+        elif kind == "max":
+            values[name] = torch.maximum(one[name], other[name])
+        elif kind == "same":
+            values[name] = one[name].clone()
+        elif kind == "mean":
+            if counted not in one:
+                raise ValueError(f"{name!r} cannot be merged without {counted!r}: collect it over all batches at once")
+            values[name] = _weighted_mean(one[name], other[name], one[counted], other[counted])
+    for entries in TABLE.values():
+        names = [name for name, entry in entries.items() if entry.merge == "moments" and name in one]
+        if names:
+            merged = merge_moments(*(one[name] for name in names), *(other[name] for name in names))
+            values.update(zip(names, merged, strict=True))
+    return values
+
+
+def _weighted_mean(one: Tensor, other: Tensor, count: Tensor, other_count: Tensor) -> Tensor:
+    """Average two means; what only one of them knows is taken from that one."""
+    wide = count.shape + (1,) * (one.ndim - count.ndim)
+    count, other_count = count.reshape(wide), other_count.reshape(wide)
+    share = other_count / (count + other_count).clamp(min=1)
+    mean = one + (other - one) * share
+    return torch.where(one.isnan(), other, torch.where(other.isnan(), one, mean))

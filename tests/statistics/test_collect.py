@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import moe_lightning as ml
-from moe_lightning.statistics import GROUPS, merge_statistics
+from moe_lightning.statistics import DEFAULT_GROUPS, GROUPS, merge_statistics
 from tests.models import random_batches, tiny_mixtral
 from tests.reference import assert_sums_equal, record, reference_sums, untouched
 
 LENGTHS = (1, 2, 3, 5, 8, 1, 4)
+STREAMED = {"routing", "outputs", "pairs", "channels", "layers", "blocks", "similarity"}
+"""All groups that one pass measures."""
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +58,22 @@ def observe(model: Any, batches: Any, **options: Any) -> Any:
 
 
 def test_every_sum_equals_the_two_pass_reference(model: Any, sequences: list[Tensor], expected: dict) -> None:
-    statistics = observe(model, alone(sequences))
-    assert set(statistics.tensors) == set(expected) == {name for names in GROUPS.values() for name in names}
+    statistics = observe(model, alone(sequences), needs=STREAMED)
+    assert set(statistics.tensors) == set(expected) == {name for group in STREAMED for name in GROUPS[group]}
     assert_sums_equal(statistics.tensors, expected)
-    assert statistics.groups == {"routing", "outputs"}
+    assert statistics.groups == STREAMED
+
+
+def test_what_is_measured_where_nothing_is_asked_for(model: Any, sequences: list[Tensor]) -> None:
+    statistics = observe(model, alone(sequences))
+    assert statistics.groups == DEFAULT_GROUPS == {"routing", "outputs", "layers", "blocks"}
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 6])
 def test_any_top_k(top_k: int) -> None:
     model = untouched(num_experts_per_tok=top_k)
     batches = random_batches(2, 2, 6)
-    assert_sums_equal(observe(model, batches).tensors, reference_sums(record(model, batches)))
+    assert_sums_equal(observe(model, batches, needs=STREAMED).tensors, reference_sums(record(model, batches)))
 
 
 @settings(max_examples=12, deadline=None)
@@ -81,14 +88,14 @@ def test_any_split_into_right_padded_batches_in_any_order(
     for start, end in itertools.pairwise(ends):
         members = [sequences[number] for number in order[start:end]]
         batches.append(padded(members, length=max(map(len, members)) + extra))
-    assert_sums_equal(observe(model, batches).tensors, expected)
+    assert_sums_equal(observe(model, batches, needs=STREAMED).tensors, expected)
 
 
 def test_left_padding_is_left_out(sequences: list[Tensor]) -> None:
     # transformers' eager attention gives NaN in float64 where a row is masked from its beginning.
     model = untouched(attn_implementation="sdpa")
     batches = [padded(sequences[:4], left=True), padded(sequences[4:], left=True)]
-    assert_sums_equal(observe(model, batches).tensors, reference_sums(record(model, batches)))
+    assert_sums_equal(observe(model, batches, needs=STREAMED).tensors, reference_sums(record(model, batches)))
 
 
 def test_what_stands_in_the_padding_does_not_matter(model: Any, sequences: list[Tensor]) -> None:
@@ -99,7 +106,7 @@ def test_what_stands_in_the_padding_does_not_matter(model: Any, sequences: list[
 
 def test_batches_without_a_token_add_nothing(model: Any, sequences: list[Tensor], expected: dict) -> None:
     nothing = padded([sequences[2][:0], sequences[3][:0]], length=4)
-    assert_sums_equal(observe(model, [nothing, *alone(sequences), nothing]).tensors, expected)
+    assert_sums_equal(observe(model, [nothing, *alone(sequences), nothing], needs=STREAMED).tensors, expected)
 
 
 def test_masks_of_any_type(model: Any, sequences: list[Tensor], expected: dict) -> None:
@@ -112,14 +119,14 @@ def test_masks_of_any_type(model: Any, sequences: list[Tensor], expected: dict) 
 
 def test_experts_with_no_and_with_one_token(model: Any) -> None:
     batches = [{"input_ids": torch.tensor([[9]])}]
-    statistics = observe(model, batches)
+    statistics = observe(model, batches, needs=STREAMED)
     assert_sums_equal(statistics.tensors, reference_sums(record(model, batches)))
     assert sorted(statistics["count"][0].tolist()) == [0, 0, 0, 0, 1, 1]
     assert not statistics["output_m2"].any()
     assert torch.isfinite(statistics.score("mone")).all()
 
 
-@pytest.mark.parametrize("needs", [{"routing"}, {"outputs"}, ["routing", "outputs"]])
+@pytest.mark.parametrize("needs", [{"routing"}, {"outputs"}, ["routing", "outputs"], {"similarity"}, {"layers"}])
 def test_only_what_is_needed_is_measured(model: Any, sequences: list[Tensor], expected: dict, needs: Any) -> None:
     statistics = observe(model, alone(sequences), needs=needs)
     assert set(statistics.tensors) == {name for group in needs for name in GROUPS[group]}
@@ -169,7 +176,9 @@ def test_a_mean_a_thousand_times_the_spread_does_not_cancel() -> None:
 
 
 def test_merged_parts_equal_the_whole(model: Any, sequences: list[Tensor], expected: dict) -> None:
-    parts = [observe(model, alone(sequences[start : start + 2])) for start in range(0, len(sequences), 2)]
+    parts = [
+        observe(model, alone(sequences[start : start + 2]), needs=STREAMED) for start in range(0, len(sequences), 2)
+    ]
     before = copy.deepcopy(parts[0].tensors)
     for order in (parts, parts[::-1], iter(parts)):
         merged = merge_statistics(order)
@@ -203,7 +212,7 @@ def test_the_model_is_left_as_it_was(sequences: list[Tensor]) -> None:
     parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
     config, cls = model.config.to_dict(), type(model)
     state = torch.get_rng_state()
-    observe(model, alone(sequences))
+    observe(model, alone(sequences), needs=STREAMED | {"interventions"})
     assert torch.equal(state, torch.get_rng_state())
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
@@ -227,7 +236,7 @@ def test_the_model_is_left_as_it_was_after_an_exception_in_the_middle(sequences:
         raise RuntimeError("the disk is gone")
 
     with pytest.raises(RuntimeError, match="the disk is gone"):
-        observe(model, batches())
+        observe(model, batches(), needs=STREAMED)
     assert_nothing_attached(model)
     assert all(module.training for module in model.modules())
     assert torch.is_grad_enabled()
@@ -239,7 +248,7 @@ def test_the_model_is_left_as_it_was_after_an_exception_in_the_middle(sequences:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_works_in_any_gradient_mode(model: Any, sequences: list[Tensor], expected: dict, mode: Any) -> None:
     with mode():
-        statistics = observe(model, alone(sequences))
+        statistics = observe(model, alone(sequences), needs=STREAMED)
     assert_sums_equal(merge_statistics([statistics]).tensors, expected)
     assert not any(tensor.requires_grad for tensor in statistics.tensors.values())
 
@@ -255,7 +264,7 @@ def test_the_output_during_observation_is_the_plain_output(dtype: torch.dtype, m
     plain = [model.model(**batch).last_hidden_state for batch in batches]
     seen = []
     handle = model.model.register_forward_hook(lambda _m, _a, output: seen.append(output.last_hidden_state))
-    observe(model, batches)
+    observe(model, batches, needs=STREAMED)
     handle.remove()
     for got, want in zip(seen, plain, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol={torch.float64: 1e-12, torch.float32: 1e-5}[dtype])
