@@ -48,9 +48,7 @@ class Angular(Method):
         """Check the options."""
         self._budget()
         if self.tokens not in get_args(AngularTokens):
-            raise ValueError(
-                f"Angular: unknown tokens {self.tokens!r}: choose one of {', '.join(get_args(AngularTokens))}"
-            )
+            raise ValueError(f"Angular: unknown tokens {self.tokens!r}: choose last or all")
 
     def _budget(self) -> DepthBudget:
         return DepthBudget("Angular", "decoder layers", self.count, self.ratio, self.parameters, self.bytes)

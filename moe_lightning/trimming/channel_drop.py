@@ -129,7 +129,18 @@ def kept_channels(statistics: Statistics, layer: int, width: int, weights: OpenE
     Returns:
         ``channels``, int64 ``[S, width]``, ascending; ``bias``, float64 ``[S, H]``: ``W_down[:, gone] @ mean(h_gone)``,
         added to the bias that is there already. An expert that no token reached adds none.
+
+    Raises:
+        ValueError: The layer has other experts or widths than when it was measured.
     """
+    layout = statistics.shape.layout(layer)
+    measured = (len(layout.real), width_of(layout, statistics.shape))
+    found = (weights.down_proj.shape[0], weights.down_proj.shape[-1])
+    if found != measured:
+        raise ValueError(
+            f"layer {layer}: {measured[0]} experts of {measured[1]} channels were measured, but there are "
+            f"{found[0]} of {found[1]} now: put the edits before the one that keeps channels into a step of their own"
+        )
     channels_SW = best_channels(channel_scores(statistics, layer), width)
     mean_SI = channel_moments(statistics, layer).mean.cpu()
     biases = []
