@@ -7,7 +7,7 @@ of the original model.
 Legend: T tokens without padding, E experts, H hidden, I channels.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from tests.models import tiny_mixtral
 
 Array = np.ndarray
 Dropped = Mapping[int, Iterable[int]]
-Constants = Mapping[tuple[int, int], Tensor]
+Constants = Mapping[tuple[int, int], Tensor | Callable[[Tensor], Tensor]]
 
 
 @dataclass
@@ -103,13 +103,21 @@ def _double(tensor: Tensor) -> Array:
 
 
 @contextmanager
-def emulated(model: Any, dropped: Dropped | None = None, constants: Constants | None = None) -> Iterator[Recorder]:
+def emulated(
+    model: Any,
+    dropped: Dropped | None = None,
+    constants: Constants | None = None,
+    silent: Iterable[int] = (),
+    skipped: Iterable[int] = (),
+) -> Iterator[Recorder]:
     """Make an untouched Mixtral act as a compressed one inside a ``with`` block, and record its experts.
 
     Args:
         model: A plain ``MixtralForCausalLM``.
         dropped: Experts deleted in each layer.
-        constants: Constant output ``[H]`` of an expert, by (layer, expert).
+        constants: What stands for an expert, by (layer, expert): a constant output ``[H]``, or a function of a token.
+        silent: Layers whose MoE adds nothing.
+        skipped: Layers that give back what they get.
     """
     dropped, constants = dropped or {}, constants or {}
     recorder = Recorder()
@@ -121,7 +129,8 @@ def emulated(model: Any, dropped: Dropped | None = None, constants: Constants | 
         if gone:
             logits = logits.clone()
             logits[:, gone] = -torch.inf
-            value, index = logits.float().softmax(-1).topk(module.top_k, dim=-1)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            value, index = logits.to(wide).softmax(-1).topk(min(module.top_k, logits.shape[1] - len(gone)), dim=-1)
             output = (logits, value / value.sum(-1, keepdim=True), index)
         memory["logits"] = logits
         return output
@@ -135,12 +144,14 @@ def emulated(model: Any, dropped: Dropped | None = None, constants: Constants | 
         mixed = torch.zeros(tokens, hidden.shape[1], dtype=torch.promote_types(hidden.dtype, torch.float32))
         for token in range(tokens):
             for expert, g in zip(index[token].tolist(), weight[token], strict=True):
-                if (layer, expert) in constants:
-                    out = constants[layer, expert].to(hidden.dtype)
-                else:
-                    inner = channels_by_hand(hidden[token], module.gate_up_proj[expert])
+                inner = channels_by_hand(hidden[token], module.gate_up_proj[expert])
+                stand_in = constants.get((layer, expert))
+                if not isinstance(stand_in, Tensor):
                     channels[token, expert] = inner
+                if stand_in is None:
                     out = module.down_proj[expert] @ inner
+                else:
+                    out = (stand_in(hidden[token]) if callable(stand_in) else stand_in).to(hidden.dtype)
                 gate[token, expert] = g
                 outputs[token, expert] = out
                 mixed[token] += g * out
@@ -166,6 +177,10 @@ def emulated(model: Any, dropped: Dropped | None = None, constants: Constants | 
         memory.clear()
 
     for number, layer in enumerate(model.model.layers):
+        if number in silent:
+            handles.append(layer.mlp.register_forward_hook(lambda m, a, o: torch.zeros_like(o)))
+        if number in skipped:
+            handles.append(layer.register_forward_hook(lambda m, a, o: a[0]))
         memory: dict[str, Tensor] = {}
         handles.append(
             layer.register_forward_hook(

@@ -50,7 +50,7 @@ def _check_finite(values: dict[str, Tensor], shape: ModelShape) -> None:
         bad = torch.zeros(len(numbers), dtype=torch.bool)
         for name, tensor in values.items():
             if ENTRIES[name].dims.startswith(letter):
-                bad |= ~torch.isfinite(tensor).reshape(len(numbers), -1).all(1)
+                bad |= ~torch.isfinite(tensor).flatten(1).all(1) if tensor.ndim > 1 else ~torch.isfinite(tensor)
         if bool(bad.any()):
             found = [numbers[row] for row in bad.nonzero().squeeze(-1).tolist()]
             raise ValueError(

@@ -56,6 +56,11 @@ class SumMetric(Metric):
         super().__init__()
         self._shapes: dict[str, tuple[int, ...]] = {}
 
+    @property
+    def update_called(self) -> bool:
+        """Always true: a process that saw nothing has a result, too, and torchmetrics would warn of it."""
+        return True
+
     def add_zeros(self, name: str, *shape: int, reduce: str = "sum") -> None:
         """Add a state of zeros.
 
