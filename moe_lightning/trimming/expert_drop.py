@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from moe_lightning.criteria.counts import Scope
 from moe_lightning.method import Method
@@ -108,7 +108,21 @@ class ExpertDrop(Method):
             )
 
         room = self._room(shape, [len(experts) for experts in candidates])
-        return WholeExperts(self._budget(), self.seed, shape, statistics, candidates, room, edits_of)
+        return WholeExperts(
+            self._budget(),
+            self.seed,
+            shape,
+            statistics,
+            candidates,
+            room,
+            edits_of,
+            trial_options=self._trial_options(),
+        )
+
+    def _trial_options(self) -> dict[str, Any]:
+        """Return the options that :meth:`trial` depends on."""
+        unread = {"scope", "compatible"} | ({"seed"} if self.criterion != "random" else set())
+        return {name: value for name, value in self.describe().items() if name not in unread}
 
     def _edit(self, shape: ModelShape, layer: int, experts: tuple[int, ...]) -> KeepExperts:
         return KeepExperts(layer, experts, self.router, len(experts) < shape.top_k)

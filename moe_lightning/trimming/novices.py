@@ -240,11 +240,19 @@ class Novices(Method):
 
     def propose(self, shape: ModelShape, statistics: Statistics) -> tuple[Edit, ...]:
         """Keep the best real experts; see :meth:`Method.propose`."""
-        return self._choice(shape, statistics, self.novice).edits()
+        return self._choice(shape, statistics).edits()
 
     def trial(self, shape: ModelShape, statistics: Statistics, layer: int) -> tuple[Edit, ...]:
         """Replace experts of one layer alone, by constants; see :meth:`Method.trial`."""
-        return self._choice(shape, statistics, "gate2_mean" if self.novice == "low_rank" else self.novice).trial(layer)
+        edits = self._choice(shape, statistics).trial(layer)
+        # Second moments for a trial of each layer would cost more than the trials; the constants show what a layer is
+        # worth as well.
+        return tuple(
+            dataclasses.replace(edit, novice="gate2_mean", ranks=())
+            if isinstance(edit, NoviceExperts) and edit.novice == "low_rank"
+            else edit
+            for edit in edits
+        )
 
     def low_rank_wants(self, edits: Sequence[Edit]) -> dict[int, tuple[tuple[int, int], ...]]:
         """Return the maps to fit; see :meth:`Method.low_rank_wants`."""
@@ -258,29 +266,47 @@ class Novices(Method):
         """Return the novices' values; see :meth:`Method.fill`."""
         return novice_parameters(edit, statistics) if isinstance(edit, NoviceExperts) else {}
 
-    def _choice(self, shape: ModelShape, statistics: Statistics, novice: NoviceKind) -> WholeExperts:
+    def _choice(self, shape: ModelShape, statistics: Statistics) -> WholeExperts:
         candidates = [layout.real for layout in shape.layouts]
-        if novice == "low_rank":
+        if self.novice == "low_rank":
             self._check_rank(shape)
 
         def edits_of(removed: Sequence[tuple[int, ...]]) -> tuple[Edit, ...]:
             return tuple(
-                NoviceExperts(layer, experts, novice, self._ranks(statistics, layer, experts, novice))
+                NoviceExperts(layer, experts, self.novice, self._ranks(statistics, layer, experts))
                 for layer, experts in zip(shape.moe_layers, removed, strict=True)
                 if experts
             )
 
         def constants_of(layer: int, experts: tuple[int, ...]) -> Tensor | None:
-            return None if novice == "zero" else _vectors(novice, statistics, layer, experts)[0]
+            return None if self.novice == "zero" else _vectors(self.novice, statistics, layer, experts)[0]
 
         sizes = [len(experts) for experts in candidates]
         floors = [min(self.floor, size) for size in sizes]
         room = Room(sizes, floors, f"floor={self.floor}", "lower the floor, or " if self.floor else "")
-        return WholeExperts(self._budget(), self.seed, shape, statistics, candidates, room, edits_of, constants_of)
+        return WholeExperts(
+            self._budget(),
+            self.seed,
+            shape,
+            statistics,
+            candidates,
+            room,
+            edits_of,
+            constants_of,
+            self._trial_options(),
+        )
 
-    def _ranks(self, statistics: Statistics, layer: int, experts: tuple[int, ...], novice: str) -> tuple[int, ...]:
+    def _trial_options(self) -> dict[str, Any]:
+        """Return the options that :meth:`trial` depends on."""
+        unread = {"scope", "compatible"} | ({"seed"} if self.criterion != "random" else set())
+        if self.novice != "low_rank" or self._budget().target is None:
+            unread.add("rank")  # it says how many experts must go to reach a size
+        options = {name: value for name, value in self.describe().items() if name not in unread}
+        return {**options, "novice": "gate2_mean" if self.novice == "low_rank" else self.novice}
+
+    def _ranks(self, statistics: Statistics, layer: int, experts: tuple[int, ...]) -> tuple[int, ...]:
         """Return the ranks to begin with: zero where the fit would fall back to the constant for want of tokens."""
-        if novice != "low_rank":
+        if self.novice != "low_rank":
             return ()
         if statistics.info.get("synthetic"):
             return (self.rank,) * len(experts)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -28,6 +29,7 @@ class WholeExperts:
         edits_of: From the experts that go, row by row, to the edits; rows where nobody goes give none.
         constants_of: From a layer and its candidates to what stands for each, ``[C, hidden]``; None stands for zero.
             Read by criteria that choose whole sets.
+        trial_options: The options that decide what :meth:`trial` does: a measured sensitivity must be of the same.
     """
 
     budget: ExpertBudget
@@ -38,6 +40,7 @@ class WholeExperts:
     room: Room
     edits_of: Callable[[Sequence[tuple[int, ...]]], tuple[Edit, ...]]
     constants_of: Callable[[int, tuple[int, ...]], Tensor | None] = lambda layer, experts: None
+    trial_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check that there is anything to choose from.
@@ -76,9 +79,9 @@ class WholeExperts:
         Raises:
             ValueError: The budget does not fit the shape, or what it needs was not measured.
         """
+        self._check_novices()
         scores = self._score_ranking()
         ranking: Ranking = scores
-        self._check_alike()
         if self.budget.scope == "layer":
             if self._selector and not self._synthetic:
                 ranking = self._subset_ranking()
@@ -147,18 +150,41 @@ class WholeExperts:
                 f"{self.budget.owner}: scope=sensitivity needs layer_divergence, the KL of the model with one layer "
                 "trimmed, which these statistics do not hold: ml.compress measures it on the model, or use scope=global"
             )
+        self._check_trials()
         return layer_weights(ranking, self._trial_counts(ranking), measured.tolist())
 
-    def _check_alike(self) -> None:
-        """Refuse a target for whole sets of experts of different sizes: it could only be met by trying all of them."""
+    def _check_trials(self) -> None:
+        """Refuse a sensitivity that was measured by other trials: weights are loss per score that *they* removed."""
+        origin = self.statistics.info.get("layer_divergence")
+        if not isinstance(origin, Mapping):
+            return
+        if origin.get("novice") == "low_rank":
+            origin = {**origin, "novice": "gate2_mean"}  # what their trials use
+        others = {name: origin.get(name) for name, value in self.trial_options.items() if origin.get(name) != value}
+        if others:
+            raise ValueError(
+                f"{self.budget.owner}: scope=sensitivity: the layer_divergence of these statistics was measured by "
+                f"trials with {', '.join(f'{name}={value}' for name, value in others.items())}: use the same options, "
+                "or measure it anew"
+            )
+
+    def _check_novices(self) -> None:
+        """Refuse what cannot be said of novices, where some of the candidates are."""
         novices = any(
             set(layout.novices) & set(experts)
             for layout, experts in zip(self.shape.layouts, self.candidates, strict=True)
         )
-        if self._selector and self.budget.target is not None and novices:
+        budget = self.budget
+        if novices and "low_rank" in criterion_named(budget.criterion).needs:
             raise ValueError(
-                f"{self.budget.owner}: criterion={self.budget.criterion} cannot aim at {self.budget.target[0]} where "
-                "some experts are novices already: set keep or ratio, or use another criterion"
+                f"{budget.owner}: criterion={budget.criterion} is measured for real experts only, and some are novices "
+                "already: use another criterion, e.g. residual"
+            )
+        if novices and self._selector and budget.target is not None:
+            # Experts of one layer that differ in size: only trying all sets would tell how few reach the target.
+            raise ValueError(
+                f"{budget.owner}: criterion={budget.criterion} cannot aim at {budget.target[0]} where some experts are "
+                "novices already: set keep or ratio, or use another criterion"
             )
 
     def _subset_ranking(self) -> SubsetRanking:
