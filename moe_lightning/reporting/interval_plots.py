@@ -1,0 +1,290 @@
+"""Numbers with their intervals: curves against the size of the model, and rankings.
+
+P points of a curve.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from numpy.typing import ArrayLike
+
+from moe_lightning.reporting.panels import legend_below, new_panels
+from moe_lightning.reporting.style import (
+    CATEGORICAL,
+    DASHES,
+    FAINT,
+    FONT_POINTS,
+    INK,
+    MARKERS,
+    SMALL_POINTS,
+    axis_label,
+    new_figure,
+)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Numbers with intervals over something.
+
+    Attributes:
+        x: Places `[P]`.
+        y: Numbers `[P]`.
+        low: Lower ends of their intervals `[P]`.
+        high: Upper ends `[P]`.
+    """
+
+    x: ArrayLike
+    y: ArrayLike
+    low: ArrayLike
+    high: ArrayLike
+
+
+@dataclass(frozen=True)
+class RankedValue:
+    """One line of a ranking.
+
+    Attributes:
+        name: What it is.
+        value: The number.
+        low: Lower end of its interval.
+        high: Upper end.
+        group: Decides colour and marker.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    group: str
+
+
+def interval_curves(
+    panels: Mapping[str, Mapping[str, Curve]],
+    *,
+    title: str,
+    x_label: str,
+    x_unit: str = "",
+    y_label: str,
+    y_unit: str = "",
+    logarithmic: bool = True,
+    reference: tuple[float, str] | None = None,
+) -> Figure:
+    """Draw curves with intervals, one panel for each group of them; the same name has the same colour everywhere.
+
+    Args:
+        panels: Title of each panel and its curves by name.
+        title: Above the picture.
+        x_label: What the places are.
+        x_unit: Of the places.
+        y_label: What the numbers are.
+        y_unit: Of the numbers.
+        logarithmic: Whether the numbers have a logarithmic axis.
+        reference: A number with a horizontal line, and its name.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: No panels, or more than six names, which nobody can tell apart.
+    """
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    if not names:
+        raise ValueError("there is no curve to draw: give at least one panel with one curve")
+    if len(names) > len(CATEGORICAL):
+        raise ValueError(f"{len(names)} curves cannot be told apart in one picture: give at most {len(CATEGORICAL)}")
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, grid = new_panels(rows, columns, 3.4 if columns > 1 else 5.6, 2.5 if columns > 1 else 3.2, title)
+    cells = [axes for line in grid for axes in line]
+    for axes, (heading, curves) in zip(cells, panels.items(), strict=False):
+        axes.set_title(heading, fontsize=FONT_POINTS, loc="left", color=INK)
+        _draw_curves(axes, curves, names)
+        _finish(axes, reference)
+    if logarithmic:
+        for axes in cells[: len(panels)]:
+            log_axis(axes, "y")
+    for axes in cells[len(panels) :]:
+        axes.set_visible(False)
+    for number, axes in enumerate(cells[: len(panels)]):
+        if number % columns == 0:
+            axes.set_ylabel(axis_label(y_label, y_unit), fontsize=FONT_POINTS)
+        if number + columns >= len(panels):
+            axes.set_xlabel(axis_label(x_label, x_unit), fontsize=FONT_POINTS)
+            axes.tick_params(labelbottom=True)
+    legend_below(figure, [_line_handle(name, number) for number, name in enumerate(names)])
+    return figure
+
+
+def _draw_curves(axes: Any, curves: Mapping[str, Curve], names: Sequence[str]) -> None:
+    everywhere = numpy.concatenate([numpy.asarray(curve.x, dtype=float) for curve in curves.values()])
+    # Points of equal budget stand side by side, or their intervals hide each other.
+    step = 0.012 * max(float(numpy.ptp(everywhere)), 1e-9)
+    middle = (len(names) - 1) / 2
+    for name, curve in curves.items():
+        number = names.index(name)
+        x, y, low, high = (numpy.asarray(part, dtype=float) for part in (curve.x, curve.y, curve.low, curve.high))
+        # All curves begin at the same point.
+        shifted = x + numpy.where(x > 0, (number - middle) * step, 0.0)
+        axes.errorbar(
+            shifted,
+            y,
+            # Rounding may put an end of the interval of an exact number a hair on the wrong side of it.
+            yerr=numpy.maximum(numpy.stack([y - low, high - y]), 0.0),
+            color=CATEGORICAL[number],
+            marker=MARKERS[number],
+            linestyle=DASHES[number % len(DASHES)],
+            markersize=4.5,
+            linewidth=1.4,
+            elinewidth=1.0,
+            capsize=2.0,
+        )
+
+
+def _line_handle(name: str, number: int) -> Line2D:
+    return Line2D(
+        [],
+        [],
+        color=CATEGORICAL[number],
+        marker=MARKERS[number],
+        linestyle=DASHES[number % len(DASHES)],
+        markersize=5,
+        linewidth=1.4,
+        label=name,
+    )
+
+
+def _finish(axes: Any, reference: tuple[float, str] | None) -> None:
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["left", "bottom"]].set_visible(True)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    if reference is not None:
+        value, name = reference
+        axes.axhline(value, color=FAINT, linewidth=1.0, linestyle=":")
+        axes.annotate(
+            name,
+            (1.0, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, 2),
+            textcoords="offset points",
+            ha="right",
+            fontsize=SMALL_POINTS,
+            color=INK,
+        )
+
+
+# Numbers of a decade that people read, from few to many.
+_READABLE = (
+    (1.0,),
+    (1.0, 3.0),
+    (1.0, 2.0, 5.0),
+    (1.0, 1.5, 2.0, 3.0, 5.0, 7.0),
+    tuple(1.0 + 0.5 * number for number in range(18)),
+    tuple(1.0 + 0.1 * number for number in range(90)),
+    tuple(1.0 + 0.02 * number for number in range(450)),
+)
+
+
+def log_axis(axes: Any, name: str) -> None:
+    """Make an axis logarithmic, with four to nine plain numbers on it. To be called when everything is drawn.
+
+    Args:
+        axes: The axes.
+        name: ``x`` or ``y``.
+    """
+    axis = getattr(axes, f"{name}axis")
+    getattr(axes, f"set_{name}scale")("log")
+    low, high = sorted(getattr(axes, f"get_{name}lim")())
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
+    for factors in _READABLE:
+        found = [round(factor * 10.0**decade, 12) for decade in decades for factor in factors]
+        found = [tick for tick in found if low <= tick <= high]
+        if len(found) > 9:
+            break
+        ticks = found
+        if len(ticks) >= 4:
+            break
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def interval_ranking(
+    values: Sequence[RankedValue],
+    *,
+    title: str,
+    value_label: str,
+    unit: str = "",
+    logarithmic: bool = True,
+    reference: tuple[float, str] | None = None,
+) -> Figure:
+    """Draw numbers with their intervals one below the other, in the order given.
+
+    Args:
+        values: The lines, the first on top.
+        title: Above the picture.
+        value_label: What the numbers are.
+        unit: Of the numbers.
+        logarithmic: Whether they have a logarithmic axis.
+        reference: A number with a vertical line, and its name.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: There is nothing to draw.
+    """
+    if not values:
+        raise ValueError("there is nothing to rank: give at least one value")
+    figure, axes = new_figure(7.6, 1.3 + 0.21 * len(values), title)
+    groups = list(dict.fromkeys(value.group for value in values))
+    for place, value in enumerate(values):
+        number = groups.index(value.group)
+        colour = CATEGORICAL[number] if number < len(CATEGORICAL) else FAINT
+        axes.errorbar(
+            [value.value],
+            [place],
+            xerr=[[max(value.value - value.low, 0.0)], [max(value.high - value.value, 0.0)]],
+            color=colour,
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=5,
+            elinewidth=1.2,
+            capsize=2.0,
+            linestyle="none",
+        )
+    axes.set_yticks(range(len(values)), labels=[value.name for value in values])
+    axes.set_ylim(len(values) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    if logarithmic:
+        log_axis(axes, "x")
+    axes.set_xlabel(axis_label(value_label, unit), fontsize=FONT_POINTS)
+    axes.grid(color="#e4e4e4", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines["bottom"].set_visible(True)
+    axes.spines["bottom"].set_color(FAINT)
+    if reference is not None:
+        axes.axvline(reference[0], color=INK, linewidth=1.0, linestyle=":", label=reference[1])
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=CATEGORICAL[number] if number < len(CATEGORICAL) else FAINT,
+            marker=MARKERS[number % len(MARKERS)],
+            linestyle="none",
+            label=group,
+        )
+        for number, group in enumerate(groups)
+    ]
+    if reference is not None:
+        handles.append(Line2D([], [], color=INK, linewidth=1.0, linestyle=":", label=reference[1]))
+    legend_below(figure, handles, columns=4)
+    return figure
