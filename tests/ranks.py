@@ -16,6 +16,8 @@ SPLITS = {
 }
 """Batches of each of two ranks."""
 
+MEASURED = ("routing", "outputs", "pairs", "channels", "layers", "blocks", "similarity", "interventions")
+
 
 def all_batches() -> list[dict[str, torch.Tensor]]:
     """Three batches of five tokens and one of one token."""
@@ -36,7 +38,7 @@ def run_rank(rank: int, world: int, folder: str) -> None:
     try:
         for name, parts in SPLITS.items():
             batches = [all_batches()[number] for number in parts[rank]]
-            ml.collect(untouched(), batches, progress=False).save(f"{folder}/{name}.{rank}.safetensors")
+            ml.collect(untouched(), batches, MEASURED, progress=False).save(f"{folder}/{name}.{rank}.safetensors")
         batches = [all_batches()[number] for number in SPLITS["uneven"][rank]]
         outcome = {name: compressed(name, batches) for name in SETTINGS}
         torch.save(outcome, f"{folder}/compressed.{rank}.pt")

@@ -18,6 +18,8 @@ def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     multiprocessing.spawn(run_rank, args=(2, str(tmp_path)), nprocs=2)
     expected = reference_sums(record(untouched(), all_batches()))
+    alone = ml.collect(untouched(), all_batches(), {"interventions"}, progress=False)
+    expected |= {name: tensor.numpy() for name, tensor in alone.tensors.items()}
     for split in SPLITS:
         ranks = [ml.Statistics.load(tmp_path / f"{split}.{rank}.safetensors") for rank in range(2)]
         assert_sums_equal(ranks[0].tensors, expected)
