@@ -38,4 +38,42 @@ SETTINGS: dict[str, Setting] = {
         lambda: [ml.Novices(keep=4), ml.Novices(keep=2, novice="gate2_mean", criterion="frequency")]
     ),
     "drop twice": Setting(lambda: [ml.ExpertDrop(keep=5), ml.ExpertDrop(keep=3, criterion="reap")], plain=True),
+    "expert drop, router kept": Setting(lambda: [ml.ExpertDrop(keep=3, router="keep", criterion="ean")]),
+    "fewer than top-k": Setting(lambda: [ml.ExpertDrop(keep=1, allow_fewer_than_top_k=True, criterion="man")]),
+    "expert drop by subsets": Setting(lambda: [ml.ExpertDrop(keep=4, criterion="naee")], plain=True),
+    "expert drop by intervention": Setting(lambda: [ml.ExpertDrop(keep=5, criterion="interventional")], plain=True),
+    "expert drop by sensitivity": Setting(
+        lambda: [ml.ExpertDrop(ratio=0.3, scope="sensitivity", criterion="power:1,1,0.5")]
+    ),
+    "low-rank novices": Setting(lambda: [ml.Novices(ratio=0.5, novice="low_rank", rank=3)]),
+    "low-rank novices by sensitivity": Setting(
+        lambda: [ml.Novices(ratio=0.5, scope="sensitivity", criterion="residual", novice="low_rank", rank=2)]
+    ),
+    "constants, then maps": Setting(
+        lambda: [ml.Novices(keep=4), ml.Novices(keep=2, novice="low_rank", rank=3, criterion="variance")]
+    ),
+    "maps, then drop some": Setting(
+        lambda: [ml.Novices(keep=3, novice="low_rank", rank=2), ml.ExpertDrop(keep=4, criterion="frequency")]
+    ),
+    "novices by subsets": Setting(lambda: [ml.Novices(keep=3, criterion="naee", novice="gate2_mean")]),
+    "layer drop": Setting(lambda: [ml.LayerDrop(count=1)]),
+    "all layers dropped": Setting(lambda: [ml.LayerDrop(count=3)]),
+    "block drop": Setting(lambda: [ml.BlockDrop(count=1)], plain=True),
+    "block drop, a run": Setting(lambda: [ml.BlockDrop(count=2, mode="consecutive")], plain=True),
+    "angular": Setting(lambda: [ml.Angular(count=1)], plain=True),
+    "block drop, then novices": Setting(lambda: [ml.BlockDrop(count=1), ml.Novices(ratio=0.5, novice="gate2_mean")]),
+    "novices, then block drop": Setting(lambda: [ml.Novices(ratio=0.5), ml.BlockDrop(count=1)]),
+    "layer drop, then block drop": Setting(lambda: [ml.LayerDrop(count=2), ml.BlockDrop(count=1)]),
+    "layer drop, then expert drop": Setting(lambda: [ml.LayerDrop(count=1), ml.ExpertDrop(keep=4)]),
+    "merge": Setting(lambda: [ml.Merge(ratio=0.5)]),
+    "merge by clusters": Setting(lambda: [ml.Merge(method="hc_smoe", keep=3)]),
+    "novices, then merge": Setting(lambda: [ml.Novices(keep=4), ml.Merge(keep=2)]),
+    "channel drop": Setting(lambda: [ml.ChannelDrop(ratio=0.4)]),
+    "channel drop twice": Setting(lambda: [ml.ChannelDrop(ratio=0.2), ml.ChannelDrop(ratio=0.3, scope="layer")]),
+    "channel drop, then novices": Setting(lambda: [ml.ChannelDrop(ratio=0.3), ml.Novices(ratio=0.5)]),
+    "channel drop, then all novices": Setting(lambda: [ml.ChannelDrop(ratio=0.3), ml.Novices(keep=0)]),
+    "channel drop, then merge": Setting(lambda: [ml.ChannelDrop(ratio=0.3), ml.Merge(keep=3)]),
+    "everything": Setting(
+        lambda: [ml.BlockDrop(count=1), ml.Novices(keep=4, novice="low_rank", rank=2), ml.ChannelDrop(ratio=0.5)]
+    ),
 }

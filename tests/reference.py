@@ -129,8 +129,8 @@ def emulated(
         if gone:
             logits = logits.clone()
             logits[:, gone] = -torch.inf
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            value, index = logits.to(wide).softmax(-1).topk(min(module.top_k, logits.shape[1] - len(gone)), dim=-1)
+            # In fp32 whatever the model is in: as transformers' router does.
+            value, index = logits.float().softmax(-1).topk(min(module.top_k, logits.shape[1] - len(gone)), dim=-1)
             output = (logits, value / value.sum(-1, keepdim=True), index)
         memory["logits"] = logits
         return output

@@ -114,7 +114,9 @@ def grouped_linear(rows_PX: Tensor, weight_SOX: Tensor, offsets_S: Tensor) -> Te
         # Keeps the graph, through the rows too (a second product gets the empty rows of a first): the gradient of
         # weights that nothing reached is zero, not missing (ranks must agree on that).
         return nothing_PO + 0 * (weight_SOX.sum() + rows_PX.sum()) if torch.is_grad_enabled() else nothing_PO
-    if _groupable(rows_PX, weight_SOX):
+    # The backward pass multiplies with rows of the output's size, which then need aligned strides, too.
+    aligned = weight_SOX.shape[1] * weight_SOX.element_size() % _STRIDE_BYTES == 0 or not torch.is_grad_enabled()
+    if aligned and _groupable(rows_PX, weight_SOX):
         return F.grouped_mm(rows_PX, weight_SOX.transpose(-2, -1), offs=offsets_S)
     ends = offsets_S.tolist()
     starts = [0, *ends[:-1]]

@@ -103,9 +103,8 @@ class MixtralArchitecture(Architecture):
             change.set(layer.self_attn, "layer_idx", place)
 
     def route(self, layer: MoELayer, logits_NR: Tensor) -> tuple[Tensor, Tensor]:
-        """Softmax in fp32 (or wider), the top k, renormalised to 1."""
-        wide = torch.promote_types(logits_NR.dtype, torch.float32)
-        weight_NK, index_NK = logits_NR.to(wide).softmax(-1).topk(layer.router.top_k, dim=-1)
+        """Softmax in fp32, the top k, renormalised to 1."""
+        weight_NK, index_NK = logits_NR.float().softmax(-1).topk(layer.router.top_k, dim=-1)
         return weight_NK / weight_NK.sum(-1, keepdim=True), index_NK
 
     def open_experts(self, layer: MoELayer) -> OpenExperts:

@@ -85,9 +85,10 @@ class LayoutChange:
 
 def _pick(tensor: Tensor, picks: Tensor, axis: int) -> Tensor:
     """Take from each row other entries along an axis."""
-    index = picks.to(tensor.device).reshape([len(picks), *(-1 if at == axis else 1 for at in range(1, tensor.ndim))])
-    shape = [size if at != axis else -1 for at, size in enumerate(tensor.shape)]
-    return torch.take_along_dim(tensor, index.expand(*shape), axis)
+    rows, entries = picks.shape
+    index = picks.to(tensor.device).reshape([rows, *(entries if at == axis else 1 for at in range(1, tensor.ndim))])
+    sizes = [entries if at == axis else size for at, size in enumerate(tensor.shape)]
+    return torch.take_along_dim(tensor, index.expand(sizes), axis)
 
 
 def _slice(name: str, old: nn.Parameter, rows: list[int], axis: int | None = None, picks: Tensor | None = None) -> Any:
