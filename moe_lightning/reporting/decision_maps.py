@@ -77,7 +77,7 @@ def decision_maps(
         for state in present
     ]
     handles.append(Patch(facecolor="none", edgecolor="none", label="right: experts of the layer that go"))
-    legend_below(figure, handles, columns=3)
+    legend_below(figure, handles)
     return figure
 
 
@@ -123,7 +123,7 @@ def dropping_order(orders: Mapping[str, ArrayLike], *, title: str, rows: Sequenc
     figure, grid = new_panels(
         lines,
         columns,
-        min(4.0, max(1.9, 0.22 * widest + 1.0)),
+        min(4.0, max(2.3, 0.22 * widest + 1.0)),
         min(6.0, max(1.7, 0.2 * num_layers + 0.9)),
         title,
         share=False,

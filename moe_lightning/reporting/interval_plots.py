@@ -108,8 +108,8 @@ def interval_curves(
         axes.set_title(heading, fontsize=FONT_POINTS, loc="left", color=INK)
         _draw_curves(axes, curves, names)
         _finish(axes, reference)
-    if logarithmic:
-        for axes in cells[: len(panels)]:
+    for axes in cells[: len(panels)]:
+        if logarithmic:
             log_axis(axes, "y")
     for axes in cells[len(panels) :]:
         axes.set_visible(False)
@@ -173,9 +173,10 @@ def _finish(axes: Any, reference: tuple[float, str] | None) -> None:
             name,
             (1.0, value),
             xycoords=("axes fraction", "data"),
-            xytext=(-2, 2),
+            xytext=(-2, -2),
             textcoords="offset points",
             ha="right",
+            va="top",
             fontsize=SMALL_POINTS,
             color=INK,
         )
@@ -286,5 +287,5 @@ def interval_ranking(
     ]
     if reference is not None:
         handles.append(Line2D([], [], color=INK, linewidth=1.0, linestyle=":", label=reference[1]))
-    legend_below(figure, handles, columns=4)
+    legend_below(figure, handles)
     return figure

@@ -38,14 +38,17 @@ def new_panels(
     return figure, [list(line) for line in grid]
 
 
-def legend_below(figure: Figure, handles: list[Any], columns: int = 6) -> None:
-    """Put a legend below all panels.
+def legend_below(figure: Figure, handles: list[Any]) -> None:
+    """Put a legend below all panels, in as many columns as the figure is wide enough for.
 
     Args:
         figure: The figure.
         handles: Its entries.
-        columns: Entries in a line, at most.
     """
+    longest = max(len(handle.get_label()) for handle in handles)
+    # A letter is about half as wide as high; the symbol and the gap take four letters' room.
+    inches = (longest + 7) * 0.55 * SMALL_POINTS / 72
+    columns = max(1, int(figure.get_figwidth() / inches))
     figure.legend(
         handles=handles,
         loc="outside lower center",

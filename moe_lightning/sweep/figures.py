@@ -51,9 +51,9 @@ def _curve(points: Sequence[Summary], original: Row) -> Curve:
     ordered = sorted(points, key=lambda point: -point.parameters)
     return Curve(
         [0.0, *(100 * (1 - point.parameters / whole) for point in ordered)],
-        [original.perplexity.value, *(point.perplexity for point in ordered)],
-        [original.perplexity.low, *(point.ends[0] for point in ordered)],
-        [original.perplexity.high, *(point.ends[1] for point in ordered)],
+        [1.0, *(point.to_original for point in ordered)],
+        [1.0, *(point.ends_to_original[0] for point in ordered)],
+        [1.0, *(point.ends_to_original[1] for point in ordered)],
     )
 
 
@@ -65,9 +65,9 @@ def _curves(rows: Sequence[Row]) -> dict[str, Figure]:
     labels = {
         "x_label": "parameters removed",
         "x_unit": "%",
-        "y_label": "perplexity",
+        "y_label": "perplexity / uncompressed",
     }
-    reference = (original.perplexity.value, "uncompressed")
+    reference = (1.0, "")
     figures = {}
     for scope in dict.fromkeys(scope for scope, _, _ in groups if scope):
         criteria = _in_several_operators(scope, list(groups))[: len(CATEGORICAL)]
@@ -78,11 +78,11 @@ def _curves(rows: Sequence[Row]) -> dict[str, Figure]:
         # A panel with one curve of many says nothing beside the others.
         panels = {name: curves for name, curves in panels.items() if len(curves) > 1 or len(panels) == 1}
         if panels:
-            title = f"Perplexity against size, budget by {scope}"
+            title = f"Perplexity against size, scope {scope}"
             figures[f"curves-{scope}"] = interval_curves(panels, title=title, reference=reference, **labels)  # type: ignore[arg-type]
     unscored = {operator: _curve(members, original) for (scope, operator, _), members in groups.items() if not scope}
     if unscored:
-        best = _best_label(points)
+        best = _best_label([point for point in points if point.cell.criterion] or points)
         room = len(CATEGORICAL) - 1
         chosen = dict(sorted(unscored.items(), key=lambda item: float(numpy.asarray(item[1].y)[-1]))[:room])
         chosen[f"best: {' '.join(part for part in best if part)}"] = _curve(groups[best[2], best[1], best[0]], original)
@@ -118,17 +118,19 @@ def _rankings(rows: Sequence[Row]) -> dict[str, Figure]:
         values = [
             RankedValue(
                 " ".join(part for part in point.cell.label[:3] if part),
-                point.perplexity,
-                *point.ends,
+                point.to_original,
+                *point.ends_to_original,
                 point.cell.operator if point.cell.criterion else "ranks by itself",
             )
             for point in chosen[:MOST_RANKED]
         ]
         title = f"Budget of {ratio:.0%} of the experts: "
         title += "all cells" if len(chosen) <= MOST_RANKED else f"the best {MOST_RANKED} of {len(chosen)} cells"
-        reference = (rows[0].perplexity.value, "uncompressed")
         figures[f"ranking-{100 * ratio:g}"] = interval_ranking(
-            values, title=title, value_label="perplexity", reference=reference
+            values,
+            title=title,
+            value_label="perplexity divided by that of the uncompressed model",
+            reference=(1.0, "uncompressed"),
         )
     return figures
 

@@ -202,9 +202,23 @@ class Summary:
     @property
     def ends(self) -> tuple[float, float]:
         """The interval of one cell; of several seeds the smallest and the largest perplexity."""
-        if len(self.rows) == 1:
-            return self.rows[0].perplexity.low, self.rows[0].perplexity.high
-        values = [row.perplexity.value for row in self.rows]
+        return self._ends([row.perplexity for row in self.rows])
+
+    @property
+    def to_original(self) -> float:
+        """Perplexity divided by the uncompressed model's, geometric mean over the seeds."""
+        return math.exp(sum(math.log(row.to_original.value) for row in self.rows) / len(self.rows))
+
+    @property
+    def ends_to_original(self) -> tuple[float, float]:
+        """The interval of that; of several seeds the smallest and the largest."""
+        return self._ends([row.to_original for row in self.rows])
+
+    @staticmethod
+    def _ends(intervals: Sequence[Interval]) -> tuple[float, float]:
+        if len(intervals) == 1:
+            return intervals[0].low, intervals[0].high
+        values = [interval.value for interval in intervals]
         return min(values), max(values)
 
     @property
@@ -246,6 +260,8 @@ def markdown_text(rows: Sequence[Row], baseline: Baseline, facts: Mapping[str, o
         "seeds, in brackets the smallest and the largest.",
         "* Ratio sets the number of parameters that a model may have: that of Expert Drop at this ratio with a router "
         "row and a vector for each expert that goes. What stores more gives up more experts.",
+        "* To uncompressed, to best: perplexity divided by that of the uncompressed model, or of the best cell of the "
+        "ratio, on the same blocks.",
         "* The best cell of a ratio was found on the same text, so its distance to the next ones looks a little larger "
         "than it is.",
         "",
@@ -294,6 +310,7 @@ def _table(chosen: Sequence[Summary], baseline: Baseline) -> list[str]:
         "experts",
         "parameters",
         "perplexity",
+        "to uncompressed",
         "to best",
         "KL, nats/token",
         "top-1",
@@ -302,7 +319,7 @@ def _table(chosen: Sequence[Summary], baseline: Baseline) -> list[str]:
     lines = [f"| {' | '.join(heads)} |", f"|---|---|---|{'--:|' * (len(heads) - 3)}"]
     for summary in sorted(chosen, key=lambda summary: summary.perplexity):
         row, cell = summary.rows[0], summary.cell
-        low, high = summary.ends
+        low, high = summary.ends_to_original
         alone = len(summary.rows) == 1
         parts = [
             cell.criterion or "-",
@@ -310,7 +327,8 @@ def _table(chosen: Sequence[Summary], baseline: Baseline) -> list[str]:
             cell.scope or "-",
             f"{_mean(row.experts for row in summary.rows):g}",
             f"{summary.parameters:,.0f}",
-            f"{_number(summary.perplexity)} [{_number(low)}, {_number(high)}]",
+            _number(summary.perplexity),
+            f"{_number(summary.to_original)} [{_number(low)}, {_number(high)}]",
             _interval(row.to_best) if alone else "",
             _interval(row.divergence) if alone else _number(_mean(row.divergence.value for row in summary.rows)),
             f"{_mean(row.agreement for row in summary.rows):.1%}",
@@ -329,7 +347,7 @@ def _mean(values: object) -> float:
 def _number(value: float) -> str:
     if not math.isfinite(value):
         return "-"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _interval(interval: Interval | None) -> str:
