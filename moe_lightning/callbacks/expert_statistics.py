@@ -50,7 +50,7 @@ class Window:
 
     def __init__(self, shape: ModelShape, device: torch.device) -> None:
         """Start from zero for a shape."""
-        self.shape = shape
+        self.shape, self.device = shape, device
         self.columns = [torch.tensor(layout.router, device=device) for layout in shape.layouts]
         self.routing = RoutingStatistics(len(self.columns), shape.num_experts).to(device)
         self.entropy = RouterEntropy(len(self.columns)).to(device)
@@ -171,7 +171,7 @@ class ExpertStatistics(Callback):
 
     def _new_window(self, stage: str) -> None:
         old = self._windows[stage]
-        self._windows[stage] = Window(old.shape, old.columns[0].device)
+        self._windows[stage] = Window(old.shape, old.device)
 
     # ------------------------------------------------------------ training
 
@@ -238,8 +238,8 @@ class ExpertStatistics(Callback):
     def _log(self, trainer: Trainer, stage: str, with_figures: bool) -> None:
         window = self._windows[stage]
         numbers = window.summary()  # on every rank: it adds up over them
-        if numbers is None or not trainer.is_global_zero:
-            return
+        if numbers is None or not window.columns or not trainer.is_global_zero:
+            return  # no token, or no MoE layer is left
         step = trainer.global_step
         scalars = expert_scalars(numbers, window.shape)
         for logger in trainer.loggers:
