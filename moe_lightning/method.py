@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -71,6 +72,15 @@ class Method(ABC):
     def trial(self, shape: ModelShape, statistics: Statistics, layer: int) -> tuple[Edit, ...]:
         """Return the edits that trim one layer alone, for measuring its sensitivity."""
         raise NotImplementedError(f"{type(self).__name__} measures no sensitivity")
+
+    def __str__(self) -> str:
+        """Return the method with the options that are not the defaults."""
+        changed = [
+            f"{item.name}={getattr(self, item.name)!r}"
+            for item in dataclasses.fields(self)  # type: ignore[arg-type]
+            if getattr(self, item.name) != item.default
+        ]
+        return f"{type(self).__name__}({', '.join(changed)})"
 
     def describe(self) -> dict[str, Any]:
         """Return the method's name and options as plain types, for the plan's origin."""

@@ -29,7 +29,7 @@ from moe_lightning.cli.arguments import with_bare_flags, with_replaced_lists
 from moe_lightning.cli.config_files import resolve_configs
 from moe_lightning.cli.errors import TRACEBACK_VARIABLE, OneLineErrors, in_one_line
 from moe_lightning.cli.messages import readable_messages
-from moe_lightning.compression import CompressionResult, compress, trial_edits
+from moe_lightning.compression import CompressionResult, calibration_bytes, compress, trial_edits
 from moe_lightning.data import TextDataModule, holds_tokenizer
 from moe_lightning.evaluation import LikelihoodResult, evaluate, tokens_per_second
 from moe_lightning.files import check_output_folder, written_folder
@@ -204,7 +204,7 @@ def _print_plan(prepared: Prepared) -> None:
     steps = (
         ["replay of a plan, in the place of methods"]
         if prepared.plan is not None
-        else [repr(method) for method in prepared.methods]
+        else [str(method) for method in prepared.methods]
     )
     print(f"model    {prepared.folder} on {prepared.device}, {str(prepared.dtype).removeprefix('torch.')}")
     for step in steps:
@@ -235,10 +235,10 @@ def _dry_run(prepared: Prepared, calibration_batches: int | None) -> dict[str, A
     calibration = len(data.calibration_batches(calibration_batches)) * data.eval_batch_size  # type: ignore[arg-type]
     tested = len(data.test_dataloader()) * data.eval_batch_size
     shape = prepared.shape_before
-    # Five tables of [layers, experts, hidden] in float64, beside the weights before and the slices kept of them.
-    statistics_bytes = 5 * len(shape.layouts) * shape.num_experts * shape.hidden_size * 8
+    # Beside the weights before and the slices kept of them.
+    measured_bytes = calibration_bytes(shape, prepared.methods, data.eval_batch_size * data.block_size)
     logits_bytes = data.eval_batch_size * data.block_size * shape.vocab_size * 8
-    memory = prepared.size_before.bytes + prepared.size_after.bytes + statistics_bytes + logits_bytes
+    memory = prepared.size_before.bytes + prepared.size_after.bytes + measured_bytes + logits_bytes
     # Calibration and the test before run the whole model, the test after runs what is left.
     flops = (calibration + tested) * prepared.size_before.flops + tested * prepared.size_after.flops
     rate = _probe_flops(prepared.device, prepared.dtype)

@@ -1,6 +1,14 @@
 """The one driver: observe, propose, check, fill."""
 
-from moe_lightning.compression.driver import as_methods, check_methods, compress, trial_edits
+from moe_lightning.compression.driver import as_methods, calibration_bytes, check_methods, compress, trial_edits
 from moe_lightning.compression.result import CompressionResult, ModuleStatus
 
-__all__ = ["CompressionResult", "ModuleStatus", "as_methods", "check_methods", "compress", "trial_edits"]
+__all__ = [
+    "CompressionResult",
+    "ModuleStatus",
+    "as_methods",
+    "calibration_bytes",
+    "check_methods",
+    "compress",
+    "trial_edits",
+]

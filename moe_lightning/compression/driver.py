@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 from moe_lightning.architectures import architecture_of
 from moe_lightning.compression.filling import apply_edits, settled_edits, undo
 from moe_lightning.compression.result import CompressionResult
-from moe_lightning.compression.sensitivity import layer_divergence
+from moe_lightning.compression.sensitivity import SENSITIVITY_TOKENS, layer_divergence
 from moe_lightning.compression.statuses import module_statuses
 from moe_lightning.method import Method
 from moe_lightning.plan import CompressionPlan, Edit, ModelShape
 from moe_lightning.sizes import measure
-from moe_lightning.statistics import Statistics, collect
+from moe_lightning.statistics import Statistics, collect, statistics_bytes
+from moe_lightning.statistics.second_moments import MAX_BYTES, second_moment_bytes
 from moe_lightning.surgery import Surgery, carry_optimizer, check_class, plan_of
 from moe_lightning.trimming import Replay
 
@@ -66,6 +67,29 @@ def trial_edits(shape: ModelShape, methods: Sequence[Method]) -> tuple[list[Edit
             shape = edit.apply(shape)
         edits += proposed
     return edits, shape
+
+
+def calibration_bytes(shape: ModelShape, methods: Sequence[Method], tokens_per_batch: int = 0) -> int:
+    """Say how much memory the measurements take at most, beside the model and its forward pass.
+
+    Args:
+        shape: Shape of the model as it is.
+        methods: The methods, in order.
+        tokens_per_batch: Tokens of the largest calibration batch.
+
+    Returns:
+        Bytes of the method that needs most.
+    """
+    most = 0
+    for method in methods:
+        edits, after = trial_edits(shape, [method])
+        needed = statistics_bytes(shape, method.needs, tokens_per_batch) if method.needs else 0
+        fitted = sum(len(pairs) for pairs in method.low_rank_wants(edits).values())
+        needed += min(MAX_BYTES, second_moment_bytes(shape.hidden_size, fitted))
+        if method.measures_sensitivity:
+            needed += max(SENSITIVITY_TOKENS, tokens_per_batch) * shape.vocab_size * 4
+        most, shape = max(most, needed), after
+    return most
 
 
 def check_methods(shape: ModelShape, methods: Sequence[Method]) -> ModelShape:

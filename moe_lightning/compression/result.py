@@ -63,7 +63,7 @@ class CompressionResult:
         Raises:
             RuntimeError: The model was changed further since, or this was done before.
         """
-        if not self.surgeries or plan_of(self.model).edits != self.plan.edits:  # type: ignore[arg-type]
+        if not self.surgeries or plan_of(self.model).edits != self.plan.edits:
             raise RuntimeError("cannot undo this compression: it was undone before, or others followed it")
         while self.surgeries:
             self.surgeries.pop().undo()
