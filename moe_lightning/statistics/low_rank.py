@@ -360,8 +360,8 @@ def collect_low_rank_error(
 
     Returns:
         ``low_rank_error`` ``[L, E, R + 1]``, see :func:`low_rank_error`, ``R = min(H, 64)``; ``low_rank_tokens``
-        ``[L, E]``: calibration tokens that reached the expert, in both folds. Float64, on the CPU; NaN where there is
-        no real expert.
+        ``[L, E]``: the held-out tokens that it is the mean over, whether they reached the expert or not. Float64, on
+        the CPU; NaN where there is no real expert.
     """
     max_rank = min(shape.hidden_size, MAX_CURVE_RANK)
     size = (len(shape.layouts), shape.num_experts)
@@ -372,6 +372,6 @@ def collect_low_rank_error(
     for group in iterate_second_moments(model, batches, wanted, progress=progress, max_bytes=max_bytes):
         for (layer, expert), moments in group.items():
             error[rows[layer], expert] = low_rank_error(moments, max_rank).cpu()
-            tokens[rows[layer], expert] = float(moments.fit.count + moments.held_out.count)
+            tokens[rows[layer], expert] = float(moments.held_out.tokens)
         group.clear()
     return {"low_rank_error": error, "low_rank_tokens": tokens}

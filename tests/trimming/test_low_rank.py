@@ -352,11 +352,11 @@ def test_the_errors_of_all_experts_are_those_of_single_ones(model: Any) -> None:
     tensors = collect_low_rank_error(model, batches, shape, progress=False)
     assert tensors["low_rank_error"].shape == (3, 6, 33)
     assert torch.isfinite(tensors["low_rank_error"]).all()
-    assert float(tensors["low_rank_tokens"].sum()) == 3 * 2 * 8 * 2 * 16
+    # One of four of 16 sequences.
+    assert bool((tensors["low_rank_tokens"] == 4 * 16).all())
     fits = collect_low_rank(model, batches, {1: ((4, 3),)}, progress=False)
     error = tensors["low_rank_error"][1, 4]
     fit = fits[1, 4]
     assert float(error[0]) == pytest.approx(float(fit.held_out_error[0]), rel=1e-9)
     expected = float(fit.held_out_error[3]) if fit.rank else float(error[0])
     assert float(error[3]) == pytest.approx(expected, rel=1e-9)
-    assert float(tensors["low_rank_tokens"][1, 4]) == fit.tokens
