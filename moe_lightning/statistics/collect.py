@@ -56,6 +56,9 @@ def _check_finite(values: dict[str, Tensor], shape: ModelShape) -> None:
             raise ValueError(
                 f"statistics are not finite in {what} {found}: the model's weights or activations overflow"
             )
+    others = sorted(name for name, tensor in values.items() if not bool(torch.isfinite(tensor).all()))
+    if others:
+        raise ValueError(f"statistics {others} are not finite: the model's weights or activations overflow")
 
 
 class _Pass:

@@ -66,6 +66,9 @@ def collect_interventions(
             run = _Batch(model, architecture, *inputs_and_mask(batch, num_batches, device))
             num_batches += 1
             num_tokens += run.num_tokens
+            if not run.num_tokens:
+                bar.update(sum(len(layout.router) for layout in shape.layouts))
+                continue
             for row, (layer, layout) in enumerate(zip(layers, shape.layouts, strict=True)):
                 for router_row, expert in enumerate(layout.router):
                     divergence[row, expert] += run.divergence(layer, router_row)

@@ -91,8 +91,14 @@ class RoutedOutputs:
         # Tokens and pairs get new numbers: those before them that stay.
         token_N = keep_N.cumsum(0) - 1
         order_P = (token_N[self.token_P] * pairs.top_k + pairs.order_P % pairs.top_k)[keep_P]
-        ends = [0, *keep_P.cumsum(0).tolist()]
-        segments = tuple((row, ends[start], ends[end]) for row, start, end in pairs.segments if ends[end] > ends[start])
+        ends = [end for _, _, end in pairs.segments]
+        counts = keep_P.cumsum(0)[torch.tensor([end - 1 for end in ends], dtype=torch.int64, device=keep_P.device)]
+        starts = [0, *counts.tolist()]
+        segments = tuple(
+            (row, start, end)
+            for (row, _, _), start, end in zip(pairs.segments, starts, starts[1:], strict=False)
+            if end > start
+        )
         channels_QI = pairs.channels_QI
         if channels_QI is not None:
             channels_QI = channels_QI[keep_P[: channels_QI.shape[0]]]

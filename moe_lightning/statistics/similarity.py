@@ -231,7 +231,8 @@ class StreamObserver:
     def end_batch(self) -> None:
         """Work off what was held of the batch."""
         if self.hidden is not None and self._states:
-            self.hidden.update(self._states, self.mask)
+            with torch.no_grad(), torch.autocast(self._states[0].device.type, enabled=False):
+                self.hidden.update(self._states, self.mask)
         self._states.clear()
 
     def _kept(self, states: Tensor) -> Tensor:

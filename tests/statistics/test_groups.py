@@ -220,6 +220,28 @@ def test_the_bar_says_what_is_measured(
     assert bars == [said]
 
 
+def test_cosines_are_not_made_narrow_by_autocast(model: Any) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        statistics = collect(model, random_batches(2, 2, 9), {"blocks", "similarity"}, progress=False)
+    torch.testing.assert_close(statistics.hidden_cosine.diagonal(1), statistics.block_cosine, rtol=1e-5, atol=0)
+
+
+def test_states_that_overflow_are_an_error() -> None:
+    model = tiny_mixtral()
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[:] = torch.inf
+    with pytest.raises(ValueError, match="hidden_cosine_sum"):
+        collect(model, random_batches(1), {"similarity"}, progress=False)
+
+
+def test_batches_without_a_token_move_nothing(model: Any, statistics: Statistics) -> None:
+    nothing = {"input_ids": torch.full((2, 3), 7), "attention_mask": torch.zeros(2, 3, dtype=torch.int64)}
+    batches = [nothing, *random_batches(3, 2, 9), nothing]
+    again = collect(model, batches, {"interventions", "similarity"}, progress=False)
+    for name, tensor in again.tensors.items():
+        torch.testing.assert_close(tensor, statistics[name])
+
+
 def test_cosines_of_zeros_and_of_narrow_types() -> None:
     draw = torch.Generator().manual_seed(0)
     left, right = (torch.randn(300, 24, generator=draw, dtype=torch.float64) for _ in range(2))
