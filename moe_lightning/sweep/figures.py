@@ -75,8 +75,9 @@ def _curves(rows: Sequence[Row]) -> dict[str, Figure]:
         for (other, operator, criterion), members in groups.items():
             if other == scope and criterion in criteria:
                 panels.setdefault(operator, {})[criterion] = _curve(members, original)
-        # A panel with one curve of many says nothing beside the others.
-        panels = {name: curves for name, curves in panels.items() if len(curves) > 1 or len(panels) == 1}
+        # A panel with one curve says little beside panels with several.
+        most = max(map(len, panels.values()), default=0)
+        panels = {name: curves for name, curves in panels.items() if len(curves) > 1 or most == 1}
         if panels:
             title = f"Perplexity against size, scope {scope}"
             figures[f"curves-{scope}"] = interval_curves(panels, title=title, reference=reference, **labels)  # type: ignore[arg-type]

@@ -162,13 +162,15 @@ def cells_of(grids: Sequence[Grid], shape: ModelShape) -> list[Cell]:
     cells = [cell for grid in grids for cell in _cells_of_grid(grid, shape)]
     if not cells:
         raise ValueError("--grids is empty: give at least one item, see configs/sweeps/quickstart.yaml")
-    unique = list({cell.key: cell for cell in reversed(cells)}.values())[::-1]
-    for cell in unique:
+    unique: dict[str, Cell] = {}
+    for cell in cells:
+        unique.setdefault(cell.key, cell)
+    for cell in unique.values():
         try:
             check_methods(shape, cell.methods)
         except ValueError as error:
             raise ValueError(f"--grids: {cell.name}: {error}") from None
-    return unique
+    return list(unique.values())
 
 
 def _cells_of_grid(grid: Grid, shape: ModelShape) -> list[Cell]:

@@ -74,7 +74,7 @@ def usual_operator(criterion: str) -> str:
     family, colon, rank = criterion.partition(":")
     if family == "residual" and colon and int(rank) > 0:
         return f"low_rank:{rank}"
-    return USUAL.get(criterion, "delete")
+    return USUAL.get(family, "delete")
 
 
 def operator_method(operator: str, criterion: str, scope: str, parameters: int, seed: int) -> Method:

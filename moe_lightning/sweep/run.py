@@ -131,7 +131,8 @@ def run_cells(
                 folder.write(cell.key, outcome)
                 told = f"perplexity {outcome.scores.likelihood.perplexity:.3f}"
             else:
-                failures[cell.name] = told = f"failed: {outcome}"
+                failures[cell.name] = str(outcome)
+                told = f"failed: {outcome}"
             bar.update()
             bar.set_postfix_str(f"{cell.name}: {told}", refresh=False)
             if progress and not terminal:
