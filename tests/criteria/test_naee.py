@@ -49,6 +49,7 @@ def test_the_pairs_add_up_to_the_error_of_every_set(kind: str, top_k: int) -> No
         constants = None if kind == "zero" else novice_values(kind, statistics, row, tuple(range(6)))
         picked = None if constants is None else constants[list(experts)]
         errors = pair_errors(statistics, row, experts, picked)
+        torch.testing.assert_close(errors, errors.T, rtol=1e-12, atol=1e-12)
         for size in range(5):
             for places in itertools.combinations(range(4), size):
                 gone = tuple(experts[place] for place in places)
