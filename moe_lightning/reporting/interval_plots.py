@@ -188,9 +188,7 @@ _READABLE = (
     (1.0, 3.0),
     (1.0, 2.0, 5.0),
     (1.0, 1.5, 2.0, 3.0, 5.0, 7.0),
-    tuple(1.0 + 0.5 * number for number in range(18)),
-    tuple(1.0 + 0.1 * number for number in range(90)),
-    tuple(1.0 + 0.02 * number for number in range(450)),
+    *(tuple(1.0 + step * number for number in range(int(9 / step))) for step in (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)),
 )
 
 
