@@ -33,8 +33,8 @@ class Statistics:
     :class:`BlockSimilarity`, :class:`HiddenSimilarity`; those that are no sums stand below.
 
     * ``channel_weight_square [L, E, I]``: ``|W_down[:, j]|^2`` of every channel of a real expert.
-    * ``low_rank_tokens [L, E]``, ``low_rank_error [L, E, R + 1]``: held-out mean over tokens of ``g^2 |E - map|^2``
-      for maps of rank 0 to R.
+    * ``low_rank_error [L, E, R + 1]``: mean of ``g^2 |E - map|^2`` over the held-out tokens, of which there are
+      ``low_rank_tokens [L, E]``, for maps of rank 0 to R.
     * ``expert_divergence [L, E]``: KL in nats per token (over ``divergence_tokens [1]``) of the intact model to the one
       in which the router cannot choose that expert.
     * ``layer_divergence [L]``: the same where a method trims that layer alone; only ``compress`` measures it.
