@@ -3,7 +3,7 @@
 ``E(x) ~ v + (x - x_mean) P Q`` with ``P [H, r]`` and ``Q [r, H]``: between a constant (r = 0) and a linear expert.
 Fitted by reduced-rank ridge regression with the weight ``g(x)^2``, which is what the error of the block's output asks
 for where the cross terms between experts are dropped. How strong the ridge is, and whether the map is better than the
-constant at all, is decided on tokens that it was not fitted on.
+constant at all, is decided by cross-validation.
 
 Legend: H hidden, r and R ranks, L MoE layers, E experts of the original model.
 """
@@ -29,6 +29,11 @@ from moe_lightning.statistics.second_moments import (
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridges to choose from, in units of the mean variance of an input feature; the constant is always a choice, too."""
 
+EXACT_HIDDEN_SIZE = 1024
+"""Up to here all eigenvectors are computed; beyond, only as many as the rank asks for, by iteration."""
+
+SUBSPACE_STEPS = 12
+
 TOKENS_PER_RANK = 4.0
 """An expert with fewer tokens than this times the rank stays a constant."""
 
@@ -48,9 +53,9 @@ class LowRankFit:
         novice_out: ``[rank, H]`` float64.
         ridge: Ridge chosen, in units of the mean variance of an input feature; None for a constant.
         tokens: Calibration tokens that reached the expert, in both folds.
-        held_out_error: ``[asked rank + 1]`` float64: mean over *all* held-out tokens of ``g^2 |E - map|^2`` with maps
-            of rank 0, 1, ... fitted on the other fold, with the ridge chosen for the rank asked for. NaN where nothing
-            was tried.
+        held_out_error: ``[asked rank + 1]`` float64: mean over all tokens of the layer of ``g^2 |E - map|^2`` with the
+            maps of rank 0, 1, ... that were fitted on the other folds, with the ridge chosen for the rank asked for.
+            NaN where nothing was tried.
         status: Outcome in words.
     """
 
@@ -109,8 +114,7 @@ class WeightedRegression:
         """
         damped = self.values + ridge * self.scale
         whitened = self.rotated_cross / damped.sqrt()[:, None]
-        _, vectors = torch.linalg.eigh(whitened.T @ whitened)
-        rows_RH = vectors.flip(1)[:, :max_rank].T
+        rows_RH = _leading_right_vectors(whitened, max_rank).T
         # An eigenvector is free in its sign: the largest entry is positive, so that the same sums give the same map.
         largest = rows_RH.gather(1, rows_RH.abs().argmax(1, keepdim=True))
         rows_RH = rows_RH * torch.where(largest < 0, -1.0, 1.0)
@@ -144,36 +148,53 @@ class WeightedRegression:
         return (constant + gain_R).clamp(min=0)
 
 
-def _constant(sums: FoldMoments) -> Tensor:
-    if float(sums.gate2) <= 0:
-        return torch.zeros_like(sums.gate2_output)
-    return sums.gate2_output / sums.gate2
+def _leading_right_vectors(matrix: Tensor, count: int) -> Tensor:
+    """Return the first right singular vectors of a square matrix, as orthonormal columns."""
+    size = matrix.shape[1]
+    block = count + max(8, count // 2)
+    if size <= EXACT_HIDDEN_SIZE or 4 * block >= size:
+        return torch.linalg.eigh(matrix.T @ matrix).eigenvectors.flip(1)[:, :count]
+    # Subspace iteration: of Mixtral's 4096 vectors about a hundred are wanted, and all of them take a minute. Vectors
+    # that are not quite the leading ones cost a little of the error, which is computed for those that there are.
+    generator = torch.Generator("cpu").manual_seed(0)
+    columns = torch.randn(size, block, dtype=matrix.dtype, generator=generator, device="cpu").to(matrix.device)
+    for _ in range(SUBSPACE_STEPS):
+        columns = torch.linalg.qr(matrix.T @ (matrix @ columns)).Q
+    return columns @ torch.linalg.svd(matrix @ columns, full_matrices=False).Vh[:count].T
 
 
-def _reason_against(moments: SecondMoments, rank: int, tokens_per_rank: float) -> str | None:
-    both = int(moments.fit.count + moments.held_out.count)
-    if both == 0:
+def _reason_against(folds: SecondMoments, rank: int, tokens_per_rank: float) -> str | None:
+    count = sum(int(sums.count) for sums in folds)
+    if count == 0:
         return "no calibration token reached it, so it is zero"
     if rank == 0:
         return "rank 0 was asked for"
-    if both < tokens_per_rank * rank:
-        return f"{both} tokens are fewer than {tokens_per_rank:g} x rank {rank}"
-    for fold, name in ((moments.fit, "to fit on"), (moments.held_out, "held out")):
-        if float(fold.gate2) <= 0:
-            return f"none of its {both} tokens is among those {name}"
+    if count < tokens_per_rank * rank:
+        return f"{count} tokens are fewer than {tokens_per_rank:g} x rank {rank}"
+    if sum(float(sums.gate2) > 0 for sums in folds) < 2:
+        return f"its {count} tokens are all in one of {len(folds)} folds, so that no map can be judged on other tokens"
     return None
 
 
-def _held_out_curves(moments: SecondMoments, max_rank: int, ridges: Sequence[float]) -> Tensor:
-    """Return the held-out error ``[ridges, R + 1]`` of maps that were fitted on the other fold, as sums."""
-    regression = WeightedRegression(moments.fit)
-    if not regression.has_spread:
-        columns_HR = regression.mean_x.new_zeros(regression.hidden_size, max_rank)
-        curve = regression.error_curve(columns_HR, columns_HR.T, moments.held_out)
-        return curve.expand(len(ridges), -1)
-    return torch.stack(
-        [regression.error_curve(*regression.directions(ridge, max_rank), moments.held_out) for ridge in ridges]
-    )
+def _held_out_curves(folds: SecondMoments, max_rank: int, ridges: Sequence[float]) -> Tensor:
+    """Return the error ``[ridges, R + 1]`` on every fold of the maps that were fitted on the others, summed up."""
+    curves = folds[0].gate2.new_zeros(len(ridges), max_rank + 1)
+    for number, held_out in enumerate(folds):
+        if float(held_out.gate2) <= 0:
+            continue
+        others = FoldMoments.total(sums for fold, sums in enumerate(folds) if fold != number)
+        if float(others.gate2) <= 0:
+            # Nothing to fit on: a novice of zeros.
+            curves += held_out.gate2_norm_square
+            continue
+        regression = WeightedRegression(others)
+        if not regression.has_spread:
+            columns_HR = curves.new_zeros(regression.hidden_size, max_rank)
+            curves += regression.error_curve(columns_HR, columns_HR.T, held_out)
+            continue
+        for row, ridge in enumerate(ridges):
+            curves[row] += regression.error_curve(*regression.directions(ridge, max_rank), held_out)
+    return curves
 
 
 def _check_options(ridges: Sequence[float], tokens_per_rank: float) -> None:
@@ -186,7 +207,7 @@ def _check_options(ridges: Sequence[float], tokens_per_rank: float) -> None:
 def fit_low_rank(
     layer: int,
     expert: int,
-    moments: SecondMoments,
+    folds: SecondMoments,
     rank: int,
     *,
     ridges: Sequence[float] = RIDGES,
@@ -194,14 +215,14 @@ def fit_low_rank(
 ) -> LowRankFit:
     """Fit what stands for an expert.
 
-    Every ridge is tried on the fold to fit on and judged on the held-out fold; with the best one the map is fitted
-    again on both. Where no map beats the constant on the held-out fold, where too few tokens reached the expert, or
-    where its input does not vary, the constant ``sum g^2 E / sum g^2`` of both folds is taken.
+    Every ridge is tried on all folds but one and judged on that one, for each fold in turn; with the best one the map
+    is fitted again on all of them. Where no map beats the constant on the held-out folds, where too few tokens reached
+    the expert, or where its input does not vary, the constant ``sum g^2 E / sum g^2`` is taken.
 
     Args:
         layer: Original number of the layer.
         expert: Original number of the expert.
-        moments: Its moments.
+        folds: Its moments in each fold.
         rank: Rank of the map, at most H.
         ridges: To choose from, in units of the mean variance of an input feature.
         tokens_per_rank: Fewer tokens than this times the rank give the constant.
@@ -212,30 +233,32 @@ def fit_low_rank(
     Raises:
         ValueError: A rank outside ``[0, H]``, or options without sense.
 
-    Cost: about ``10 * H^3`` float64 operations for each ridge.
+    Cost: an eigenvalue problem of size H in float64 for each fold, one more, and as many again for each ridge (beyond
+    H = 1024 a few products with ``[H, 1.5 * rank]`` for each ridge instead).
     """
     _check_options(ridges, tokens_per_rank)
-    hidden_size = moments.fit.gate2_input.shape[0]
+    hidden_size = folds[0].gate2_input.shape[0]
     if not 0 <= rank <= hidden_size:
         raise ValueError(f"rank must be between 0 and the hidden size {hidden_size}, got {rank}")
-    both = moments.fit + moments.held_out
-    curve = both.gate2.new_full((rank + 1,), torch.nan)
-    reason = _reason_against(moments, rank, tokens_per_rank)
-    held_out_tokens = float(moments.held_out.tokens)
+    everything = FoldMoments.total(folds)
+    curve = everything.gate2.new_full((rank + 1,), torch.nan)
+    reason = _reason_against(folds, rank, tokens_per_rank)
     if reason is None:
-        curves = _held_out_curves(moments, rank, ridges)
-        # Of equally good ridges the strongest.
+        curves = _held_out_curves(folds, rank, ridges)
+        # Of equally good ridges the last, which is the strongest.
         best = len(ridges) - 1 - int(curves[:, rank].flip(0).argmin())
-        curve = curves[best] / held_out_tokens
-        if not bool(curves[best, rank] < curves[best, 0]):
-            reason = f"no map of rank {rank} beats it on {int(moments.held_out.count)} held-out tokens"
-    tokens = int(both.count)
+        curve = curves[best] / everything.tokens
+        if not bool(curve[rank] < curve[0]):
+            reason = f"no map of rank {rank} beats it on held-out tokens"
+    tokens = int(everything.count)
     if reason is not None:
-        constant = _constant(both).cpu()
-        nothing = constant.new_zeros(0, hidden_size)
+        constant = everything.gate2_output
+        if float(everything.gate2) > 0:
+            constant = constant / everything.gate2
+        nothing = constant.new_zeros(0, hidden_size).cpu()
         status = f"constant: {reason}"
-        return LowRankFit(layer, expert, 0, constant, nothing, nothing, None, tokens, curve.cpu(), status)
-    regression = WeightedRegression(both)
+        return LowRankFit(layer, expert, 0, constant.cpu(), nothing, nothing, None, tokens, curve.cpu(), status)
+    regression = WeightedRegression(everything)
     columns_HR, rows_RH = regression.directions(ridges[best], rank)
     constant = regression.mean_y - (regression.mean_x @ columns_HR) @ rows_RH
     # Both factors get the same size, so that one learning rate suits both when they are tuned.
@@ -255,7 +278,7 @@ def fit_low_rank(
 
 
 def low_rank_error(
-    moments: SecondMoments,
+    folds: SecondMoments,
     max_rank: int,
     *,
     ridges: Sequence[float] = RIDGES,
@@ -264,29 +287,22 @@ def low_rank_error(
     """Estimate what :func:`fit_low_rank` would lose at every rank.
 
     Args:
-        moments: Moments of an expert.
+        folds: Moments of an expert in each fold.
         max_rank: R, at most H.
         ridges: To choose from, for every rank by itself.
         tokens_per_rank: Ranks with fewer tokens than this times the rank count as the constant.
 
     Returns:
-        ``[R + 1]`` float64: mean over all held-out tokens of ``g^2 |E - map|^2``, the maps fitted on the other fold.
-        The ridge is chosen on the same held-out tokens, as in the fit, so the estimate leans a little to the good side.
-        Zeros for an expert that no token reached; NaN where tokens reached it, but none is held out.
+        ``[R + 1]`` float64: mean over all tokens of the layer of ``g^2 |E - map|^2``, every fold with the maps fitted
+        on the others. The ridge is chosen by the same error, as in the fit, so the estimate leans a little to the good
+        side. Zeros for an expert that no token reached.
     """
     _check_options(ridges, tokens_per_rank)
-    held_out = moments.held_out
-    if float(held_out.tokens) == 0:
-        return held_out.gate2.new_full((max_rank + 1,), torch.nan)
-    if float(moments.fit.gate2) <= 0:
-        # A novice of zeros loses all of what the expert gives.
-        return (held_out.gate2_norm_square / held_out.tokens).expand(max_rank + 1).clone()
-    curves = _held_out_curves(moments, max_rank, ridges)
+    curves = _held_out_curves(folds, max_rank, ridges)
     error = torch.minimum(curves.amin(0), curves[0, 0])
-    count = float(moments.fit.count + held_out.count)
-    ranks = torch.arange(max_rank + 1, device=error.device)
-    starved = (count < tokens_per_rank * ranks) | (float(held_out.gate2) <= 0)
-    return torch.where(starved, curves[0, 0], error) / held_out.tokens
+    count = sum(float(sums.count) for sums in folds)
+    starved = count < tokens_per_rank * torch.arange(max_rank + 1, device=error.device)
+    return torch.where(starved, curves[0, 0], error) / sum(float(sums.tokens) for sums in folds)
 
 
 def collect_low_rank(
@@ -327,8 +343,8 @@ def collect_low_rank(
     wanted = {layer: [expert for expert, _ in pairs] for layer, pairs in wants.items()}
     fits: dict[tuple[int, int], LowRankFit] = {}
     for group in iterate_second_moments(model, batches, wanted, progress=progress, max_bytes=max_bytes):
-        for (layer, expert), moments in group.items():
-            fits[layer, expert] = fit_low_rank(layer, expert, moments, ranks[layer, expert])
+        for (layer, expert), folds in group.items():
+            fits[layer, expert] = fit_low_rank(layer, expert, folds, ranks[layer, expert])
         group.clear()
     for layer in sorted(wants):
         unreached = [expert for expert, _ in wants[layer] if not fits[layer, expert].tokens]
@@ -360,8 +376,8 @@ def collect_low_rank_error(
 
     Returns:
         ``low_rank_error`` ``[L, E, R + 1]``, see :func:`low_rank_error`, ``R = min(H, 64)``; ``low_rank_tokens``
-        ``[L, E]``: the held-out tokens that it is the mean over, whether they reached the expert or not. Float64, on
-        the CPU; NaN where there is no real expert.
+        ``[L, E]``: the tokens that it is the mean over, whether they reached the expert or not. Float64, on the CPU;
+        NaN where there is no real expert.
     """
     max_rank = min(shape.hidden_size, MAX_CURVE_RANK)
     size = (len(shape.layouts), shape.num_experts)
@@ -370,8 +386,8 @@ def collect_low_rank_error(
     rows = {layout.layer: row for row, layout in enumerate(shape.layouts)}
     wanted = {layout.layer: layout.real for layout in shape.layouts if layout.real}
     for group in iterate_second_moments(model, batches, wanted, progress=progress, max_bytes=max_bytes):
-        for (layer, expert), moments in group.items():
-            error[rows[layer], expert] = low_rank_error(moments, max_rank).cpu()
-            tokens[rows[layer], expert] = float(moments.held_out.tokens)
+        for (layer, expert), folds in group.items():
+            error[rows[layer], expert] = low_rank_error(folds, max_rank).cpu()
+            tokens[rows[layer], expert] = sum(float(sums.tokens) for sums in folds)
         group.clear()
     return {"low_rank_error": error, "low_rank_tokens": tokens}

@@ -3,15 +3,15 @@
 Unlike the sums of the one pass they are large (``[hidden, hidden]`` each, in float64), so they are measured for as many
 experts at a time as a budget of memory allows, in as many passes as that takes, and freed after each.
 
-Every sum stands twice: over the tokens to fit on, and over the held-out ones. Sequences go into the folds whole,
-because the tokens of one are alike.
+Every sum stands once for each of a few folds, to fit on all of them but one and to judge on that one. The folds are
+sections of the pass, not tokens or sequences drawn at random: what follows one another comes from the same document,
+and a map that was fitted on one half of a document looks good on the other half.
 
 Legend: N tokens, H hidden, P tokens that reach one expert, K top-k.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -27,13 +27,16 @@ from moe_lightning.architectures import Architecture, MoELayer, OpenExperts, arc
 from moe_lightning.architectures.modes import evaluation_mode
 from moe_lightning.plan import ModelShape
 
-HELD_OUT_EVERY = 4
-"""One sequence of so many is held out."""
+NUM_FOLDS = 4
+"""Sections of the pass, each of which is held out once."""
 
 MAX_BYTES = 4 * 2**30
 """Memory for the second moments of one pass, in bytes."""
 
-FIT, HELD_OUT, PADDING = 0, 1, -1
+PADDING = -1
+
+SecondMoments = tuple["FoldMoments", ...]
+"""The second moments of one expert, one entry for each fold."""
 
 
 @dataclass
@@ -101,9 +104,19 @@ class FoldMoments:
         self.gate2_cross.addmm_(weighted_HP, y_PH)
         self.gate2_norm_square += square_P @ y_PH.square().sum(1)
 
-    def __add__(self, other: FoldMoments) -> FoldMoments:
-        """Return the sums over both folds."""
-        return FoldMoments(*(getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)))
+    @classmethod
+    def total(cls, folds: Iterable[FoldMoments]) -> FoldMoments:
+        """Return the sums over several folds.
+
+        Args:
+            folds: At least one.
+        """
+        first, *others = folds
+        result = cls(*(getattr(first, entry.name).clone() for entry in fields(cls)))
+        for other in others:
+            for entry in fields(cls):
+                getattr(result, entry.name).add_(getattr(other, entry.name))
+        return result
 
     def over_all_ranks(self) -> None:
         """Add up the sums of all processes of a distributed run, in place."""
@@ -116,18 +129,6 @@ class FoldMoments:
         return all(bool(torch.isfinite(getattr(self, entry.name)).all()) for entry in fields(self))
 
 
-class SecondMoments(NamedTuple):
-    """The second moments of one expert.
-
-    Attributes:
-        fit: Over the tokens to fit on.
-        held_out: Over the others.
-    """
-
-    fit: FoldMoments
-    held_out: FoldMoments
-
-
 def second_moment_bytes(hidden_size: int, num_experts: int) -> int:
     """Return the memory that the second moments of some experts take at once.
 
@@ -136,9 +137,9 @@ def second_moment_bytes(hidden_size: int, num_experts: int) -> int:
         num_experts: How many experts.
 
     Returns:
-        Bytes: two folds of two ``[H, H]`` and two ``[H]`` in float64, and four numbers.
+        Bytes: for each fold two ``[H, H]`` and two ``[H]`` in float64, and four numbers.
     """
-    return num_experts * 2 * 8 * (2 * hidden_size**2 + 2 * hidden_size + 4)
+    return num_experts * NUM_FOLDS * 8 * (2 * hidden_size**2 + 2 * hidden_size + 4)
 
 
 class _LayersDone(Exception):
@@ -146,40 +147,29 @@ class _LayersDone(Exception):
 
 
 def split_folds(batches: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-    """Decide which calibration tokens are held out.
+    """Say which fold every calibration token is in: contiguous sections of the pass with equally many tokens.
 
-    The sequences are put in the order of a hash of their tokens and every fourth is held out, so that the folds depend
-    neither on the order of the sequences nor on how they were put into batches, nor on the padding. With fewer than
-    four, the last quarter of each sequence's tokens is held out instead.
+    How the sequences were put into batches does not matter, nor does the padding; their order does. With fewer tokens
+    than folds some folds are empty.
 
     Args:
         batches: Dicts with ``input_ids`` ``[batch, sequence]`` and optional ``attention_mask`` (0 = padding).
 
     Returns:
-        For each batch ``[batch, sequence]`` int8: 0 to fit on, 1 held out, -1 padding.
+        For each batch the fold of each token, -1 for padding, int8 ``[batch, sequence]``.
     """
-    folds, names = [], []
-    for number, batch in enumerate(batches):
-        ids = batch["input_ids"].cpu()
+    counted = []
+    for batch in batches:
         mask = batch.get("attention_mask")
-        counted = torch.ones(ids.shape, dtype=torch.bool, device="cpu") if mask is None else mask.bool().cpu()
-        folds.append(torch.where(counted, FIT, PADDING).to(torch.int8))
-        for row in range(ids.shape[0]):
-            tokens = ids[row][counted[row]].long().numpy()
-            if tokens.size:
-                names.append((hashlib.blake2b(tokens.tobytes(), digest_size=16).digest(), number, row))
-    names.sort()
-    if len(names) >= HELD_OUT_EVERY:
-        for _, number, row in names[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]:
-            fold_S = folds[number][row]
-            fold_S[fold_S == FIT] = HELD_OUT
-        return folds
-    for _, number, row in names:
-        fold_S = folds[number][row]
-        places = (fold_S == FIT).nonzero().squeeze(-1)
-        # Of a single token nothing can be held out; from two on, both folds get something.
-        held_out = max(1, len(places) // HELD_OUT_EVERY) if len(places) > 1 else 0
-        fold_S[places[len(places) - held_out :]] = HELD_OUT
+        every = torch.ones(batch["input_ids"].shape, dtype=torch.bool, device="cpu")
+        counted.append(every if mask is None else mask.bool().cpu())
+    total = sum(int(mask.sum()) for mask in counted)
+    folds, start = [], 0
+    for mask in counted:
+        number = start + mask.reshape(-1).cumsum(0) - 1
+        start += int(mask.sum())
+        fold = torch.where(mask.reshape(-1), number * NUM_FOLDS // max(total, 1), PADDING)
+        folds.append(fold.reshape(mask.shape).to(torch.int8))
     return folds
 
 
@@ -230,7 +220,7 @@ class _Watch:
     def _see(self, number: int, _module: nn.Module, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
         hidden_NH, index_NK, weight_NK = arguments
         opened = self.architecture.open_experts(self.layers[number])
-        totals = [int((self.fold_N == fold).sum()) for fold in (FIT, HELD_OUT)]
+        totals = [int((self.fold_N == fold).sum()) for fold in range(NUM_FOLDS)]
         for rows, slot, moments in self.watched[number]:
             chosen_NK = torch.isin(index_NK, rows) & (self.fold_N != PADDING)[:, None]
             members_P = chosen_NK.any(1).nonzero().squeeze(-1)
@@ -238,7 +228,7 @@ class _Watch:
             gate_P = (weight_NK * chosen_NK).sum(1)[members_P]
             input_PH = hidden_NH[members_P]
             output_PH = _expert_output(opened, slot, input_PH)
-            for fold, total, sums in zip((FIT, HELD_OUT), totals, moments, strict=True):
+            for fold, (total, sums) in enumerate(zip(totals, moments, strict=True)):
                 here = self.fold_N[members_P] == fold
                 sums.add(total, input_PH[here], output_PH[here], gate_P[here])
         if number + 1 == len(self.layers):
@@ -270,8 +260,8 @@ def iterate_second_moments(
     """Measure second moments, as many experts at a time as the memory allows.
 
     Every group of experts takes a pass over the batches, which ends in the last layer that it needs. The model is as
-    before between the groups and afterwards. In a distributed run every rank gets the sums over all ranks, and holds
-    out sequences of its own.
+    before between the groups and afterwards. In a distributed run every rank gets the sums over all ranks, and
+    divides its own tokens into folds.
 
     Args:
         model: A model with its language head, compressed or not.
@@ -304,7 +294,7 @@ def iterate_second_moments(
     groups = [flat[start : start + at_once] for start in range(0, len(flat), at_once)]
     for number, group in enumerate(groups):
         moments = {
-            pair: SecondMoments(*(FoldMoments.zeros(shape.hidden_size, device) for _ in range(2))) for pair in group
+            pair: tuple(FoldMoments.zeros(shape.hidden_size, device) for _ in range(NUM_FOLDS)) for pair in group
         }
         memory = second_moment_bytes(shape.hidden_size, len(group)) / 2**20
         description = f"second moments {number + 1}/{len(groups)}, {len(group)} experts, {memory:.4g} MiB"
@@ -313,12 +303,12 @@ def iterate_second_moments(
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 for sums in folded:
                     sums.over_all_ranks()
-            if not (folded.fit.finite and folded.held_out.finite):
+            if not all(sums.finite for sums in folded):
                 raise ValueError(
                     f"second moments of expert {expert} in layer {layer} are not finite: "
                     "the model's weights or activations overflow"
                 )
-            if float(folded.fit.tokens + folded.held_out.tokens) == 0:
+            if not any(float(sums.tokens) for sums in folded):
                 raise ValueError("second moments: the calibration batches hold no token outside the padding")
         yield moments
         del moments

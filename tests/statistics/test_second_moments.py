@@ -11,9 +11,9 @@ from torch import Tensor
 
 import moe_lightning as ml
 from moe_lightning.statistics.second_moments import (
-    FIT,
-    HELD_OUT,
+    NUM_FOLDS,
     PADDING,
+    FoldMoments,
     SecondMoments,
     iterate_second_moments,
     second_moment_bytes,
@@ -103,7 +103,7 @@ def alone(sequences: Sequence[Tensor]) -> list[dict[str, Tensor]]:
     return [{"input_ids": sequence[None]} for sequence in sequences]
 
 
-def test_every_sum_of_both_folds_equals_explicit_token_matrices(model: Any, sequences: list[Tensor]) -> None:
+def test_every_sum_of_every_fold_equals_explicit_token_matrices(model: Any, sequences: list[Tensor]) -> None:
     batches = alone(sequences)
     fold = torch.cat([fold.reshape(-1) for fold in split_folds(batches)]).numpy()
     layers, inputs = record(model, batches), inputs_of(model, batches)
@@ -111,7 +111,7 @@ def test_every_sum_of_both_folds_equals_explicit_token_matrices(model: Any, sequ
     assert list(got) == [(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
     for (layer, expert), folded in got.items():
         seen, expected = layers[layer], []
-        for number in (FIT, HELD_OUT):
+        for number in range(NUM_FOLDS):
             here = seen.chosen[:, expert] & (fold == number)
             expected.append(
                 by_hand(
@@ -141,14 +141,20 @@ def test_not_even_one_expert_fits_goes_on_one_by_one(model: Any, sequences: list
     assert [list(group) for group in groups] == [[(1, 0)], [(1, 2)]]
 
 
-def test_neither_order_nor_batches_nor_padding_matter(model: Any, sequences: list[Tensor]) -> None:
+def test_neither_batches_nor_padding_matter(model: Any, sequences: list[Tensor]) -> None:
     expected = measure(model, alone(sequences))
-    assert_same(measure(model, alone(sequences[::-1])), expected)
     for filler in (5, 40):
-        batches = [padded(sequences[4:], 14, filler), padded(sequences[:4], 12, filler)]
+        batches = [padded(sequences[:4], 12, filler), padded(sequences[4:], 14, filler)]
         assert_same(measure(model, batches), expected)
     nothing = padded([sequences[0][:0]], 3, 5)
     assert_same(measure(model, [nothing, *alone(sequences), nothing]), expected)
+
+
+def test_the_order_matters_to_the_folds_only(model: Any, sequences: list[Tensor]) -> None:
+    def total(batches: list[dict[str, Tensor]]) -> dict:
+        return {pair: (FoldMoments.total(folded),) for pair, folded in measure(model, batches).items()}
+
+    assert_same(total(alone(sequences[::-1])), total(alone(sequences)))
 
 
 def test_batches_may_come_from_a_generator(model: Any, sequences: list[Tensor]) -> None:
@@ -158,22 +164,24 @@ def test_batches_may_come_from_a_generator(model: Any, sequences: list[Tensor]) 
     assert_same(got, {pair: folded for pair, folded in measure(model, batches).items() if pair in got})
 
 
-def test_one_of_four_sequences_is_held_out_whole() -> None:
-    batches = random_batches(5, 4, 6)
-    folds = torch.cat(split_folds(batches))
-    assert ((folds == folds[:, :1]).all(1)).all()
-    assert int((folds[:, 0] == HELD_OUT).sum()) == 5
-    again = torch.cat(split_folds(batches))
-    assert torch.equal(folds, again)
+def test_folds_are_sections_of_the_pass() -> None:
+    folds = torch.cat([fold.reshape(-1) for fold in split_folds(random_batches(5, 4, 6))])
+    assert folds.tolist() == [0] * 30 + [1] * 30 + [2] * 30 + [3] * 30
 
 
-@pytest.mark.parametrize(("lengths", "held_out"), [((8,), [2]), ((2, 9, 1), [1, 2, 0]), ((3,), [1])])
-def test_of_few_sequences_the_last_tokens_are_held_out(lengths: tuple[int, ...], held_out: list[int]) -> None:
-    sequences = [torch.arange(length) + 7 for length in lengths]
-    for fold, length, last in zip(
-        split_folds([padded([sequence], 11, 5) for sequence in sequences]), lengths, held_out, strict=True
-    ):
-        assert fold.tolist() == [[FIT] * (length - last) + [HELD_OUT] * last + [PADDING] * (11 - length)]
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ((8,), [[0, 0, 1, 1, 2, 2, 3, 3]]),
+        ((2, 3, 1), [[0, 0], [1, 2, 2], [3]]),
+        ((0, 3), [[], [0, 1, 2]]),
+        ((0,), [[]]),
+    ],
+)
+def test_folds_of_few_tokens(lengths: tuple[int, ...], expected: list[list[int]]) -> None:
+    batches = [padded([torch.arange(length) + 7], 9, 5) for length in lengths]
+    for fold, want in zip(split_folds(batches), expected, strict=True):
+        assert fold.tolist() == [want + [PADDING] * (9 - len(want))]
 
 
 def test_nothing_after_the_last_wanted_layer_runs(model: Any, sequences: list[Tensor]) -> None:
@@ -220,7 +228,7 @@ def test_a_compressed_model_has_its_real_experts_only(model: Any, sequences: lis
     inputs = inputs_of(model, batches)[0]
     for (_, expert), folded in measure(compressed, batches, {0: layout.real}).items():
         expected = []
-        for number in (FIT, HELD_OUT):
+        for number in range(NUM_FOLDS):
             here = layers[0].chosen[:, expert] & (fold == number)
             seen = (inputs[here], layers[0].output[here, expert], layers[0].gate[here, expert])
             expected.append(by_hand(*seen, int((fold == number).sum())))
@@ -233,8 +241,8 @@ def test_bytes_are_those_of_the_sums(model: Any, sequences: list[Tensor]) -> Non
     (folded,) = measure(model, alone(sequences), {2: [4]}).values()
     held = sum(tensor.numel() * tensor.element_size() for sums in folded for tensor in vars(sums).values())
     assert held == second_moment_bytes(HIDDEN, 1)
-    # A Mixtral expert: 512 MiB, so that the default holds seven.
-    assert second_moment_bytes(4096, 1) == 512 * 2**20 + 2 * 8 * (2 * 4096 + 4)
+    # A Mixtral expert takes 1 GiB.
+    assert second_moment_bytes(4096, 1) == 2**30 + 4 * 8 * (2 * 4096 + 4)
 
 
 def test_errors_name_what_is_wrong(model: Any, sequences: list[Tensor]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moe_lightning.architectures import architecture_of
+from moe_lightning.statistics import low_rank
 from moe_lightning.statistics.low_rank import (
     LowRankFit,
     WeightedRegression,
@@ -44,13 +45,27 @@ def sums_of(tokens: Tokens, unreached: int = 0) -> FoldMoments:
     return sums
 
 
-def moments_of(fit: Tokens, held_out: Tokens) -> SecondMoments:
-    return SecondMoments(sums_of(fit, 7), sums_of(held_out, 5))
+def folds_of(*folds: Tokens) -> SecondMoments:
+    return tuple(sums_of(tokens, 3 + number) for number, tokens in enumerate(folds))
 
 
-def joined(first: Tokens, second: Tokens) -> Tokens:
-    x, y, gate = (np.concatenate(pair) for pair in zip(first, second, strict=True))
+def unreached(folds: int) -> int:
+    """Return how many tokens of the folds that :func:`folds_of` makes do not reach the expert."""
+    return sum(3 + number for number in range(folds))
+
+
+def joined(*folds: Tokens) -> Tokens:
+    x, y, gate = (np.concatenate(pair) for pair in zip(*folds, strict=True))
     return x, y, gate
+
+
+def cross_validated(folds: tuple[Tokens, ...], ridge: float, rank: int) -> float:
+    """Return the sum over folds of the error there of the map of all others."""
+    total = 0.0
+    for number, held_out in enumerate(folds):
+        others = joined(*(tokens for fold, tokens in enumerate(folds) if fold != number))
+        total += error_by_hand(held_out, *ridge_by_hand(others, ridge, rank))
+    return total
 
 
 def ridge_by_hand(tokens: Tokens, ridge: float, rank: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -80,10 +95,10 @@ def matrix_of(fit: LowRankFit) -> np.ndarray:
 
 @pytest.mark.parametrize("rank", [1, 3, HIDDEN])
 @pytest.mark.parametrize("ridge", [1e-6, 1e-2, 1.0])
-def test_the_map_is_reduced_rank_ridge_regression_on_both_folds(rank: int, ridge: float) -> None:
-    fit_tokens, held_out = draw(90, 1), draw(30, 2)
-    fit = fit_low_rank(3, 5, moments_of(fit_tokens, held_out), rank, ridges=(ridge,))
-    matrix, constant = ridge_by_hand(joined(fit_tokens, held_out), ridge, rank)
+def test_the_map_is_reduced_rank_ridge_regression_on_all_folds(rank: int, ridge: float) -> None:
+    folds = (draw(50, 1), draw(30, 2), draw(40, 3))
+    fit = fit_low_rank(3, 5, folds_of(*folds), rank, ridges=(ridge,))
+    matrix, constant = ridge_by_hand(joined(*folds), ridge, rank)
     np.testing.assert_allclose(matrix_of(fit), matrix, atol=1e-9)
     np.testing.assert_allclose(fit.constant.numpy(), constant, atol=1e-9)
     assert (fit.layer, fit.expert, fit.rank, fit.ridge, fit.tokens) == (3, 5, rank, ridge, 120)
@@ -92,22 +107,19 @@ def test_the_map_is_reduced_rank_ridge_regression_on_both_folds(rank: int, ridge
 
 
 def test_full_rank_is_ridge_regression() -> None:
-    tokens = draw(80, 1)
-    matrix, constant = ridge_by_hand(tokens, 0.03)
-    fit = fit_low_rank(0, 0, moments_of(draw(60, 1), draw(20, 1)), HIDDEN, ridges=(0.03,))
-    assert fit.rank == HIDDEN
-    regression = WeightedRegression(sums_of(tokens))
-    columns, rows = regression.directions(0.03, HIDDEN)
-    np.testing.assert_allclose((columns @ rows).numpy(), matrix, atol=1e-9)
-    np.testing.assert_allclose((regression.mean_y - regression.mean_x @ columns @ rows).numpy(), constant, atol=1e-9)
+    folds = (draw(60, 1), draw(20, 2))
+    matrix, constant = ridge_by_hand(joined(*folds), 0.03)
+    fit = fit_low_rank(0, 0, folds_of(*folds), HIDDEN, ridges=(0.03,))
+    np.testing.assert_allclose(matrix_of(fit), matrix, atol=1e-9)
+    np.testing.assert_allclose(fit.constant.numpy(), constant, atol=1e-9)
 
 
 @pytest.mark.parametrize("ridge", [1e-5, 0.1, 10.0])
 def test_the_held_out_curve_is_the_error_on_the_tokens(ridge: float) -> None:
-    fit_tokens, held_out = draw(70, 3), draw(25, 4)
-    fit = fit_low_rank(0, 0, moments_of(fit_tokens, held_out), HIDDEN, ridges=(ridge,))
+    folds = (draw(40, 3), draw(25, 4), draw(30, 5), draw(1, 6))
+    fit = fit_low_rank(0, 0, folds_of(*folds), HIDDEN, ridges=(ridge,))
     for rank in range(HIDDEN + 1):
-        by_hand = error_by_hand(held_out, *ridge_by_hand(fit_tokens, ridge, rank)) / (25 + 5)
+        by_hand = cross_validated(folds, ridge, rank) / (96 + unreached(4))
         assert float(fit.held_out_error[rank]) == pytest.approx(by_hand, rel=1e-9)
 
 
@@ -115,9 +127,9 @@ def test_the_ridge_is_the_best_one_on_the_held_out_tokens() -> None:
     ridges = (1e-6, 1e-3, 0.1, 1.0, 30.0)
     chosen = set()
     for seed, noise, count in ((1, 0.01, 400), (2, 1.0, 60), (3, 3.0, 40), (4, 0.3, 30)):
-        fit_tokens, held_out = draw(count, seed, noise=noise), draw(count, seed + 50, noise=noise)
-        errors = [error_by_hand(held_out, *ridge_by_hand(fit_tokens, ridge, 4)) for ridge in ridges]
-        fit = fit_low_rank(0, 0, moments_of(fit_tokens, held_out), 4, ridges=ridges)
+        folds = tuple(draw(count // 2, seed + 50 * fold, noise=noise) for fold in range(3))
+        errors = [cross_validated(folds, ridge, 4) for ridge in ridges]
+        fit = fit_low_rank(0, 0, folds_of(*folds), 4, ridges=ridges)
         assert fit.ridge == ridges[int(np.argmin(errors))]
         chosen.add(fit.ridge)
     assert len(chosen) > 1
@@ -125,7 +137,7 @@ def test_the_ridge_is_the_best_one_on_the_held_out_tokens() -> None:
 
 def test_an_affine_expert_of_the_rank_is_recovered() -> None:
     fit_tokens, held_out = draw(60, 1, rank=3, noise=0.0), draw(20, 2, rank=3, noise=0.0)
-    fit = fit_low_rank(0, 0, moments_of(fit_tokens, held_out), 3, ridges=(1e-13, 1.0))
+    fit = fit_low_rank(0, 0, folds_of(fit_tokens, held_out), 3, ridges=(1e-13, 1.0))
     x, y, _ = draw(50, 9, rank=3, noise=0.0)
     np.testing.assert_allclose(x @ matrix_of(fit) + fit.constant.numpy(), y, atol=1e-8)
     assert float(fit.held_out_error[3]) < 1e-9 * float(fit.held_out_error[0])
@@ -134,7 +146,7 @@ def test_an_affine_expert_of_the_rank_is_recovered() -> None:
 
 def test_rank_zero_is_the_constant_of_least_error() -> None:
     fit_tokens, held_out = draw(40, 1), draw(13, 2)
-    fit = fit_low_rank(0, 0, moments_of(fit_tokens, held_out), 0)
+    fit = fit_low_rank(0, 0, folds_of(fit_tokens, held_out), 0)
     _, y, gate = joined(fit_tokens, held_out)
     np.testing.assert_allclose(fit.constant.numpy(), (gate**2) @ y / (gate**2).sum(), rtol=1e-12)
     assert (fit.rank, fit.ridge, fit.novice_in.shape) == (0, None, (0, HIDDEN))
@@ -183,75 +195,102 @@ def test_mean_inputs_and_outputs_a_thousand_times_their_spread() -> None:
 
 
 def test_too_few_tokens_give_the_constant_and_say_so() -> None:
-    moments = moments_of(draw(11, 1), draw(4, 2))
-    assert fit_low_rank(0, 0, moments, 4).status == "constant: 15 tokens are fewer than 4 x rank 4"
-    assert fit_low_rank(0, 0, moments, 4, tokens_per_rank=8).rank == 0
-    assert fit_low_rank(0, 0, moments, 3).status.startswith("rank 3, ridge")
-    assert fit_low_rank(0, 0, moments, HIDDEN).rank == 0
+    folds = folds_of(draw(11, 1), draw(4, 2))
+    assert fit_low_rank(0, 0, folds, 4).status == "constant: 15 tokens are fewer than 4 x rank 4"
+    assert fit_low_rank(0, 0, folds, 4, tokens_per_rank=8).rank == 0
+    assert fit_low_rank(0, 0, folds, 3).status.startswith("rank 3, ridge")
+    assert fit_low_rank(0, 0, folds, HIDDEN).rank == 0
 
 
 def test_outputs_that_have_nothing_to_do_with_the_inputs_give_the_constant() -> None:
     generator = np.random.default_rng(0)
     fit_tokens, held_out = draw(40, 1), draw(20, 2)
     mixed_up = tuple((x, generator.normal(size=y.shape), gate) for x, y, gate in (fit_tokens, held_out))
-    moments = moments_of(*mixed_up)
-    fit = fit_low_rank(0, 0, moments, 4, ridges=(1e-4, 1e-2))
-    assert fit.status == "constant: no map of rank 4 beats it on 20 held-out tokens"
+    folds = folds_of(*mixed_up)
+    fit = fit_low_rank(0, 0, folds, 4, ridges=(1e-4, 1e-2))
+    assert fit.status == "constant: no map of rank 4 beats it on held-out tokens"
     assert fit.rank == 0
-    assert not bool((low_rank_error(moments, 6, ridges=(1e-4, 1e-2)) > fit.held_out_error[0]).any())
+    assert not bool((low_rank_error(folds, 6, ridges=(1e-4, 1e-2)) > fit.held_out_error[0]).any())
 
 
 def test_one_token_over_and_over_is_its_output() -> None:
     x, y, gate = draw(1, 1)
     fit_tokens, held_out = ((x.repeat(n, 0), y.repeat(n, 0), gate.repeat(n)) for n in (30, 10))
-    moments = moments_of(fit_tokens, held_out)
-    fit = fit_low_rank(0, 0, moments, 2)
+    folds = folds_of(fit_tokens, held_out)
+    fit = fit_low_rank(0, 0, folds, 2)
     assert fit.rank == 0
     np.testing.assert_allclose(fit.constant.numpy(), y[0], rtol=1e-12)
-    assert float(low_rank_error(moments, 4).max()) < 1e-12
+    assert float(low_rank_error(folds, 4).max()) < 1e-12
 
 
-def test_nothing_is_held_out_or_nothing_is_left_to_fit_on() -> None:
+def test_all_tokens_are_in_one_fold() -> None:
     nothing = tuple(array[:0] for array in draw(1))
     tokens = draw(40, 1)
-    expected = sums_of(tokens).gate2_output / sums_of(tokens).gate2
-    for moments, word in ((moments_of(tokens, nothing), "held out"), (moments_of(nothing, tokens), "to fit on")):
-        fit = fit_low_rank(0, 0, moments, 2)
-        assert fit.status == f"constant: none of its 40 tokens is among those {word}"
-        torch.testing.assert_close(fit.constant, expected)
-    assert not low_rank_error(moments_of(tokens, nothing), 3).any()
-    everything = low_rank_error(moments_of(nothing, tokens), 3)
+    folds = folds_of(nothing, tokens, nothing)
+    fit = fit_low_rank(0, 0, folds, 2)
+    assert fit.status.startswith("constant: its 40 tokens are all in one of 3 folds")
+    torch.testing.assert_close(fit.constant, folds[1].gate2_output / folds[1].gate2)
+    # Nothing is known of it outside that fold, where it would have been zero.
     _, y, gate = tokens
-    np.testing.assert_allclose(everything.numpy(), (gate**2 @ (y**2).sum(1)) / 45)
+    expected = (gate**2 @ (y**2).sum(1)) / (40 + unreached(3))
+    np.testing.assert_allclose(low_rank_error(folds, 3).numpy(), expected)
+
+
+def test_an_empty_fold_changes_nothing_but_the_number_of_tokens() -> None:
+    nothing = tuple(array[:0] for array in draw(1))
+    folds = (draw(30, 1), draw(20, 2))
+    with_nothing, without = folds_of(*folds, nothing), folds_of(*folds)
+    fits = [fit_low_rank(0, 0, moments, 3) for moments in (with_nothing, without)]
+    assert torch.equal(fits[0].novice_in, fits[1].novice_in)
+    share = (50 + unreached(2)) / (50 + unreached(3))
+    torch.testing.assert_close(fits[0].held_out_error, fits[1].held_out_error * share)
+
+
+def test_beyond_the_exact_sizes_directions_come_by_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    folds = folds_of(*(draw(300, seed, hidden=80, rank=80) for seed in range(3)))
+    exact = fit_low_rank(0, 0, folds, 4)
+    monkeypatch.setattr(low_rank, "EXACT_HIDDEN_SIZE", 8)
+    calls = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: (calls.append(1), eigh(matrix))[1])
+    iterated = fit_low_rank(0, 0, folds, 4)
+    # One of every fold's inputs and one of all inputs, none for the ridges.
+    assert len(calls) == 4
+    assert iterated.status == exact.status
+    np.testing.assert_allclose(iterated.held_out_error.numpy(), exact.held_out_error.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(matrix_of(iterated), matrix_of(exact), atol=1e-3)
+    assert torch.equal(fit_low_rank(0, 0, folds, 4).novice_in, iterated.novice_in)
+    identity = iterated.novice_out @ iterated.novice_out.T
+    assert float((identity - identity.diagonal().diag()).abs().max()) < 1e-12
 
 
 def test_an_expert_that_no_token_reached_is_zero() -> None:
     nothing = tuple(array[:0] for array in draw(1))
-    fit = fit_low_rank(0, 0, moments_of(nothing, nothing), 4)
+    fit = fit_low_rank(0, 0, folds_of(nothing, nothing), 4)
     assert fit.status == "constant: no calibration token reached it, so it is zero"
     assert not fit.constant.any()
-    assert not low_rank_error(moments_of(nothing, nothing), 3).any()
+    assert not low_rank_error(folds_of(nothing, nothing), 3).any()
 
 
 def test_ties_between_directions_are_broken_the_same_way_every_time() -> None:
     x = np.concatenate([np.eye(HIDDEN), -np.eye(HIDDEN)]).repeat(5, 0)
     tokens = (x, x.copy(), np.full(len(x), 0.5))
-    fits = [fit_low_rank(0, 0, moments_of(tokens, tokens), 3) for _ in range(2)]
+    fits = [fit_low_rank(0, 0, folds_of(tokens, tokens), 3) for _ in range(2)]
     assert torch.equal(fits[0].novice_in, fits[1].novice_in)
     share = fits[0].held_out_error / fits[0].held_out_error[0]
     np.testing.assert_allclose(share.numpy(), 1 - np.arange(4) / HIDDEN, atol=1e-4)
 
 
 def test_both_factors_have_the_same_size() -> None:
-    fit = fit_low_rank(0, 0, moments_of(draw(60, 1), draw(20, 2)), 4)
+    fit = fit_low_rank(0, 0, folds_of(draw(60, 1), draw(20, 2)), 4)
     torch.testing.assert_close(fit.novice_in.norm(dim=1), fit.novice_out.norm(dim=1))
 
 
 def test_the_estimate_for_each_rank_is_what_a_fit_of_that_rank_held_out() -> None:
-    moments = moments_of(draw(30, 1, noise=1.0), draw(14, 2, noise=1.0))
-    estimate = low_rank_error(moments, HIDDEN)
+    folds = folds_of(draw(30, 1, noise=1.0), draw(14, 2, noise=1.0))
+    estimate = low_rank_error(folds, HIDDEN)
     for rank in range(HIDDEN + 1):
-        fit = fit_low_rank(0, 0, moments, rank)
+        fit = fit_low_rank(0, 0, folds, rank)
         expected = estimate[0] if fit.rank == 0 else fit.held_out_error[rank]
         assert float(estimate[rank]) == pytest.approx(float(expected), rel=1e-9)
     # 44 tokens: from rank 12 on there are too few.
@@ -259,15 +298,15 @@ def test_the_estimate_for_each_rank_is_what_a_fit_of_that_rank_held_out() -> Non
 
 
 def test_options_without_sense_are_refused() -> None:
-    moments = moments_of(draw(30, 1), draw(14, 2))
+    folds = folds_of(draw(30, 1), draw(14, 2))
     for rank in (-1, HIDDEN + 1):
         with pytest.raises(ValueError, match="between 0 and the hidden size 12"):
-            fit_low_rank(0, 0, moments, rank)
+            fit_low_rank(0, 0, folds, rank)
     for ridges in ((), (0.0, 1.0)):
         with pytest.raises(ValueError, match="ridges must be positive"):
-            fit_low_rank(0, 0, moments, 2, ridges=ridges)
+            fit_low_rank(0, 0, folds, 2, ridges=ridges)
     with pytest.raises(ValueError, match="tokens_per_rank"):
-        fit_low_rank(0, 0, moments, 2, tokens_per_rank=0.5)
+        fit_low_rank(0, 0, folds, 2, tokens_per_rank=0.5)
 
 
 # --- from the model --------------------------------------------------------------------------------------------------
@@ -352,8 +391,7 @@ def test_the_errors_of_all_experts_are_those_of_single_ones(model: Any) -> None:
     tensors = collect_low_rank_error(model, batches, shape, progress=False)
     assert tensors["low_rank_error"].shape == (3, 6, 33)
     assert torch.isfinite(tensors["low_rank_error"]).all()
-    # One of four of 16 sequences.
-    assert bool((tensors["low_rank_tokens"] == 4 * 16).all())
+    assert bool((tensors["low_rank_tokens"] == 8 * 2 * 16).all())
     fits = collect_low_rank(model, batches, {1: ((4, 3),)}, progress=False)
     error = tensors["low_rank_error"][1, 4]
     fit = fits[1, 4]
