@@ -5,6 +5,7 @@ channels set to zero.
 """
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -214,6 +215,25 @@ def test_an_expert_that_no_token_reached_keeps_some_and_has_no_bias() -> None:
     assert torch.isfinite(logits(model)).all()
 
 
+def test_experts_that_no_token_reached_have_no_say(observed: Any) -> None:
+    _, statistics, layers = observed
+    dead = [1, 3, 4, 5]
+    tensors = {name: tensor.clone() for name, tensor in statistics.tensors.items()}
+    for name in ("channel_count", "channel_mean", "channel_m2"):
+        tensors[name][0, dead] = 0.0
+    chosen = layers[0].chosen.copy()
+    chosen[:, dead] = False
+    others = [dataclasses.replace(layers[0], chosen=chosen), *layers[1:]]
+    changed = 0
+    for removed in (100, 200, 400, 500, 700):
+        widths = reference_widths(others, removed)
+        changed += widths != reference_widths(layers, removed)
+        method = ChannelDrop(ratio=removed / (3 * EXPERTS * CHANNELS))
+        edits = method.propose(statistics.shape, Statistics(statistics.shape, tensors))
+        assert [edit.width for edit in edits] == widths
+    assert changed, "they had a say that changed nothing"
+
+
 def test_novices_and_merged_experts_keep_out() -> None:
     model = untouched()
     result = compress(model, [ml.Novices(keep=4), Merge(keep=2), ChannelDrop(ratio=0.5)])
@@ -252,6 +272,7 @@ def test_a_target_is_met_and_missed_by_less_than_a_step(observed: Any, scope: An
         edits = ChannelDrop(**{name: target}, scope=scope).propose(shape, statistics)
         reached = getattr(CompressionPlan(edits).check(shape), name)
         assert reached <= target < reached + step + biases
+        assert ChannelDrop(**{name: reached}, scope=scope).propose(shape, statistics) == edits
         if scope == "layer":
             assert len({edit.width for edit in edits}) == 1
         if len(edits) == 3:

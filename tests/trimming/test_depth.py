@@ -367,6 +367,19 @@ def test_blocks_then_moe_layers() -> None:
         torch.testing.assert_close(logits(model), logits(original), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", [BlockDrop(count=2), BlockDrop(count=2, mode="consecutive"), Angular(count=2)])
+def test_runs_are_named_by_the_original_numbers(method: Any) -> None:
+    """Blocks 0 and 3 are gone: a run among the others may reach over the gap."""
+    original = model_with(seed=5)
+    model = copy.deepcopy(original)
+    compress(model, None, plan=fixed([], [0, 3]))
+    edits = compress(model, method).plan.edits
+    gone = [edit.layer for edit in edits]
+    assert len(set(gone)) == 4
+    with emulated_depth(original, [], gone):
+        torch.testing.assert_close(logits(model), logits(original), rtol=0, atol=1e-12)
+
+
 def test_the_second_method_measures_what_the_first_left() -> None:
     model = model_with(seed=4)
     compress(model, LayerDrop(count=2))

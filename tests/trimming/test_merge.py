@@ -360,6 +360,8 @@ def test_joining_ties_and_silent_logits() -> None:
     gram[0, 2] = gram[2, 0] = 0.5
     gram[0, 1] = gram[1, 0] = -0.9
     assert join_cores(gram, range(4), (1, 2)) == ((0, 2), (1, 3)), "opposite is not alike"
+    gram[1, 1], gram[0, 1], gram[1, 0] = 100.0, 1.0, 1.0
+    assert join_cores(gram, range(4), (1, 2)) == ((0, 2), (1, 3)), "large logits are not alike for that"
 
 
 # Bad input.
