@@ -99,7 +99,8 @@ class Merge(Method):
     counts part of them. HC-SMoE's mean outputs are over all tokens, ours over those routed to the expert, which is what
     one calibration pass sees; an expert that no token reached has a mean of zeros, and no weight in its group.
 
-    Cost: alignment takes a table ``[I, I]`` in float64 for each merged expert, 1.6 GB for Mixtral-8x7B.
+    Cost: alignment takes a table ``[I, I]`` in float64 for each merged expert, 1.6 GB for Mixtral-8x7B, and a matching
+    on one core: 1 s at I = 2048, 5 s at 4096.
     """
 
     ratio: float | None = None
