@@ -143,7 +143,10 @@ def sweep_model(
         return
     with begun():
         prepared.folder.begin(fingerprint, {"model": model, "data": data.describe(), "cells": len(cells)})
-        failures = _work(prepared, todo)
+        try:
+            failures = _work(prepared, todo)
+        except KeyboardInterrupt:
+            raise WorkFailed("interrupted; the finished cells are kept, and the same command does the rest") from None
         _report(prepared, baseline or Baseline(), level, resamples)
     if failures:
         told = "; ".join(f"{name}: {reason}" for name, reason in list(failures.items())[:3])

@@ -5,8 +5,26 @@ close), in colours that colour-blind people can tell apart, legible at the size 
 """
 
 from moe_lightning.reporting.curves import layer_curves, step_curves
+from moe_lightning.reporting.decision_maps import decision_maps, dropping_order
 from moe_lightning.reporting.heat_maps import heat_map
+from moe_lightning.reporting.interval_plots import Curve, RankedValue, interval_curves, interval_ranking
+from moe_lightning.reporting.model_maps import frequency_variance, similarity_map
 from moe_lightning.reporting.style import figure_pixels, save_figure
 from moe_lightning.reporting.tables import plan_table
 
-__all__ = ["figure_pixels", "heat_map", "layer_curves", "plan_table", "save_figure", "step_curves"]
+__all__ = [
+    "Curve",
+    "RankedValue",
+    "decision_maps",
+    "dropping_order",
+    "figure_pixels",
+    "frequency_variance",
+    "heat_map",
+    "interval_curves",
+    "interval_ranking",
+    "layer_curves",
+    "plan_table",
+    "save_figure",
+    "similarity_map",
+    "step_curves",
+]

@@ -8,13 +8,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import MixtralConfig
 
 import moe_lightning as ml
-from moe_lightning.cli.sweep import main
+from moe_lightning.architectures import MixtralArchitecture
+from moe_lightning.cli.commands import command_parser
+from moe_lightning.cli.config_files import packaged_configs
+from moe_lightning.cli.sweep import main, sweep_model
 from moe_lightning.divergence import kl_divergence, top1_agreement
 from moe_lightning.plan import CompressionPlan
+from moe_lightning.statistics import CRITERIA
 from moe_lightning.surgery import plan_of
+from moe_lightning.sweep import cells_of
 from moe_lightning.sweep.bench import Bench
+from moe_lightning.sweep.operators import SCOPES, SCORED, UNSCORED
 from tests.small_checkpoints import write_checkpoint
 
 GRIDS = [
@@ -234,6 +241,23 @@ def test_a_cell_that_fails_does_not_stop_the_others(
     assert len(rows(tmp_path / "out")) == 3
 
 
+def test_an_interrupt_keeps_what_is_done(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = Bench.measure
+
+    def interrupt(self: Bench, cell: Any) -> Any:
+        if cell.seed == 1:
+            raise KeyboardInterrupt
+        return measure(self, cell)
+
+    monkeypatch.setattr(Bench, "measure", interrupt)
+    assert sweep(place, tmp_path / "out", "--grids", json.dumps(GRIDS[2:3])) == 1
+    assert "interrupted; the finished cells are kept" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"cells", "statistics.safetensors", "sweep.json"}
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 2  # the uncompressed model and one cell
+
+
 def test_dry_run_says_what_would_be_done(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep(place, tmp_path / "out", "--dry_run") == 0
     printed = capsys.readouterr().out
@@ -288,3 +312,27 @@ def test_a_compressed_model_is_refused(place: Path, tmp_path: Path, capsys: pyte
     ml.save_pretrained(model, tmp_path / "small", place / "hub")
     assert sweep(place, tmp_path / "out", "--model", str(tmp_path / "small")) == 2
     assert "is compressed already" in capsys.readouterr().err
+
+
+def test_the_packaged_sweep_is_what_it_says() -> None:
+    """Every criterion and operator is in it, it fits the quickstart's model, and nothing held out was trained on."""
+    config = packaged_configs()
+    options = yaml.safe_load(config["sweeps/quickstart"].read_text())
+    training = yaml.safe_load(config["quickstart"].read_text())
+    data = {name: value for name, value in training["data"].items() if name != "vocab_size"}
+    assert options["data"] == {**data, "test": options["data"]["test"]}
+    assert f"--data.test {options['data']['test']} " in config["sweeps/quickstart"].read_text()
+    assert options["data"]["test"] * (options["data"]["block_size"] - 1) >= 100_000
+    parser = command_parser("sweep", sweep_model)
+    given = ["-c", str(config["sweeps/quickstart"]), "--model", "somewhere", "--output", "elsewhere"]
+    grids = parser.instantiate(parser.parse_args(given)).grids
+    shape = MixtralArchitecture().shape_of_config(MixtralConfig(**training["model"]["model"], vocab_size=2048))
+    cells = cells_of(grids, shape)
+    assert len({cell.name for cell in cells}) == len(cells)
+    own_norm = {"mone_l1", "mone_paper_l1", "variance_l1"}  # ablations of a norm
+    assert {cell.criterion.partition(":")[0] for cell in cells} - {""} == set(CRITERIA) - own_norm
+    operators = {cell.operator.partition(":")[0] for cell in cells}
+    assert operators == {*SCORED, *UNSCORED} - {"keep_router"}
+    for criterion in ("residual", "mone", "reap"):
+        tried = {(cell.operator, cell.scope, cell.ratio) for cell in cells if cell.criterion == criterion}
+        assert len(tried) == 5 * len(SCOPES) * 2
