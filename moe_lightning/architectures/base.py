@@ -29,6 +29,7 @@ class MoELayer:
         router: Its forward returns ``(logits [tokens, experts], weights [tokens, k], index [tokens, k])``.
         experts: Its forward takes ``(hidden [tokens, hidden], index [tokens, k], weight [tokens, k])``.
         decoder_layer: The layer around the block.
+        norm: The norm before the block.
     """
 
     index: int
@@ -38,6 +39,7 @@ class MoELayer:
     router: Any
     experts: Any
     decoder_layer: Any
+    norm: Any
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ class MixtralArchitecture(Architecture):
                 router=layer.mlp.gate,
                 experts=layer.mlp.experts,
                 decoder_layer=layer,
+                norm=layer.post_attention_layernorm,
             )
             for place, (number, layer) in enumerate(zip(blocks, layers, strict=True))
             if not isinstance(layer.mlp, NoMoE)

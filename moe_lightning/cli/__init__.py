@@ -19,6 +19,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "test": ("moe_lightning.cli.lightning", "likelihood on the test split"),
     "predict": ("moe_lightning.cli.lightning", "continue prompts"),
     "compress": ("moe_lightning.cli.compress", "compress a checkpoint that already exists, without training"),
+    "collect": ("moe_lightning.cli.collect", "measure what a checkpoint's experts, layers and blocks do, into a file"),
+    "plan": ("moe_lightning.cli.plan", "try methods out on saved statistics, in seconds and without the model"),
+    "sweep": ("moe_lightning.cli.sweep", "compare methods on one model at equal budgets, with intervals and figures"),
 }
 """Name of each command: the module whose ``main(arguments)`` runs it, and what it does."""
 
@@ -28,6 +31,9 @@ examples:
   moe-lightning fit -c quickstart --trainer.max_steps 1000 --model.learning_rate 0.001 --run_dir runs/longer
   moe-lightning fit -c quickstart --ckpt_path last
   moe-lightning test -c quickstart --ckpt_path last
+  moe-lightning compress -c compress --model runs/quickstart/models/original --output runs/smaller
+  moe-lightning collect -c compress --model runs/quickstart/models/original --output stats.safetensors
+  moe-lightning plan --statistics stats.safetensors --methods "[{class_path: Novices, init_args: {ratio: 0.5}}]"
 """
 
 

@@ -214,7 +214,7 @@ class StreamObserver:
                 for row, layer in enumerate(self.architecture.moe_layers(self.model)):
                     seen: dict[str, Tensor] = {}
                     # What the norm before the MoE layer gets is the stream after attention.
-                    norm = layer.decoder_layer.post_attention_layernorm
+                    norm = layer.norm
                     undo.append(norm.register_forward_pre_hook(partial(_remember, seen)).remove)
                     undo.append(layer.decoder_layer.register_forward_hook(partial(self._layer, row, seen)).remove)
             yield self

@@ -230,7 +230,7 @@ def test_typos_in_config_files(
     ("method", "message"),
     [
         ("{ratio: 1.0}", "Novices: ratio must lie in [0, 1), got 1.0: 0.25 removes a quarter of the experts"),
-        ("{ratio: 0.5, criterion: magic}", "Novices: unknown criterion 'magic': choose one of frequency, "),
+        ("{ratio: 0.5, criterion: magic}", "Novices: unknown criterion 'magic': choose one of "),
         ("{ratio: much}", "Compress.methods: Novices.ratio: 'much' is not possible: Expected a float; Expected a null"),
         ("{ratioo: 0.5}", "Compress.methods: Novices: there is no option 'ratioo' (did you mean ratio?)"),
         ("{ratio: 0.5}, name: x", "Compress.methods: Not a valid subclass of Method"),

@@ -60,7 +60,7 @@ class Snapshot:
 
 @dataclasses.dataclass
 class FailsInFill(ml.Novices):
-    def fill(self, edit: Edit, statistics: Statistics) -> dict[str, Tensor]:
+    def fill(self, edit: Edit, statistics: Statistics, weights: Any = None) -> dict[str, Tensor]:
         if edit.layer == 1:
             raise OSError("no memory left")
         return super().fill(edit, statistics)
@@ -68,7 +68,7 @@ class FailsInFill(ml.Novices):
 
 @dataclasses.dataclass
 class FillsNaN(ml.Novices):
-    def fill(self, edit: Edit, statistics: Statistics) -> dict[str, Tensor]:
+    def fill(self, edit: Edit, statistics: Statistics, weights: Any = None) -> dict[str, Tensor]:
         values = super().fill(edit, statistics)["novices"]
         values[-1, 3] = torch.nan if edit.layer == 2 else 0
         return {"novices": values}
@@ -76,7 +76,7 @@ class FillsNaN(ml.Novices):
 
 @dataclasses.dataclass
 class OverflowsInTheTypeOfTheModel(ml.Novices):
-    def fill(self, edit: Edit, statistics: Statistics) -> dict[str, Tensor]:
+    def fill(self, edit: Edit, statistics: Statistics, weights: Any = None) -> dict[str, Tensor]:
         return {"novices": super().fill(edit, statistics)["novices"] + 1e39}
 
 
@@ -97,7 +97,7 @@ class ProposesNonsense(ml.Novices):
 
 @dataclasses.dataclass
 class Interrupted(ml.Novices):
-    def fill(self, edit: Edit, statistics: Statistics) -> dict[str, Tensor]:
+    def fill(self, edit: Edit, statistics: Statistics, weights: Any = None) -> dict[str, Tensor]:
         raise KeyboardInterrupt
 
 
