@@ -85,10 +85,9 @@ class Prediction(NamedTuple):
     log_probability: Tensor
     likeliest: Tensor
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory that it takes."""
-        return sum(part.numel() * part.element_size() for part in self)
+
+def _tokens(sizes: Sequence[torch.Size]) -> int:
+    return sum(size.numel() for size in sizes)
 
 
 def _prediction(logits: Tensor) -> Prediction:
@@ -117,14 +116,22 @@ class Teacher:
         self._again = again
         self._model: PreTrainedModel | None = None
         self._kept: list[Prediction] = []
-        room = max_bytes
+        head = model.get_output_embeddings().weight
+        wide = torch.promote_types(head.dtype, torch.float32)
+        sizes = [batch["input_ids"].shape for batch in batches]
+        kept = 0
+        while kept < len(sizes) and predictions_bytes(_tokens(sizes[: kept + 1]), len(head)) <= max_bytes:
+            kept += 1
+        # In one piece: many pieces between the activations of the passes would leave as much memory unusable.
+        values = torch.empty(_tokens(sizes[:kept]), len(head), dtype=wide, device=head.device)
+        start = 0
         with evaluation_mode(model):
-            for batch in batches:
+            for batch, size in zip(batches[:kept], sizes, strict=False):
                 prediction = _prediction(_logits(model, batch))
-                room -= prediction.num_bytes
-                if room < 0:
-                    break
-                self._kept.append(prediction)
+                part = values[start : start + size.numel()].view(*size, -1)
+                part.copy_(prediction.log_probability)
+                self._kept.append(Prediction(part, prediction.likeliest))
+                start += size.numel()
 
     def prediction(self, number: int) -> Prediction:
         """Return what the uncompressed model says of a batch.
