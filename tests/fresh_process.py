@@ -1,4 +1,4 @@
-"""What the fresh process of ``test_methods.py`` runs: load every folder and save the logits."""
+"""What the fresh process of ``test_methods.py`` runs: load every folder and save its parameters and logits."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ def main(folder: Path) -> None:
     for path in sorted(path for path in folder.iterdir() if path.is_dir()):
         model = ml.from_pretrained(path)
         with torch.no_grad():
-            results[path.name] = model(input_ids=inputs).logits
+            results[path.name] = (model.state_dict(), model(input_ids=inputs).logits)
     torch.save(results, folder / "logits.pt")
 
 

@@ -208,8 +208,8 @@ class ChannelDrop(Method):
         bytes: Remove as few as leave the model's parameters at most this many bytes.
         scope: global compares all layers, layer gives every layer the same width.
         floor: Channels that every expert keeps at least.
-        multiple_of: Permitted widths are the multiples of this (and the width that the layer has): grouped products
-            on GPUs want 8 or more.
+        multiple_of: Permitted widths are the multiples of this (and the width that the layer has). Experts of other
+            widths than multiples of 8 are computed one after the other, not as one grouped product.
 
     Source: 2312.11983 (FLAP), WIFV scores with the adaptive structure. There a module is a whole feed-forward network
     and modules have widths of their own; here it is an expert, and the experts of a layer share a width. Attention is
@@ -222,7 +222,7 @@ class ChannelDrop(Method):
     bytes: int | None = None
     scope: ChannelScope = "global"
     floor: int = 1
-    multiple_of: int = 1
+    multiple_of: int = 8
 
     def __post_init__(self) -> None:
         """Check the options."""
