@@ -190,7 +190,7 @@ def _print_plan(prepared: Prepared, todo: Sequence[Cell]) -> None:
     print(
         f"memory   about {(prepared.workers * each + statistics + moments) / 2**20:,.0f} MiB: statistics "
         f"{statistics / 2**20:,.1f}, second moments {moments / 2**20:,.1f}, each of {prepared.workers} processes "
-        f"{each / 2**20:,.0f}"
+        f"{each / 2**20:,.0f}, and what Python and torch take themselves"
     )
     print(f"output   {prepared.folder.path}")
     print(f"cells    {len(cells) - len(todo)} of {len(cells)} are done, {len(todo)} to do", flush=True)
