@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_lightning.statistics import Statistics, register_criterion
+from moe_lightning.statistics.subsets import subset_number
 
 MOST_SUBSETS = 100_000
 """Subsets of one layer that are tried out at most."""
@@ -28,6 +29,19 @@ def naee(statistics: Statistics, seed: int) -> Tensor:
     raise ValueError(
         "criterion 'naee' chooses whole sets of experts and gives no scores: use it in ExpertDrop or Novices with "
         "scope=layer, or compare the scores of another criterion"
+    )
+
+
+@register_criterion("naee_dense", {"subsets"}, "NAEE, 2402.14800: every subset run", selector=True)
+def naee_dense(statistics: Statistics, seed: int) -> Tensor:
+    """Refuse: NAEE chooses whole sets of experts, and no expert has a score of its own.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(
+        "criterion 'naee_dense' chooses whole sets of experts and gives no scores: use it in ExpertDrop with "
+        "scope=layer and router=slice, or compare the scores of another criterion"
     )
 
 
@@ -135,3 +149,39 @@ class SubsetRanking:
     def _best(self, row: int, count: int) -> tuple[tuple[int, ...], float]:
         check_subsets([len(self._candidates[row])], [count])
         return best_subset(self._errors[row], count)
+
+
+class DenseRanking:
+    """Sets of experts by the measured error of the layer's output with the router choosing among the others."""
+
+    def __init__(self, errors_LS: Tensor, candidates: Sequence[Sequence[int]]) -> None:
+        """Keep the errors.
+
+        Args:
+            errors_LS: ``subset_error`` of the statistics.
+            candidates: For each layer the experts to choose from.
+        """
+        self._errors = errors_LS.tolist()
+        self._candidates = [tuple(experts) for experts in candidates]
+
+    def lowest(self, row: int, count: int) -> tuple[int, ...]:
+        """Return the set of a size whose deletion costs least; of equal ones the first."""
+        return self._best(row, count)[0]
+
+    def next_cost(self, level: int) -> list[float]:
+        """Return by how much the error of the best set grows from ``level`` experts to one more."""
+        return [
+            self._best(row, level + 1)[1] - self._best(row, level)[1] if level + 1 < len(experts) else math.inf
+            for row, experts in enumerate(self._candidates)
+        ]
+
+    def _best(self, row: int, count: int) -> tuple[tuple[int, ...], float]:
+        experts = self._candidates[row]
+        best: tuple[tuple[int, ...], float] | None = None
+        for removed in itertools.combinations(experts, count):
+            stays = tuple(expert for expert in experts if expert not in removed)
+            error = self._errors[row][subset_number(stays)]
+            if best is None or error < best[1]:
+                best = (removed, error)
+        assert best is not None
+        return best

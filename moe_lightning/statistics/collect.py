@@ -33,6 +33,7 @@ from moe_lightning.statistics.routing import RoutingStatistics
 from moe_lightning.statistics.second_moments import MAX_BYTES
 from moe_lightning.statistics.similarity import BlockSimilarity, HiddenSimilarity, LayerSimilarity, StreamObserver
 from moe_lightning.statistics.statistics import Statistics
+from moe_lightning.statistics.subsets import check_subset_experts, collect_subsets
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -182,10 +183,11 @@ def collect(
 ) -> Statistics:
     """Run calibration batches through a model and sum up what its experts and layers do.
 
-    One pass measures all groups but two: ``low_rank`` and ``interventions`` make passes of their own. The model is in
-    eval mode and without gradients; afterwards it is as before. Padding (zeros of ``attention_mask``) is left out. The
-    sums do not depend on how the tokens were split into batches. In a distributed run every rank gets the sums over all
-    ranks. The progress bar says what is measured and how much memory that takes (:func:`statistics_bytes`).
+    One pass measures all groups but three: ``low_rank``, ``interventions`` and ``subsets`` make passes of their own.
+    The model is in eval mode and without gradients; afterwards it is as before. Padding (zeros of ``attention_mask``)
+    is left out. The sums do not depend on how the tokens were split into batches. In a distributed run every rank gets
+    the sums over all ranks. The progress bar says what is measured and how much memory that takes
+    (:func:`statistics_bytes`).
 
     Args:
         model: A Mixtral with its language head, compressed or not.
@@ -205,11 +207,14 @@ def collect(
     Source: 2406.02500 and 2507.00390 (what is measured); the sums are in float64.
 
     Cost: one forward pass plus about ``10 * tokens * k * hidden`` float64 operations a layer; ``low_rank`` one pass for
-    as many experts as ``max_bytes`` holds; ``interventions`` one for each layer and expert.
+    as many experts as ``max_bytes`` holds; ``interventions`` one for each layer and expert; ``subsets`` one with all
+    experts at work.
     """
     wanted = check_needs(needs)
     if isinstance(batches, Mapping):
         raise ValueError("batches must be a list or another iterable of batches, not one batch: pass [batch]")
+    if "subsets" in wanted:
+        check_subset_experts(architecture_of(model).shape(model).num_experts)
     if "sensitivity" in wanted:
         raise ValueError("'sensitivity' needs a method to try out: give scope='sensitivity' to a method of compress")
     architecture = architecture_of(model)
@@ -224,6 +229,8 @@ def collect(
         values, num_batches = {}, _counted(batches, device)
     if "low_rank" in wanted:
         values |= collect_low_rank_error(model, batches, shape, progress=progress, max_bytes=max_bytes)
+    if "subsets" in wanted:
+        values |= collect_subsets(model, batches, shape, progress=progress)
     if "interventions" in wanted:
         values |= collect_interventions(model, batches, shape, progress=progress)
     _check_finite({name: tensor for name, tensor in values.items() if name not in _MAY_BE_NAN}, shape)
@@ -231,4 +238,4 @@ def collect(
     return Statistics(shape, values, {"batches": num_batches})
 
 
-_MAY_BE_NAN = frozenset({"low_rank_error", "low_rank_tokens"})
+_MAY_BE_NAN = frozenset({"low_rank_error", "low_rank_tokens", "subset_error"})

@@ -1,7 +1,7 @@
 """The table of all statistics: which belong together, how large they are, and how two of a kind are merged.
 
 Legend of the dimensions: L MoE layers that are left, E experts of the *original* model, H hidden, I channels of the
-widest expert, B decoder layers that are left, C = B + 1 places between them, R = rank + 1.
+widest expert, B decoder layers that are left, C = B + 1 places between them, R = rank + 1, S = 2^E sets of experts.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ class Entry:
     dims: str
     merge: str = "sum"
 
+
+MOST_SUBSET_EXPERTS = 10
+"""Experts of a layer up to which all their sets can be tried out (``subsets``)."""
 
 LOGIT_BYTES = 2**30
 """Most memory for the intact model's logits of a batch while ``interventions`` are measured."""
@@ -81,6 +84,7 @@ TABLE: dict[str, dict[str, Entry]] = {
         "divergence_tokens": Entry("1"),
         "expert_divergence": Entry("LE", "mean divergence_tokens"),
     },
+    "subsets": {"subset_tokens": Entry("1"), "subset_error": Entry("LS", "mean subset_tokens")},
     "sensitivity": {"layer_divergence": Entry("L", "mean tokens")},
 }
 
@@ -90,7 +94,7 @@ GROUPS: dict[str, tuple[str, ...]] = {group: tuple(entries) for group, entries i
 DEFAULT_GROUPS = frozenset({"routing", "outputs", "layers", "blocks"})
 """What is measured where nothing is asked for: cheap, and enough for most criteria."""
 
-STREAMED_GROUPS = frozenset(GROUPS) - {"low_rank", "interventions", "sensitivity"}
+STREAMED_GROUPS = frozenset(GROUPS) - {"low_rank", "interventions", "subsets", "sensitivity"}
 """Groups that one pass measures together; each of the others makes passes of its own."""
 
 ENTRIES: dict[str, Entry] = {name: entry for entries in TABLE.values() for name, entry in entries.items()}
@@ -130,6 +134,7 @@ def sizes_of(shape: ModelShape, dims: str) -> tuple[int, ...]:
         "I": max(widths(shape), default=shape.intermediate_size),
         "B": len(shape.blocks),
         "C": len(shape.blocks) + 1,
+        "S": 1 << min(shape.num_experts, MOST_SUBSET_EXPERTS),
         "R": min(shape.hidden_size, MAX_CURVE_RANK) + 1,
     }
     return tuple(sizes[letter] if letter in sizes else int(letter) for letter in dims)

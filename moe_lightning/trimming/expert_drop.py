@@ -31,7 +31,8 @@ class ExpertDrop(Method):
             then differ by one expert: the extra ones go where the next-lowest score is smallest.
         bytes: The same for the bytes of the parameters.
         criterion: How experts are scored. naee tries out all sets of a layer: what the layer loses with router=keep,
-            which only resembles what it loses with router=slice, where tokens go to other experts.
+            which only resembles what it loses with router=slice, where tokens go to other experts; naee_dense runs all
+            of those (up to 10 experts a layer).
         scope: layer holds the budget in each layer, global over all layers by raw scores, sensitivity over all layers
             by scores weighted with what trimming each layer alone does to the model.
         router: slice deletes the router rows of the dropped experts, keep leaves them.
@@ -62,6 +63,11 @@ class ExpertDrop(Method):
         self._budget()
         if self.router not in ("slice", "keep"):
             raise ValueError(f"ExpertDrop: unknown router {self.router!r}: choose slice or keep")
+        if self.router == "keep" and "subsets" in criterion_named(self.criterion).needs:
+            raise ValueError(
+                f"ExpertDrop: criterion={self.criterion} is the error with the rows gone: set router=slice, or "
+                "criterion=naee, which is exact for router=keep"
+            )
 
     def _budget(self) -> ExpertBudget:
         return ExpertBudget(

@@ -204,6 +204,11 @@ class Novices(Method):
             )
         if self.novice != "low_rank" and self.rank != DEFAULT_RANK:
             raise ValueError(f"Novices: rank={self.rank} is of novice=low_rank, got novice={self.novice}: set that")
+        if "subsets" in criterion_named(self.criterion).needs:
+            raise ValueError(
+                f"Novices: criterion={self.criterion} is the error of deleted experts: use criterion=naee, which knows "
+                "what stands for them"
+            )
         if self._selects and self.novice == "low_rank":
             raise ValueError(
                 f"Novices: criterion={self.criterion} knows the error of constants only, not of maps: use "

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from moe_lightning.criteria.naee import SubsetRanking, check_subsets, pair_errors
+from moe_lightning.criteria.naee import DenseRanking, SubsetRanking, check_subsets, pair_errors
 from moe_lightning.criteria.selection import Ranking, ScoreRanking, layer_weights
 from moe_lightning.plan import Edit, ModelShape
 from moe_lightning.statistics import Statistics, criterion_named
+from moe_lightning.statistics.subsets import check_subset_experts
 from moe_lightning.trimming.budget import ExpertBudget, Room
 
 
@@ -65,8 +67,8 @@ class WholeExperts:
     def _score_ranking(self) -> ScoreRanking:
         """Sort by score; for a criterion without scores by the numbers of the experts: only counts matter then."""
         if self._selector:
-            score = self.statistics["output_gram"].diagonal(dim1=1, dim2=2) * 0.0
-            return ScoreRanking(score.nan_to_num(), self.candidates)
+            score = torch.zeros(len(self.candidates), self.shape.num_experts, dtype=torch.float64, device="cpu")
+            return ScoreRanking(score, self.candidates)
         score = self.statistics.score(self.budget.criterion, self.seed)
         return ScoreRanking(score, self.candidates, self.budget.criterion)
 
@@ -187,7 +189,9 @@ class WholeExperts:
                 "novices already: set keep or ratio, or use another criterion"
             )
 
-    def _subset_ranking(self) -> SubsetRanking:
+    def _subset_ranking(self) -> SubsetRanking | DenseRanking:
+        if "subsets" in criterion_named(self.budget.criterion).needs:
+            return DenseRanking(self.statistics["subset_error"], self.candidates)
         errors = []
         for row, (layout, experts) in enumerate(zip(self.shape.layouts, self.candidates, strict=True)):
             constants = self.constants_of(layout.layer, experts)
@@ -197,6 +201,8 @@ class WholeExperts:
     def _check_subsets(self, counts: Sequence[int]) -> None:
         """Refuse sets that are too many; a target asks what the last expert of each layer costs, too."""
         try:
+            if "subsets" in criterion_named(self.budget.criterion).needs:
+                check_subset_experts(self.shape.num_experts)
             check_subsets(self.room.sizes, counts)
             if self.budget.target is not None:
                 check_subsets(self.room.sizes, [max(count - 1, 0) for count in counts])
