@@ -26,7 +26,7 @@ from moe_lightning.statistics.second_moments import (
     iterate_second_moments,
 )
 
-RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridges to choose from, in units of the mean variance of an input feature; the constant is always a choice, too."""
 
 EXACT_HIDDEN_SIZE = 1024

@@ -225,7 +225,7 @@ class _Watch:
             chosen_NK = torch.isin(index_NK, rows) & (self.fold_N != PADDING)[:, None]
             members_P = chosen_NK.any(1).nonzero().squeeze(-1)
             # Experts that were merged share a slot: a token that picks two of them weighs it with the sum.
-            gate_P = (weight_NK * chosen_NK).sum(1)[members_P]
+            gate_P = (weight_NK.double() * chosen_NK).sum(1)[members_P]
             input_PH = hidden_NH[members_P]
             output_PH = _expert_output(opened, slot, input_PH)
             for fold, (total, sums) in enumerate(zip(totals, moments, strict=True)):

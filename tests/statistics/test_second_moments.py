@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 import moe_lightning as ml
+from moe_lightning.architectures import architecture_of
 from moe_lightning.statistics.second_moments import (
     NUM_FOLDS,
     PADDING,
@@ -219,7 +221,7 @@ def test_a_compressed_model_has_its_real_experts_only(model: Any, sequences: lis
     batches = alone(sequences)
     compressed = copy.deepcopy(model)
     ml.compress(compressed, batches, [ml.ExpertDrop(keep=5), ml.Novices(keep=3)], progress=False)
-    shape = ml.architectures.architecture_of(compressed).shape(compressed)
+    shape = architecture_of(compressed).shape(compressed)
     layout = shape.layouts[0]
     # Up to the first layer's input nothing was changed, and Mixtral's router renormalises over the experts left.
     gone = [expert for expert in range(EXPERTS) if expert not in layout.router]
@@ -235,6 +237,52 @@ def test_a_compressed_model_has_its_real_experts_only(model: Any, sequences: lis
         assert_moments(folded, expected)
     with pytest.raises(ValueError, match="layer 0 has no real expert"):
         measure(compressed, batches, {0: layout.novices[:1]})
+
+
+def test_narrow_experts_with_a_bias_and_layers_that_are_gone(model: Any) -> None:
+    batches = random_batches(4, 2, 11)
+    compressed = copy.deepcopy(model)
+    ml.compress(compressed, batches, [ml.ChannelDrop(ratio=0.4), ml.LayerDrop(count=1)], progress=False)
+    shape = architecture_of(compressed).shape(compressed)
+    assert len(shape.layouts) == LAYERS - 1
+    wanted = {layout.layer: layout.real for layout in shape.layouts}
+    # Another way to the same sums: the observer of the streamed statistics.
+    statistics = ml.collect(compressed, batches, {"routing", "outputs"}, progress=False)
+    for (layer, expert), folded in measure(compressed, batches, wanted).items():
+        sums, at = FoldMoments.total(folded), (statistics.row(layer), expert)
+        for mine, other in (
+            ("count", "count"),
+            ("gate2", "gate_square_sum"),
+            ("gate2_output", "gate2_output_sum"),
+            ("gate2_norm_square", "gate2_norm_square_sum"),
+        ):
+            torch.testing.assert_close(getattr(sums, mine), statistics[other][at], rtol=1e-9, atol=1e-12)
+
+
+def test_merged_experts_are_one_with_the_sum_of_their_weights(model: Any) -> None:
+    batches = random_batches(4, 2, 11)
+    compressed = copy.deepcopy(model)
+    ml.compress(compressed, batches, ml.Merge(keep=2), progress=False)
+    layer = architecture_of(compressed).moe_layers(compressed)[0]
+    layout = architecture_of(compressed).shape(compressed).layouts[0]
+    seen: list[tuple[Tensor, ...]] = []
+    hook = layer.experts.register_forward_pre_hook(lambda _module, args: seen.append(args))
+    with torch.no_grad():
+        for batch in batches:
+            compressed(**batch)
+    hook.remove()
+    x, index, weight = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    opened = architecture_of(compressed).open_experts(layer)
+    for slot, owner in enumerate(layout.real):
+        group = [row for row, at in enumerate(opened.slot_map.tolist()) if at == slot]
+        gate = sum((weight.double() * (index == row)).sum(1) for row in group)
+        (folded,) = measure(compressed, batches, {0: [owner]}).values()
+        here = (gate > 0).nonzero().squeeze(-1)
+        gate_half, up_half = (x[here] @ opened.gate_up_proj[slot].T).chunk(2, dim=-1)
+        outputs = (silu(gate_half) * up_half) @ opened.down_proj[slot].T
+        expected = by_hand(x[here].numpy(), outputs.detach().numpy(), gate[here].numpy(), len(index))
+        assert_moments((FoldMoments.total(folded),), [expected])
+    assert layout.merged
 
 
 def test_bytes_are_those_of_the_sums(model: Any, sequences: list[Tensor]) -> None:
