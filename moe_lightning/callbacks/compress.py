@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 
 from moe_lightning.architectures import architecture_of
 from moe_lightning.callbacks.at_step import AtStep, Moment, language_model, say
@@ -17,7 +18,7 @@ from moe_lightning.compression import CompressionResult, as_methods, check_metho
 from moe_lightning.files import write_atomically
 from moe_lightning.method import Method
 from moe_lightning.plan import ModelShape
-from moe_lightning.reporting import plan_table
+from moe_lightning.reporting import compression_figures, plan_table
 
 
 class Compress(AtStep):
@@ -34,7 +35,7 @@ class Compress(AtStep):
         carry over  the optimizer, in place: sliced moments for sliced experts
         re-wrap     DistributedDataParallel
         extend      the module's plan, which travels in its checkpoints
-        log         plan and sizes to TensorBoard; plan and statistics to the run directory
+        log         plan, sizes and pictures to TensorBoard; plan and statistics to the run directory
         free        what the model was before
 
     Args:
@@ -173,11 +174,20 @@ class Compress(AtStep):
             "compression/bytes": float(result.size_after.bytes),
             "compression/touched_parameters": float(result.touched),
         }
+        # Of several methods only the first saw the model as it was.
+        criterion = getattr(self.methods[0], "criterion", None)
+        words = f"step {trainer.global_step}"
+        wanted = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+        figures: dict[str, Figure] = {}
+        if result.statistics is not None and wanted:
+            figures = compression_figures(result.statistics, criterion, result.shape_after, words)
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=trainer.global_step)
             if isinstance(logger, TensorBoardLogger):
                 table = plan_table(result.plan, result.shape_after)
                 logger.experiment.add_text("compression/plan", table, trainer.global_step)
+                for name, figure in figures.items():
+                    logger.experiment.add_figure(f"compression/{name}", figure, trainer.global_step)
         folder = Path(trainer.default_root_dir) / "results"
         name = f"compression-{self.at_step}{self._number(trainer)}"
         write_atomically(folder / f"{name}.plan.json", result.plan.to_json())

@@ -106,6 +106,7 @@ def compress(
     statistics: Statistics | None = None,
     origin: Mapping[str, Any] | None = None,
     optimizers: Sequence[torch.optim.Optimizer] = (),
+    reversible: bool = False,
     progress: bool = True,
 ) -> CompressionResult:
     """Compress a model in place, all or nothing: when anything fails the model is as it was.
@@ -120,6 +121,7 @@ def compress(
         origin: Where the calibration data comes from, plain types; kept in the plan.
         optimizers: Optimizers of the model. They are edited in place and go on training what is left, with the state of
             what survives.
+        reversible: Keep what goes in memory, so that ``result.undo()`` puts it back.
         progress: Show progress bars.
 
     Returns:
@@ -175,7 +177,6 @@ def compress(
             size_after=measure(model),
             shape_before=shape_before,
             shape_after=architecture.shape(model),
-            surgeries=surgeries,
         )
         result.modules.update(module_statuses(result.plan, shape_before, result.shape_after, tokens, fits))
         _prove(result)
@@ -185,6 +186,8 @@ def compress(
     except BaseException:
         undo(surgeries)
         raise
+    if reversible:
+        result.surgeries += surgeries
     return result
 
 

@@ -42,7 +42,7 @@ class CompressionResult:
         size_after: The same after.
         shape_before: Shape before.
         shape_after: Shape after.
-        surgeries: What :meth:`undo` takes back. They hold the weights that went: empty the list to free them.
+        surgeries: What :meth:`undo` takes back; empty without ``reversible``. They hold what went.
     """
 
     model: nn.Module
@@ -61,10 +61,12 @@ class CompressionResult:
         """Put the model back as it was before. Optimizers that were carried over are not put back.
 
         Raises:
-            RuntimeError: The model was changed further since, or this was done before.
+            RuntimeError: ``reversible`` was not set, the model was changed further since, or this was done before.
         """
         if not self.surgeries or plan_of(self.model).edits != self.plan.edits:
-            raise RuntimeError("cannot undo this compression: it was undone before, or others followed it")
+            raise RuntimeError(
+                "cannot undo this compression: compress with reversible=True, and undo once, before others follow"
+            )
         while self.surgeries:
             self.surgeries.pop().undo()
 

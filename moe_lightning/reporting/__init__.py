@@ -6,6 +6,7 @@ close), in colours that colour-blind people can tell apart, legible at the size 
 
 from moe_lightning.reporting.curves import layer_curves, step_curves
 from moe_lightning.reporting.decision_maps import decision_maps, dropping_order
+from moe_lightning.reporting.decisions import compression_figures, roles
 from moe_lightning.reporting.heat_maps import heat_map
 from moe_lightning.reporting.interval_plots import Curve, RankedValue, interval_curves, interval_ranking
 from moe_lightning.reporting.model_maps import frequency_variance, similarity_map
@@ -15,6 +16,7 @@ from moe_lightning.reporting.tables import plan_table
 __all__ = [
     "Curve",
     "RankedValue",
+    "compression_figures",
     "decision_maps",
     "dropping_order",
     "figure_pixels",
@@ -24,6 +26,7 @@ __all__ = [
     "interval_ranking",
     "layer_curves",
     "plan_table",
+    "roles",
     "save_figure",
     "similarity_map",
     "step_curves",

@@ -114,7 +114,13 @@ class Bench:
             # Experts that no token reached: the same in every cell, and said once, by the shared pass.
             warnings.simplefilter("ignore", UserWarning)
             result = compress(
-                self.model, batches, list(cell.methods), statistics=shared, origin=job.origin, progress=False
+                self.model,
+                batches,
+                list(cell.methods),
+                statistics=shared,
+                origin=job.origin,
+                reversible=True,
+                progress=False,
             )
         try:
             scores = self.teacher.score(self.model)
