@@ -13,6 +13,10 @@ from tests.ranks import SPLITS, all_batches, compressed, run_rank
 from tests.reference import assert_sums_equal, record, reference_sums, untouched
 
 
+def _has_maps(state: dict[str, torch.Tensor]) -> bool:
+    return any(name.endswith(".novice_in") for name in state)
+
+
 @pytest.mark.filterwarnings("ignore:.*no calibration token reached")
 def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
@@ -33,4 +37,7 @@ def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert json.loads(one[setting]["plan"])["edits"] == json.loads(alone["plan"])["edits"], setting
         for name, tensor in one[setting]["state"].items():
             assert torch.equal(tensor, other[setting]["state"][name]), f"{setting}: {name} differs between the ranks"
-            torch.testing.assert_close(tensor, alone["state"][name], rtol=1e-9, atol=1e-12)
+            # Directions of a low-rank map are eigenvectors, which amplify the order in which sums were added up.
+            loose = name.endswith((".novice_in", ".novice_out", ".novices")) and _has_maps(one[setting]["state"])
+            tolerance = {"rtol": 1e-5, "atol": 1e-7} if loose else {"rtol": 1e-9, "atol": 1e-12}
+            torch.testing.assert_close(tensor, alone["state"][name], **tolerance)
