@@ -42,7 +42,7 @@ def collect_statistics(
         output: File to write, e.g. statistics.safetensors.
         data: Text for calibration. Its tokenizer is the model folder's unless one is given.
         needs: Groups of statistics with commas between them, of routing, outputs, pairs, channels, layers, blocks,
-            similarity, low_rank, interventions; routing, outputs, layers and blocks when not given.
+            similarity, low_rank, interventions, subsets; routing, outputs, layers and blocks when not given.
         calibration_batches: Batches of the calibration split; all of them when not given.
         device: auto (a GPU where there is one), cpu, cuda, cuda:1, ...
         dtype: Type of the weights; auto keeps the one they were saved in.

@@ -85,7 +85,8 @@ def sweep_model(
         grids: Groups of cells, see configs/sweeps/quickstart.yaml.
         baseline: Cell that the others are compared with at each ratio; MoNE as released when not given.
         calibration_batches: Batches of the calibration split; all of them when not given.
-        intervention_batches: Those of them for criterion interventional, which makes a pass for every expert.
+        intervention_batches: Those of them for the criteria interventional, which makes a pass for every expert, and
+            naee_dense, which runs every set of a layer's experts.
         sensitivity_batches: Those of them for scope sensitivity, which makes a pass for every layer of every cell.
         workers: Processes that measure cells, each with a model and its share of the cores.
         teacher_cache_mib: Predictions of the uncompressed model to keep in memory, in MiB, for each process.

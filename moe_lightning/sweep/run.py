@@ -51,7 +51,8 @@ def shared_statistics(
         calibration: Calibration batches.
         needs: Groups.
         folder: Of the sweep.
-        intervention_batches: Batches for ``interventions``, which take a pass for every expert; None takes all.
+        intervention_batches: Batches for ``interventions`` and ``subsets``, which run the model, or its layers, many
+            times over; None takes all.
         progress: Show progress bars.
     """
     path = folder.statistics_path
@@ -63,9 +64,10 @@ def shared_statistics(
         if before is not None and needs <= before.groups:
             return before
     # One pass for all that can share it; the rest of `needs` makes passes of its own inside.
-    statistics = collect(model, calibration, needs - {"interventions"}, progress=progress)
-    if "interventions" in needs:
-        few = collect(model, calibration[:intervention_batches], {"interventions"}, progress=progress)
+    dear = needs & {"interventions", "subsets"}
+    statistics = collect(model, calibration, needs - dear, progress=progress)
+    if dear:
+        few = collect(model, calibration[:intervention_batches], dear, progress=progress)
         statistics.tensors.update(few.tensors)
     folder.path.mkdir(parents=True, exist_ok=True)
     statistics.save(path)
