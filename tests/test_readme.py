@@ -34,7 +34,7 @@ def test_the_yaml_of_the_readme_parses(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "readme.yaml").write_text(block("yaml"))
     assert status(["fit", "-c", str(tmp_path / "readme.yaml"), "--print_config"]) == 0
     printed = capsys.readouterr().out
-    assert "novice: gate2_mean" in printed
+    assert "novice: low_rank" in printed
     assert "max_steps: 700" in printed
 
 
