@@ -11,6 +11,7 @@ from moe_lightning.checkpoints import from_pretrained
 from moe_lightning.cli.commands import begun, check_vocabulary, device_named, dtype_named, inspected, run_command
 from moe_lightning.criteria import collect
 from moe_lightning.data import TextDataModule
+from moe_lightning.method import Method
 from moe_lightning.statistics.groups import GROUPS, check_needs, statistics_bytes
 
 
@@ -30,6 +31,7 @@ def collect_statistics(
     output: str,
     data: TextDataModule,
     needs: str | list[str] | None = None,
+    methods: Sequence[Method] = (),
     calibration_batches: int | None = None,
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -43,6 +45,7 @@ def collect_statistics(
         data: Text for calibration. Its tokenizer is the model folder's unless one is given.
         needs: Groups of statistics with commas between them, of routing, outputs, pairs, channels, layers, blocks,
             similarity, low_rank, interventions, subsets; routing, outputs, layers and blocks when not given.
+        methods: Methods whose needs are measured as well, so that the configuration of compress can be given as it is.
         calibration_batches: Batches of the calibration split; all of them when not given.
         device: auto (a GPU where there is one), cpu, cuda, cuda:1, ...
         dtype: Type of the weights; auto keeps the one they were saved in.
@@ -66,7 +69,7 @@ def collect_statistics(
         raise ValueError(
             f"--needs sensitivity: it is measured by compress itself, for a method; choose from {possible}"
         )
-    wanted = check_needs(listed)
+    wanted = check_needs(listed).union(*(method.needs for method in methods))
     where = device_named(device)
     shape, plan = inspected(model)
     check_vocabulary(data, shape, model)
@@ -105,4 +108,4 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         Exit status: 0, or 2 where the options do not fit.
     """
-    return run_command("collect", collect_statistics, arguments, flags=("--overwrite",))
+    return run_command("collect", collect_statistics, arguments, flags=("--overwrite",), lists=("--methods",))

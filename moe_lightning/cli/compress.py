@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
 from transformers import AutoConfig, PreTrainedModel
 
 from moe_lightning.architectures import architecture_named, architecture_of
@@ -23,14 +20,10 @@ from moe_lightning.checkpoints import (
     from_pretrained,
     save_pretrained,
     stored_bytes,
-    stored_dtype,
 )
-from moe_lightning.cli.arguments import with_bare_flags, with_replaced_lists
-from moe_lightning.cli.config_files import resolve_configs
-from moe_lightning.cli.errors import TRACEBACK_VARIABLE, OneLineErrors, in_one_line
-from moe_lightning.cli.messages import readable_messages
+from moe_lightning.cli.commands import begun, check_vocabulary, device_named, dtype_named, run_command
 from moe_lightning.compression import CompressionResult, calibration_bytes, compress, trial_edits
-from moe_lightning.data import TextDataModule, holds_tokenizer
+from moe_lightning.data import TextDataModule
 from moe_lightning.evaluation import LikelihoodResult, evaluate, tokens_per_second
 from moe_lightning.files import check_output_folder, written_folder
 from moe_lightning.method import Method
@@ -38,9 +31,6 @@ from moe_lightning.plan import CompressionPlan, ModelShape
 from moe_lightning.sizes import ModelSize, measure
 from moe_lightning.surgery import apply_plan, build
 from moe_lightning.trimming import Replay
-
-WORK_HAD_BEGUN = "the compression had begun; nothing was written"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -107,11 +97,8 @@ def compress_checkpoint(
     if dry_run:
         return _dry_run(prepared, calibration_batches)
     assert prepared.output is not None
-    try:
+    with begun():
         return _run(prepared, calibration_batches, overwrite)
-    except Exception as error:
-        error.add_note(WORK_HAD_BEGUN)  # no mistake in the options: where it comes from is worth reading
-        raise
 
 
 def _prepare(
@@ -133,7 +120,7 @@ def _prepare(
         check_output_folder(output, overwrite, "--overwrite true")
     if not methods and plan is None:
         raise ValueError("there is nothing to do: give --methods (see configs/compress.yaml) or --plan plan.json")
-    where = _device(device)
+    where = device_named(device)
     raw = check_checkpoint(model)
     config = AutoConfig.from_pretrained(model)
     shape = architecture_named(raw["model_type"]).shape_of_config(config)
@@ -158,18 +145,9 @@ def _prepare(
             f"--format transformers needs the same number of experts in every layer, which {', '.join(uneven)} with "
             "scope=global does not promise: use scope=layer or --format auto"
         )
-    if data.options.tokenizer is None:
-        raise ValueError(
-            f"{model} holds no tokenizer: name the one that the model was trained with by --data.tokenizer"
-        )
-    data.prepare()
+    check_vocabulary(data, shape, model)
     data.calibration_batches(calibration_batches)
-    if data.vocab_size > shape.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {data.vocab_size} tokens, the model knows {shape.vocab_size}: name the model's own "
-            "tokenizer by --data.tokenizer"
-        )
-    kind = DTYPES.get(dtype) or getattr(config, "dtype", None) or stored_dtype(model)
+    kind = dtype_named(dtype, model)
     default = torch.get_default_dtype()
     torch.set_default_dtype(kind)
     try:
@@ -184,18 +162,6 @@ def _prepare(
     return Prepared(
         Path(model), target, shape, after, size_before, size_after, format, replayed, chosen, data, where, kind
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name}: use auto, cpu, cuda or cuda:NUMBER") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: there is no CUDA device here: use auto or cpu")
-    return device
 
 
 def _print_plan(prepared: Prepared) -> None:
@@ -337,24 +303,6 @@ def _print_result(result: CompressionResult, numbers: Mapping[str, Any], output:
     print(f"wrote {output}; loaded again, largest logit difference {numbers['loaded_again_max_logit_difference']:.1e}")
 
 
-class CommandParser(OneLineErrors, ArgumentParser):
-    """A parser with errors of one line."""
-
-
-def _parser() -> CommandParser:
-    parser = CommandParser(
-        prog="moe-lightning compress",
-        description="Compress a checkpoint that exists already, without training.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "-c", "--config", action="config", help="YAML file with options, or the name of a packaged one."
-    )
-    parser.add_class_arguments(TextDataModule, "data")
-    parser.add_function_arguments(compress_checkpoint, skip={"data"})
-    return parser
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run the command.
 
@@ -364,31 +312,5 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         Exit status: 0, or 2 where the options do not fit.
     """
-    try:
-        resolved, _ = resolve_configs(arguments)
-    except FileNotFoundError as error:
-        print(f"moe-lightning compress: error: {error}", file=sys.stderr)
-        return 2
-    parser = _parser()
-    resolved = with_bare_flags(resolved, ("--overwrite", "--dry_run"))
-    options = parser.parse_args(with_replaced_lists(resolved, ("--methods",)))
-    _use_own_tokenizer(options)
-    try:
-        with readable_messages("compress"):
-            objects = parser.instantiate(options)
-            values = vars(objects)
-            values.pop("config", None)
-            compress_checkpoint(**values)
-    except (ValueError, TypeError, OSError) as error:
-        if WORK_HAD_BEGUN in getattr(error, "__notes__", ()) or os.environ.get(TRACEBACK_VARIABLE):
-            raise
-        print(f"moe-lightning compress: error: {in_one_line(str(error))}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _use_own_tokenizer(options: Namespace) -> None:
-    """Take the model folder's tokenizer where none was named."""
-    folder = Path(options.model)
-    if options.data.tokenizer is None and holds_tokenizer(folder):
-        options.data.tokenizer = str(folder)
+    flags, lists = ("--overwrite", "--dry_run"), ("--methods",)
+    return run_command("compress", compress_checkpoint, arguments, flags=flags, lists=lists)

@@ -79,7 +79,7 @@ def plan_compression(
         for edit in edits:
             after = edit.apply(after)
         plan = plan.extended(edits, _step(method, statistics, known))
-        print(f"method   {method!r}")
+        print(f"method   {method}")
     _print_layers(predicted, shape, after)
     _print_sizes(shape, after, sequence_length)
     _print_agreement(compared, known, after)
