@@ -66,7 +66,7 @@ SETTINGS: dict[str, Setting] = {
     "layer drop, then block drop": Setting(lambda: [ml.LayerDrop(count=2), ml.BlockDrop(count=1)]),
     "layer drop, then expert drop": Setting(lambda: [ml.LayerDrop(count=1), ml.ExpertDrop(keep=4)]),
     "merge": Setting(lambda: [ml.Merge(ratio=0.5)]),
-    "merge by clusters": Setting(lambda: [ml.Merge(method="hc_smoe", keep=3)]),
+    "merge by clusters": Setting(lambda: [ml.Merge(algorithm="hc_smoe", keep=3)]),
     "novices, then merge": Setting(lambda: [ml.Novices(keep=4), ml.Merge(keep=2)]),
     "channel drop": Setting(lambda: [ml.ChannelDrop(ratio=0.4)]),
     "channel drop twice": Setting(lambda: [ml.ChannelDrop(ratio=0.2), ml.ChannelDrop(ratio=0.3, scope="layer")]),

@@ -31,7 +31,7 @@ UNSCORED: dict[str, Maker] = {
     "block_drop": lambda mode, options: BlockDrop(**options, **_given("mode", mode)),
     "angular": lambda tokens, options: Angular(**options, **_given("tokens", tokens)),
     "channels": lambda _, options: ChannelDrop(**options),
-    "merge": lambda method, options: Merge(**options, **_given("method", method)),
+    "merge": lambda algorithm, options: Merge(**options, **_given("algorithm", algorithm)),
 }
 """Operators that rank by themselves."""
 

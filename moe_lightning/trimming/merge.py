@@ -18,7 +18,7 @@ from moe_lightning.trimming.budget import Compatible, ExpertBudget, Room
 from moe_lightning.trimming.merging import ExpertWeights, Groups, cluster, join_cores, merged, sorted_groups
 from moe_lightning.trimming.whole_experts import WholeExperts
 
-MergeMethod = Literal["mc_smoe", "hc_smoe"]
+MergeAlgorithm = Literal["mc_smoe", "hc_smoe"]
 
 _DEFAULT_SCOPE: dict[str, Scope] = {"mc_smoe": "global", "hc_smoe": "layer"}
 _GROUPING_NEEDS = {"mc_smoe": frozenset({"routing"}), "hc_smoe": frozenset({"routing", "outputs"})}
@@ -84,7 +84,7 @@ class Merge(Method):
         parameters: Merge as few as leave the model at most this many parameters. In scope=layer the layers may then
             differ by one expert.
         bytes: The same for the bytes of the parameters.
-        method: mc_smoe or hc_smoe.
+        algorithm: mc_smoe or hc_smoe.
         scope: layer leaves each layer the same number or share; global as many as it has among the most used experts
             of the model; sensitivity weighs use by what merging in each layer alone does to the model. None takes the
             paper's: global for mc_smoe, layer for hc_smoe.
@@ -107,7 +107,7 @@ class Merge(Method):
     keep: float | None = None
     parameters: int | None = None
     bytes: int | None = None
-    method: MergeMethod = "mc_smoe"
+    algorithm: MergeAlgorithm = "mc_smoe"
     scope: Scope | None = None
     align: bool | None = None
     floor: int | None = None
@@ -115,8 +115,8 @@ class Merge(Method):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if self.method not in get_args(MergeMethod):
-            raise ValueError(f"Merge: unknown method {self.method!r}: choose mc_smoe or hc_smoe")
+        if self.algorithm not in get_args(MergeAlgorithm):
+            raise ValueError(f"Merge: unknown algorithm {self.algorithm!r}: choose mc_smoe or hc_smoe")
         self._budget()
         if self.keep is not None and self.keep < 1:
             raise ValueError(f"Merge: keep must be at least 1, got {self.keep:g}: every layer keeps an expert")
@@ -137,17 +137,17 @@ class Merge(Method):
 
     @property
     def _scope(self) -> Scope:
-        return self.scope or _DEFAULT_SCOPE[self.method]
+        return self.scope or _DEFAULT_SCOPE[self.algorithm]
 
     @property
     def aligns(self) -> bool:
         """Whether channels are matched before the mean: ``align``, or the paper's choice."""
-        return self.method == "mc_smoe" if self.align is None else self.align
+        return self.algorithm == "mc_smoe" if self.align is None else self.align
 
     @property
     def needs(self) -> frozenset[str]:
         """Use, and what the groups are made by."""
-        return _GROUPING_NEEDS[self.method]
+        return _GROUPING_NEEDS[self.algorithm]
 
     @property
     def measures_sensitivity(self) -> bool:
@@ -182,7 +182,7 @@ class Merge(Method):
     def _groups(self, layout: ExpertLayout, joining: tuple[int, ...], statistics: Statistics) -> Groups:
         row = statistics.row(layout.layer)
         cores = [expert for expert in layout.real if expert not in joining]
-        if self.method == "mc_smoe":
+        if self.algorithm == "mc_smoe":
             return join_cores(statistics["logit_gram"][row], layout.real, cores)
         places = cluster(statistics["output_mean"][row, list(layout.real)], len(cores))
         return sorted_groups([[layout.real[place] for place in members] for members in places])
@@ -196,5 +196,4 @@ class Merge(Method):
 
     def describe(self) -> dict[str, Any]:
         """Return the method's name and options as plain types, for the plan's origin."""
-        options = {**vars(self), "scope": self._scope, "align": self.aligns}
-        return {"method": "Merge", "merge_method": options.pop("method"), **options}
+        return {**super().describe(), "scope": self._scope, "align": self.aligns}

@@ -157,7 +157,7 @@ def test_equals_the_untouched_model_with_merged_weights(method: Any, scope: Any,
         assert len({len(cores) for cores in kept}) > 1, "the layers do not differ: the test shows nothing"
     groups = reference_groups(layers, method, kept)
     model = copy.deepcopy(original)
-    result = compress(model, Merge(keep=keep, method=method, scope=scope, align=align))
+    result = compress(model, Merge(keep=keep, algorithm=method, scope=scope, align=align))
     aligns = align if align is not None else method == "mc_smoe"
     assert result.plan.edits == tuple(
         MergeExperts(number, groups[number], aligns) for number in range(3) if len(groups[number]) < 6
@@ -189,10 +189,10 @@ def test_merging_permuted_copies_changes_nothing(method: Any) -> None:
     model = untouched(intermediate_size=48)
     assert any(order != list(range(48)) for order in shuffled(model))
     expected, without = logits(model), copy.deepcopy(model)
-    compress(model, Merge(keep=1, method=method, scope="layer", align=True))
+    compress(model, Merge(keep=1, algorithm=method, scope="layer", align=True))
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-10)
     assert all(len(layer.mlp.experts.storage.down_proj) == 1 for layer in model.model.layers)
-    compress(without, Merge(keep=1, method=method, scope="layer", align=False))
+    compress(without, Merge(keep=1, algorithm=method, scope="layer", align=False))
     assert (logits(without) - expected).abs().max() > 1e-3, "the order of channels did not matter"
 
 
@@ -229,7 +229,7 @@ def test_experts_that_no_token_reached_have_no_weight(method: Any) -> None:
     used = [set(np.flatnonzero(layer.chosen.any(0)).tolist()) for layer in record(original, batch)]
     assert all(len(experts) == 2 for experts in used)
     model = copy.deepcopy(original)
-    edits = compress(model, Merge(keep=2, method=method, scope="layer"), batch).plan.edits
+    edits = compress(model, Merge(keep=2, algorithm=method, scope="layer"), batch).plan.edits
     for edit, experts in zip(edits, used, strict=True):
         stored = model.model.layers[edit.layer].mlp.experts.storage
         whole = original.model.layers[edit.layer].mlp.experts
@@ -273,10 +273,10 @@ def test_a_target_merges_as_few_as_meet_it(method: Any, scope: Any, name: str) -
     for gone in (0, 1, 2, 7, 14, 15):
         for slack in (0, one - 1):
             target = getattr(shape, name) - gone * one + slack
-            edits = Merge(**{name: target}, method=method, scope=scope).propose(shape, statistics)
+            edits = Merge(**{name: target}, algorithm=method, scope=scope).propose(shape, statistics)
             assert getattr(CompressionPlan(edits).check(shape), name) == target - slack
     with pytest.raises(ValueError, match=f"Merge: {name}=.*out of reach"):
-        Merge(**{name: getattr(shape, name) - 16 * one}, method=method, scope=scope).propose(shape, statistics)
+        Merge(**{name: getattr(shape, name) - 16 * one}, algorithm=method, scope=scope).propose(shape, statistics)
 
 
 def test_sensitivity_leaves_more_where_merging_hurts() -> None:
@@ -375,8 +375,8 @@ def test_joining_ties_and_silent_logits() -> None:
         ({"ratio": 1.0}, r"ratio must lie in \[0, 1\)"),
         ({"keep": 0}, "keep must be at least 1"),
         ({"keep": 2.5, "scope": "layer"}, "keep must be a whole number with scope=layer"),
-        ({"keep": 2.5, "method": "hc_smoe"}, "keep must be a whole number with scope=layer"),
-        ({"keep": 3, "method": "mean"}, "unknown method 'mean': choose mc_smoe or hc_smoe"),
+        ({"keep": 2.5, "algorithm": "hc_smoe"}, "keep must be a whole number with scope=layer"),
+        ({"keep": 3, "algorithm": "mean"}, "unknown algorithm 'mean': choose mc_smoe or hc_smoe"),
         ({"keep": 3, "scope": "block"}, "unknown scope 'block'"),
         ({"parameters": 0}, "parameters must be a whole number above 0"),
         ({"keep": 3, "compatible": "uniform"}, "compatible=uniform"),
