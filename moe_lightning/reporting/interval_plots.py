@@ -6,14 +6,14 @@ P points of a curve.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
 from moe_lightning.reporting.panels import legend_below, new_panels
@@ -183,17 +183,12 @@ def _finish(axes: Any, reference: tuple[float, str] | None) -> None:
 
 
 # Numbers of a decade that people read, from few to many.
-_READABLE = (
-    (1.0,),
-    (1.0, 3.0),
-    (1.0, 2.0, 5.0),
-    (1.0, 1.5, 2.0, 3.0, 5.0, 7.0),
-    *(tuple(1.0 + step * number for number in range(int(9 / step))) for step in (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)),
-)
+_READABLE = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
+_NARROW = 4.0
 
 
 def log_axis(axes: Any, name: str) -> None:
-    """Make an axis logarithmic, with four to nine plain numbers on it. To be called when everything is drawn.
+    """Make an axis logarithmic, with up to nine plain numbers on it. To be called when everything is drawn.
 
     Args:
         axes: The axes.
@@ -202,19 +197,25 @@ def log_axis(axes: Any, name: str) -> None:
     axis = getattr(axes, f"{name}axis")
     getattr(axes, f"set_{name}scale")("log")
     low, high = sorted(getattr(axes, f"get_{name}lim")())
-    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
-    ticks: list[float] = []
-    for factors in _READABLE:
-        found = [round(factor * 10.0**decade, 12) for decade in decades for factor in factors]
-        found = [tick for tick in found if low <= tick <= high]
-        if len(found) > 9:
-            break
-        ticks = found
-        if len(ticks) >= 4:
-            break
+    # Where little room lies between the ends, even steps are what people expect.
+    ticks = _within(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high), low, high)
+    if high / low > _NARROW:
+        decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+        ticks = []
+        for factors in _READABLE:
+            found = _within([factor * 10.0**decade for decade in decades for factor in factors], low, high)
+            if len(found) > 9:
+                break
+            ticks = found
+            if len(ticks) >= 4:
+                break
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
     axis.set_minor_locator(NullLocator())
+
+
+def _within(ticks: Iterable[float], low: float, high: float) -> list[float]:
+    return [round(float(tick), 12) for tick in ticks if low <= tick <= high]
 
 
 def interval_ranking(
