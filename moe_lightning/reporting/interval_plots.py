@@ -264,8 +264,6 @@ def interval_ranking(
     axes.set_yticks(range(len(values)), labels=[value.name for value in values])
     axes.set_ylim(len(values) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
-    if logarithmic:
-        log_axis(axes, "x")
     axes.set_xlabel(axis_label(value_label, unit), fontsize=FONT_POINTS)
     axes.grid(color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -273,6 +271,8 @@ def interval_ranking(
     axes.spines["bottom"].set_color(FAINT)
     if reference is not None:
         axes.axvline(reference[0], color=INK, linewidth=1.0, linestyle=":", label=reference[1])
+    if logarithmic:
+        log_axis(axes, "x")
     handles = [
         Line2D(
             [],
