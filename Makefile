@@ -42,8 +42,9 @@ format: $(STAMP)  ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## Time a MoE layer on the CPU
+bench: $(STAMP)  ## Time a MoE layer and the statistics pass on the CPU
 	$(BIN)/python benchmarks/moe_layer.py --device cpu
+	$(BIN)/python benchmarks/statistics_pass.py
 
 bench-gpu: $(STAMP)  ## Time a MoE layer on the GPU
 	$(BIN)/python benchmarks/moe_layer.py --device cuda
