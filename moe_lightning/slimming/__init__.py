@@ -1,0 +1,59 @@
+"""How the matrix of an expert gets smaller: fewer non-zero weights, or fewer bits for each.
+
+Pure functions on stacks of matrices ``[S, O, I]``: all experts of a layer at once. They know nothing of models.
+"""
+
+from moe_lightning.slimming.awq import AWQResult, Balance, Balanced, round_by_awq, scale_consumer, scale_producer
+from moe_lightning.slimming.gptq import GPTQResult, round_by_gptq
+from moe_lightning.slimming.hessian import output_error
+from moe_lightning.slimming.masks import Pattern, Selection, keep_mask
+from moe_lightning.slimming.packing import (
+    Packed24,
+    PackedBits,
+    pack_24,
+    pack_bits,
+    pack_int4,
+    unpack_24,
+    unpack_bits,
+    unpack_int4,
+)
+from moe_lightning.slimming.pruning import (
+    Pruned,
+    prune_by_magnitude,
+    prune_by_router_wanda,
+    prune_by_sparse_gpt,
+    prune_by_wanda,
+)
+from moe_lightning.slimming.rounding import Quantized, Scheme, dequantize, round_to_nearest
+
+__all__ = [
+    "AWQResult",
+    "Balance",
+    "Balanced",
+    "GPTQResult",
+    "Packed24",
+    "PackedBits",
+    "Pattern",
+    "Pruned",
+    "Quantized",
+    "Scheme",
+    "Selection",
+    "dequantize",
+    "keep_mask",
+    "output_error",
+    "pack_24",
+    "pack_bits",
+    "pack_int4",
+    "prune_by_magnitude",
+    "prune_by_router_wanda",
+    "prune_by_sparse_gpt",
+    "prune_by_wanda",
+    "round_by_awq",
+    "round_by_gptq",
+    "round_to_nearest",
+    "scale_consumer",
+    "scale_producer",
+    "unpack_24",
+    "unpack_bits",
+    "unpack_int4",
+]

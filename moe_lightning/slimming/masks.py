@@ -1,0 +1,135 @@
+"""Which weights of a matrix stay: exactly so many, ties by index.
+
+Legend: S matrices, O outputs (rows), I inputs (columns), C candidates of one choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from moe_lightning.criteria.selection import round_half_up
+
+Pattern = Literal["2:4", "4:8", "1:4"]
+"""n:m says that n of m neighbours along the input are zero: 1:4 is 25 % zeros."""
+
+MaskScope = Literal["row", "matrix"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How many weights become zero, and among which they are chosen.
+
+    Attributes:
+        sparsity: Share of zeros, in ``[0, 1)``; None with a pattern.
+        pattern: n zeros in m neighbours along the input; None with a sparsity.
+        scope: Without a pattern, the weights compete within an output row, or within the whole matrix.
+    """
+
+    sparsity: float | None = None
+    pattern: Pattern | None = None
+    scope: MaskScope = "row"
+
+    def __post_init__(self) -> None:
+        if (self.sparsity is None) == (self.pattern is None):
+            raise ValueError(f"give either sparsity or pattern, got sparsity={self.sparsity}, pattern={self.pattern}")
+        if isinstance(self.pattern, int):
+            raise ValueError(f"pattern is the number {self.pattern}: put quotes around it, YAML reads 2:4 as 124")
+        if self.pattern is not None and self.pattern not in get_args(Pattern):
+            raise ValueError(f"pattern {self.pattern!r} is none of {', '.join(get_args(Pattern))}")
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity is the share of zeros, from 0 up to but not including 1, got {self.sparsity}")
+        if self.scope not in get_args(MaskScope):
+            raise ValueError(f"scope {self.scope!r} is none of {', '.join(get_args(MaskScope))}")
+
+    @property
+    def counts(self) -> tuple[int, int] | None:
+        """Zeros and size of a group of neighbours, or None without a pattern."""
+        if self.pattern is None:
+            return None
+        zeros, size = self.pattern.split(":")
+        return int(zeros), int(size)
+
+    def check_columns(self, columns: int) -> None:
+        """Raise where rows of this length cannot be cut into the pattern's groups."""
+        if self.counts is not None and columns % self.counts[1]:
+            raise ValueError(
+                f"pattern {self.pattern} needs an input size divisible by {self.counts[1]}, got {columns}: "
+                "give a sparsity instead"
+            )
+
+
+def keep_largest(score_XC: Tensor, keep: int) -> Tensor:
+    """Mark the largest scores along the last dimension; of equal ones those with the lower index.
+
+    Args:
+        score_XC: Finite scores, ``[..., C]``.
+        keep: How many, in ``[0, C]``.
+
+    Returns:
+        Bool ``[..., C]`` with exactly ``keep`` true in each row.
+
+    Cost: a partial sort, and no index of 8 bytes for every weight.
+    """
+    count = score_XC.shape[-1]
+    if keep <= 0 or keep >= count:
+        return torch.full_like(score_XC, keep > 0, dtype=torch.bool)
+    threshold = score_XC.kthvalue(count - keep + 1, dim=-1, keepdim=True).values
+    above = score_XC > threshold
+    level = score_XC == threshold
+    room = keep - above.sum(-1, keepdim=True)
+    return above | (level & (level.cumsum(-1, dtype=torch.int32) <= room))
+
+
+def keep_in_groups(score_SOI: Tensor, zeros: int, size: int) -> Tensor:
+    """Mark in every group of neighbours along the input all but a number of the smallest.
+
+    Args:
+        score_SOI: Finite scores; I divisible by ``size``.
+        zeros: Smallest ones of each group that go.
+        size: Neighbours in a group.
+
+    Returns:
+        Bool ``[S, O, I]``.
+    """
+    groups = score_SOI.unflatten(-1, (-1, size))
+    # How many of its group stand before each: a few comparisons are faster than very many sorts of four numbers.
+    place = torch.arange(size, device=score_SOI.device)
+    rank = torch.zeros_like(groups, dtype=torch.int8)
+    for other in range(size):
+        rival = groups[..., other : other + 1]
+        rank += (rival > groups) | ((rival == groups) & (other < place))
+    return (rank < size - zeros).flatten(-2)
+
+
+def keep_mask(score_SOI: Tensor, selection: Selection) -> Tensor:
+    """Choose the weights that stay: those with the largest scores.
+
+    Args:
+        score_SOI: Scores, larger = keep.
+        selection: How many, and among which.
+
+    Returns:
+        Bool ``[S, O, I]``; exactly ``n`` of ``m`` false with a pattern, else exactly ``round(sparsity * I)`` of every
+        row, or ``round(sparsity * O * I)`` of every matrix.
+
+    Raises:
+        ValueError: A score is not finite, or the pattern does not divide the input size.
+
+    Source: 2104.08378 for n:m; a comparison within rows rather than matrices: 2306.11695, section 3.
+    """
+    outputs, columns = score_SOI.shape[-2:]
+    selection.check_columns(columns)
+    if not bool(score_SOI.isfinite().all()):
+        raise ValueError("scores of weights are not finite: look for NaN or infinity in the weights and statistics")
+    if selection.counts is not None:
+        return keep_in_groups(score_SOI, *selection.counts)
+    assert selection.sparsity is not None
+    if selection.scope == "row":
+        return keep_largest(score_SOI, columns - round_half_up(selection.sparsity * columns))
+    size = outputs * columns
+    kept = keep_largest(score_SOI.flatten(-2), size - round_half_up(selection.sparsity * size))
+    return kept.unflatten(-1, (outputs, columns))
