@@ -20,10 +20,10 @@ from tests.small_runs import small_options, write_config
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def compress_at(step: int, method: dict[str, Any]) -> dict[str, Any]:
+def compress_at(step: int, *methods: dict[str, Any]) -> dict[str, Any]:
     return {
         "class_path": "Compress",
-        "init_args": {"methods": [method], "at_step": step, "calibration_batches": 2},
+        "init_args": {"methods": list(methods), "at_step": step, "calibration_batches": 2},
     }
 
 
@@ -40,6 +40,24 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
                 {"class_path": "LastCheckpoint", "init_args": {"every_n_train_steps": 4}},
                 compress_at(6, {"class_path": "Novices", "init_args": {"ratio": 0.5, "criterion": "mone"}}),
                 compress_at(10, {"class_path": "ExpertDrop", "init_args": {"ratio": 0.25}}),
+            ]
+        }
+    },
+    # Layers, blocks, channels and experts go, and new kinds of parameters come.
+    "trimming": {
+        "trainer": {
+            "callbacks": [
+                {"class_path": "LastCheckpoint", "init_args": {"every_n_train_steps": 4}},
+                compress_at(
+                    6,
+                    {"class_path": "ChannelDrop", "init_args": {"ratio": 0.3}},
+                    {"class_path": "Novices", "init_args": {"ratio": 0.5, "novice": "low_rank", "rank": 2}},
+                ),
+                compress_at(
+                    10,
+                    {"class_path": "LayerDrop", "init_args": {"count": 1}},
+                    {"class_path": "BlockDrop", "init_args": {"count": 1}},
+                ),
             ]
         }
     },
@@ -80,6 +98,8 @@ SCENARIOS = {
     "compressed_and_saved": Scenario("compressing", (("validation", 9),), 8),
     "tuning_not_saved": Scenario("tuning", (("batch_start", 7),), 4),
     "tuning_saved": Scenario("tuning", (("batch_end", 10),), 8),
+    "trimmed_but_not_saved": Scenario("trimming", (("batch_start", 7),), 4),
+    "trimmed_twice": Scenario("trimming", (("batch_start", 9), ("batch_end", 11)), 8),
     "compressed_twice": Scenario("compressing", (("batch_start", 9), ("batch_end", 11)), 8),
 }
 
@@ -168,7 +188,7 @@ def test_killed_and_resumed_equals_uninterrupted(name: str, runs: tuple[Path, di
     assert whole["global_step"] == resumed["global_step"] > scenario.resumes_from
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "hyper_parameters"):
         assert not differences(whole[part], resumed[part], part)
-    assert bool(whole["hyper_parameters"]["plan"]["edits"]) == (scenario.kind in ("compressing", "tuning"))
+    assert bool(whole["hyper_parameters"]["plan"]["edits"]) == (scenario.kind in ("compressing", "tuning", "trimming"))
     # The random numbers went on in the same place too.
     assert not differences(whole["callbacks"]["RandomState"], resumed["callbacks"]["RandomState"])
 
