@@ -130,6 +130,19 @@ def test_clips_cover_the_best_share_of_each_group() -> None:
             assert losses[float(clip[slot, row, group])] == pytest.approx(min(losses.values()), rel=1e-9)
 
 
+def test_clips_are_sought_on_what_is_rounded() -> None:
+    """On the weights times the scale, with the inputs divided by it."""
+    members, tokens = group_behind_a_norm()
+    result = round_by_awq(members)
+    scale = result.balance.scale
+    weight = members[0].weight * scale
+    clip = search_clip(weight, hessian_of(tokens / scale), SCHEME)
+    expected = round_to_nearest(weight, SCHEME, clip)
+    assert clip.min() < 1
+    for got, wanted in zip(result.quantized[0], expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("power_of_two", [True, False])
 def test_awq_beats_rounding(shared: bool, power_of_two: bool) -> None:

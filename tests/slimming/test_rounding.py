@@ -170,7 +170,9 @@ def test_zeros_stay_zeros() -> None:
     weight[:, :, ::2] = 0
     weight[0, 0] = 0
     for scheme in (Scheme(4, 16), Scheme(4, 16, symmetric=True), Scheme(8, "channel")):
-        back = dequantize(round_to_nearest(weight, scheme))
+        quantized = round_to_nearest(weight, scheme)
+        back = dequantize(quantized)
+        assert (quantized.scale > 0).all()
         assert (back[weight == 0] == 0).all()
         assert back.isfinite().all()
 
