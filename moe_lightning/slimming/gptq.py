@@ -63,7 +63,8 @@ def round_by_gptq(
 
     Source: 2210.17323, algorithm 1; order and static groups as in the released code. There, an input that no token
         used has its weights set to zero, which leaves nothing of an expert without tokens; here they are rounded.
-    Cost: ``S (O I^2 + 2/3 I^3)`` multiply-adds.
+    Cost: ``S (O I^2 + 2/3 I^3)`` multiply-adds; memory for about 4 more Hessians (6 with ``desc_act``) and 2 copies of
+        the weights in fp32.
     """
     check_stack(weight_SOI)
     check_hessian(weight_SOI, hessian_SII)

@@ -155,13 +155,13 @@ def prune_by_sparse_gpt(
         block: Columns that are chosen from together; with a pattern it makes no difference.
 
     Returns:
-        What is left; a matrix without a Hessian is pruned by magnitude, and its status says so.
+        What is left; a matrix without a Hessian is pruned by magnitude, block by block, and its status says so.
 
     Raises:
         ValueError: Shapes that do not fit, or values that are not finite.
 
     Source: 2301.00774, algorithm 1.
-    Cost: ``S (O I^2 + 2/3 I^3)`` multiply-adds.
+    Cost: ``S (O I^2 + 2/3 I^3)`` multiply-adds; memory for about 4 more Hessians and 3 copies of the weights in fp32.
     """
     check_stack(weight_SOI)
     check_hessian(weight_SOI, hessian_SII)
