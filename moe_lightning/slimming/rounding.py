@@ -88,8 +88,8 @@ def make_grid(weight_SOGX: Tensor, scheme: Scheme, clip_SOG: Tensor | float = 1.
     """Return the scale and the zero of every group.
 
     Asymmetric: ``scale = (max - min) / (2^bits - 1)`` over the group and 0, ``zero = round(-min / scale)``. Symmetric:
-    ``scale = 2 max|w| / (2^bits - 1)``, and the zero is ``2^(bits - 1)``: an error is at most half a step either way, and
-    the largest weight of a group always has it.
+    ``scale = 2 max|w| / (2^bits - 1)``, and the zero is ``2^(bits - 1)``: an error is at most half a step either
+    way, and the largest weight of a group always has it.
 
     Args:
         weight_SOGX: Weights in groups, ``[..., G, X]``, in fp32 or float64.
