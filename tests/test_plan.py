@@ -218,4 +218,5 @@ def test_steps_are_what_each_method_added() -> None:
     by_hand = CompressionPlan((one, two))
     assert by_hand.steps() == (by_hand,)
     mixed = plan.extended([NoviceExperts(2, (4,))])  # whose history tells of a part only
-    assert mixed.steps() == (mixed,)
+    assert [step.edits for step in mixed.steps()] == [(one, two, three), (NoviceExperts(2, (4,)),)]
+    assert CompressionPlan().steps() == ()

@@ -175,12 +175,12 @@ class Compress(AtStep):
             "compression/touched_parameters": float(result.touched),
         }
         # Of several methods only the first saw the model as it was.
-        criterion = getattr(self.methods[0], "criterion", None)
+        criterion, seed = getattr(self.methods[0], "criterion", None), getattr(self.methods[0], "seed", 0)
         words = f"step {trainer.global_step}"
         wanted = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
         figures: dict[str, Figure] = {}
         if result.statistics is not None and wanted:
-            figures = compression_figures(result.statistics, criterion, result.shape_after, words)
+            figures = compression_figures(result.statistics, criterion, result.shape_after, words, seed)
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=trainer.global_step)
             if isinstance(logger, TensorBoardLogger):

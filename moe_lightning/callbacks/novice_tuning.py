@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
 from moe_lightning.architectures import architecture_of
 from moe_lightning.callbacks.at_step import AtStep, language_model, say, total_steps
@@ -41,7 +42,7 @@ class NoviceTuning(AtStep):
             raise ValueError(f"NoviceTuning: learning_rate must be positive, got {learning_rate}")
         self.learning_rate = learning_rate
         self._active = False
-        self._frozen_before: set[str] = set()
+        self._frozen_before: dict[str, nn.Parameter] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that there will be novices, before anything is trained.
@@ -110,7 +111,7 @@ class NoviceTuning(AtStep):
             if is_novice(name):
                 continue
             if not parameter.requires_grad:
-                self._frozen_before.add(name)
+                self._frozen_before[name] = parameter
             parameter.requires_grad_(False)
             parameter.grad = None
         wrap_again(trainer, module)
@@ -130,8 +131,13 @@ class NoviceTuning(AtStep):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let train again what trained before."""
         if self._active:
-            for name, parameter in pl_module.named_parameters():
-                if name not in self._frozen_before:
+            named = dict(pl_module.named_parameters())
+            # A later compression may have numbered layers anew, and replaced some parameters under their old names.
+            frozen = {id(parameter) for parameter in self._frozen_before.values()}
+            there = {id(parameter) for parameter in named.values()}
+            replaced = {name for name, parameter in self._frozen_before.items() if id(parameter) not in there}
+            for name, parameter in named.items():
+                if id(parameter) not in frozen and name not in replaced:
                     parameter.requires_grad_(True)
         self._frozen_before.clear()
         self._active = False

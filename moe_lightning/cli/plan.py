@@ -103,8 +103,7 @@ def check_only_first_measures(methods: Sequence[Method]) -> None:
             raise ValueError(
                 f"--methods: {type(method).__name__} reads statistics ({names}) of the model as "
                 f"{type(methods[0]).__name__} leaves it, which nobody has measured. Plan the first method alone, "
-                "compress by it, collect on the result and plan the next; or let compress do both, which measures "
-                "in between"
+                "or give both to compress --methods, which measures in between"
             )
 
 

@@ -27,7 +27,7 @@ from moe_lightning.files import write_atomically
 from moe_lightning.plan import ModelShape
 from moe_lightning.statistics import Statistics
 from moe_lightning.statistics.groups import statistics_bytes
-from moe_lightning.statistics.second_moments import second_moment_bytes
+from moe_lightning.statistics.second_moments import MAX_BYTES, second_moment_bytes
 from moe_lightning.sweep.bench import Bench, Job, low_rank_of
 from moe_lightning.sweep.figures import write_figures
 from moe_lightning.sweep.grid import Cell, Grid, cells_of
@@ -184,7 +184,8 @@ def _print_plan(prepared: Prepared, todo: Sequence[Cell]) -> None:
     each = weights * copies + teacher + predictions_bytes(largest, shape.vocab_size) * 2
     statistics = statistics_bytes(shape, needs, largest)
     low_rank = any(low_rank_of(cell) for cell in todo)
-    moments = second_moment_bytes(shape.hidden_size, shape.num_experts) if low_rank else 0
+    fitted = sum(len(layout.real) for layout in shape.layouts) if low_rank else 0
+    moments = min(MAX_BYTES, second_moment_bytes(shape.hidden_size, fitted))
     print(f"model    {prepared.model} on {prepared.device}, {str(prepared.dtype).removeprefix('torch.')}")
     print(f"data     {calibration:,} tokens for calibration, {held_out:,} held out")
     print(f"measured {', '.join(sorted(needs))}: once, for all cells")

@@ -24,8 +24,9 @@ from moe_lightning.method import Method
 from moe_lightning.plan import CompressionPlan, Edit, ModelShape
 from moe_lightning.sizes import measure
 from moe_lightning.statistics import Statistics, collect, statistics_bytes
+from moe_lightning.statistics.fingerprint import fingerprint, same_weights
 from moe_lightning.statistics.second_moments import MAX_BYTES, second_moment_bytes
-from moe_lightning.surgery import Surgery, carry_optimizer, check_class, plan_of
+from moe_lightning.surgery import Surgery, check_class, plan_of, planned_carry
 from moe_lightning.trimming import Replay
 
 Batches = Iterable[Mapping[str, Any]]
@@ -149,15 +150,15 @@ def compress(
     if isinstance(batches, Iterator):
         batches = list(batches)  # methods, fits and trials make passes of their own
     if statistics is not None:
-        _check_statistics(statistics, chosen[0], shape_before)
+        _check_statistics(statistics, chosen[0], model, shape_before)
     size_before = measure(model)
     first: Statistics | None = None
     surgeries: list[Surgery] = []
     tokens: dict[int, dict[int, int]] = {}
     fits: dict[tuple[int, int], str] = {}
     try:
-        for method in chosen:
-            given = statistics if method is chosen[0] else None
+        for place, method in enumerate(chosen):
+            given = statistics if place == 0 else None
             measured = observe(model, batches, method, given, progress)
             edits = method.propose(architecture.shape(model), measured)
             edits = settled_edits(model, batches, method, edits, measured, progress)
@@ -165,7 +166,8 @@ def compress(
             surgeries += apply_edits(model, method, edits, measured, _plain(step))
             _count_tokens(tokens, edits, measured)
             fits |= {key: fit.status for key, fit in measured.fits.items()}
-            first = first or (measured if measured.tensors else None)
+            if place == 0 and measured.tensors:
+                first = measured
         result = CompressionResult(
             model=model,
             plan=plan_of(model),
@@ -181,8 +183,10 @@ def compress(
         result.modules.update(module_statuses(result.plan, shape_before, result.shape_after, tokens, fits))
         _prove(result)
         replaced = [item for surgery in surgeries for item in surgery.replaced]
-        for optimizer in optimizers:
-            carry_optimizer(optimizer, model, replaced)
+        # What an optimizer refuses is found before any of them is changed.
+        carried = [planned_carry(optimizer, model, replaced) for optimizer in optimizers]
+        for commit in carried:
+            commit()
     except BaseException:
         undo(surgeries)
         raise
@@ -191,9 +195,14 @@ def compress(
     return result
 
 
-def _check_statistics(statistics: Statistics, method: Method, shape: ModelShape) -> None:
+def _check_statistics(statistics: Statistics, method: Method, model: PreTrainedModel, shape: ModelShape) -> None:
     if statistics.shape != shape:
         raise ValueError("statistics= were measured on a model of another shape: collect them from this one")
+    weights = statistics.info.get("weights")
+    if weights is not None and not same_weights(weights, fingerprint(model)):
+        raise ValueError(
+            "statistics= were measured on other weights than the model has now: collect them from this model"
+        )
     missing = method.needs - statistics.groups
     if missing:
         raise ValueError(
@@ -215,7 +224,9 @@ def observe(
         progress: Show progress bars.
     """
     if given is not None:
-        statistics = dataclasses.replace(given, tensors=dict(given.tensors), fits=dict(given.fits))
+        statistics = dataclasses.replace(
+            given, tensors=dict(given.tensors), fits=dict(given.fits), info=dict(given.info)
+        )
     elif method.needs:
         statistics = collect(model, batches, method.needs, progress=progress)
     else:

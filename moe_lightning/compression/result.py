@@ -58,10 +58,13 @@ class CompressionResult:
     surgeries: list[Surgery] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
-        """Put the model back as it was before. Optimizers that were carried over are not put back.
+        """Put the model's structure and weights back as they were before.
+
+        Optimizers that were carried over are not put back. Do not change the model otherwise in between (its type, its
+        device, its vocabulary): only its plan is compared.
 
         Raises:
-            RuntimeError: ``reversible`` was not set, the model was changed further since, or this was done before.
+            RuntimeError: ``reversible`` was not set, another compression followed, or this was done before.
         """
         if not self.surgeries or plan_of(self.model).edits != self.plan.edits:
             raise RuntimeError(

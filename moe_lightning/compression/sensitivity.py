@@ -16,6 +16,7 @@ from moe_lightning.compression.filling import apply_edits, settled_edits, undo
 from moe_lightning.divergence import kl_divergence
 from moe_lightning.method import Method
 from moe_lightning.statistics import Statistics
+from moe_lightning.statistics.batches import checked_counts, over_all_ranks
 
 SENSITIVITY_TOKENS = 8192
 """Calibration tokens, about, on which the divergence is measured: the first batches that hold so many."""
@@ -41,14 +42,6 @@ def _logits(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
     return logits.flatten(0, 1) if mask is None else logits[mask.bool()]
 
 
-def _over_all_ranks(values: Tensor, device: torch.device) -> Tensor:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return values
-    values = values.to(device)
-    torch.distributed.all_reduce(values)
-    return values.cpu()
-
-
 def layer_divergence(
     model: PreTrainedModel,
     batches: Iterable[Mapping[str, Any]],
@@ -71,19 +64,19 @@ def layer_divergence(
         Mean over tokens of ``KL(intact || trimmed)`` in nats, float64 ``[layers]``.
 
     Raises:
-        ValueError: There are no batches.
+        ValueError: There are no batches, or no tokens outside the padding.
 
     Cost: one forward pass over those tokens for each MoE layer, and one for the intact model's logits, which are kept.
     """
     chosen = _first_batches(batches)
-    if not chosen:
-        raise ValueError("there are no calibration batches: give at least one (calibration_batches >= 1)")
     shape = architecture_of(model).shape(model)
     device = next(model.parameters()).device
     sums = torch.zeros(len(shape.layouts) + 1, dtype=torch.float64)
     with evaluation_mode(model):
         intact = [_logits(model, batch) for batch in chosen]
-    sums[-1] = sum(len(logits) for logits in intact)
+    sums[-1] = num_tokens = sum(len(logits) for logits in intact)
+    # Together with the other processes: one of them may have no batches of its own.
+    checked_counts(len(chosen), num_tokens, device)
     bar = tqdm(shape.moe_layers, desc="sensitivity", unit="layer", disable=None if progress else True, leave=False)
     for row, layer in enumerate(bar):
         edits = settled_edits(model, batches, method, method.trial(shape, statistics, layer), statistics, progress)
@@ -94,5 +87,5 @@ def layer_divergence(
                     sums[row] += float(kl_divergence(expected, _logits(model, batch)).double().sum())
         finally:
             undo(surgeries)
-    sums = _over_all_ranks(sums, device)
+    sums = over_all_ranks(sums.to(device)).cpu()
     return sums[:-1] / sums[-1]

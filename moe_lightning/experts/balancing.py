@@ -24,17 +24,15 @@ def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, attention_m
             none.
 
     Returns:
-        The loss, fp32 scalar, differentiable through the probabilities.
-
-    Raises:
-        ValueError: There is no layer.
+        The loss, fp32 scalar, differentiable through the probabilities; zero where no layer is left (Layer Drop may
+        have taken every MoE).
 
     Source: Switch Transformer (2101.03961) eq. 4-6. transformers' version is K times larger, and first averages f and
         P over
     all layers, which needs the same E in each and lets one layer's imbalance make up for another's.
     """
     if not router_logits:
-        raise ValueError("load_balancing_loss needs the router logits of at least one MoE layer")
+        return torch.zeros(())
     losses = []
     for logits_NE in router_logits:
         num_experts = logits_NE.shape[-1]

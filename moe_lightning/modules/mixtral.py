@@ -246,12 +246,7 @@ class MixtralModule(LightningModule):
         logits, router_logits = self(batch)
         loss = next_token_loss(logits, batch["labels"])
         mask = batch.get("attention_mask")
-        # Layer Drop may have taken every MoE: then there is no load to balance.
-        balance = (
-            load_balancing_loss(router_logits, self.model.config.num_experts_per_tok, mask)
-            if router_logits
-            else logits.new_zeros(())
-        )
+        balance = load_balancing_loss(router_logits, self.model.config.num_experts_per_tok, mask)
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("train/aux_loss", balance.detach())
         self.log("train/perplexity", loss.detach().exp())

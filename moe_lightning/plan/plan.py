@@ -56,13 +56,14 @@ class CompressionPlan:
     def steps(self) -> tuple[CompressionPlan, ...]:
         """Return the plan cut where its history says that another method began, which measured the model anew.
 
-        A plan without such a history (written by hand) is one step.
+        A plan without such a history (written by hand) is cut where an edit follows another one in the same layer: it
+        is about what that one left.
         """
         history = self.origin.get("history", [])
         counts = [step.get("edits") if isinstance(step, dict) else None for step in history]
         numbers = [count for count in counts if isinstance(count, int) and count >= 0]
         if len(numbers) < len(counts) or sum(numbers) != len(self.edits):
-            return (self,)
+            return tuple(CompressionPlan(edits, self.origin) for edits in self.rounds())
         ends = list(itertools.accumulate(numbers, initial=0))
         parts = zip(itertools.pairwise(ends), history, strict=True)
         return tuple(CompressionPlan(self.edits[start:end], step) for (start, end), step in parts if end > start)

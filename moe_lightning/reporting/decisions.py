@@ -33,7 +33,7 @@ def roles(before: ModelShape, after: ModelShape) -> dict[str, NDArray[numpy.bool
 
 
 def compression_figures(
-    statistics: Statistics, criterion: str | None, after: ModelShape, title: str
+    statistics: Statistics, criterion: str | None, after: ModelShape, title: str, seed: int = 0
 ) -> dict[str, Figure]:
     """Draw what a compression decided by, as far as the statistics hold it.
 
@@ -42,6 +42,7 @@ def compression_figures(
         criterion: What experts were scored by; None where no score decided.
         after: Shape of the model afterwards.
         title: Added to the titles, e.g. ``step 600``.
+        seed: Seed of ``criterion=random``.
 
     Returns:
         By name: ``importance`` (scores, novices hatched and dropped experts crossed out), ``frequency_and_deviation``
@@ -51,7 +52,7 @@ def compression_figures(
     layers = statistics.shape.moe_layers
     now = roles(statistics.shape, after)
     if criterion is not None and not criterion_named(criterion).selector and layers:
-        score = statistics.score(criterion)
+        score = statistics.score(criterion, seed)
         figures["importance"] = heat_map(
             score.numpy(),
             title=f"Score of the experts, {title}",

@@ -16,6 +16,7 @@ from moe_lightning.architectures.modes import evaluation_mode
 from moe_lightning.plan import ModelShape
 from moe_lightning.statistics.batches import Batches, checked_counts, inputs_and_mask, size_in_words
 from moe_lightning.statistics.channels import ChannelStatistics, channel_weight_square
+from moe_lightning.statistics.fingerprint import fingerprint
 from moe_lightning.statistics.groups import (
     ENTRIES,
     STREAMED_GROUPS,
@@ -235,7 +236,7 @@ def collect(
         values |= collect_interventions(model, batches, shape, progress=progress)
     _check_finite({name: tensor for name, tensor in values.items() if name not in _MAY_BE_NAN}, shape)
     mark_absent(shape, values)
-    return Statistics(shape, values, {"batches": num_batches})
+    return Statistics(shape, values, {"batches": num_batches, "weights": fingerprint(model)})
 
 
 _MAY_BE_NAN = frozenset({"low_rank_error", "low_rank_tokens", "subset_error"})

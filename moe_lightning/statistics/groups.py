@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_lightning.plan import ModelShape
 from moe_lightning.statistics.low_rank import MAX_CURVE_RANK
+from moe_lightning.statistics.second_moments import MAX_BYTES, second_moment_bytes
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Entry:
 
 MOST_SUBSET_EXPERTS = 10
 """Experts of a layer up to which all their sets can be tried out (``subsets``)."""
+
+TOKENS_AT_ONCE = 1024
+"""Tokens for which ``subsets`` holds the outputs of all experts at a time."""
 
 LOGIT_BYTES = 2**30
 """Most memory for the intact model's logits of a batch while ``interventions`` are measured."""
@@ -199,6 +203,11 @@ def statistics_bytes(shape: ModelShape, needs: Iterable[str] | None = None, toke
             for size in sizes_of(shape, entry.dims):
                 count *= size
             total += count
+    if "low_rank" in wanted:
+        total += min(MAX_BYTES, second_moment_bytes(shape.hidden_size, sum(len(item.real) for item in shape.layouts)))
+    if "subsets" in wanted:
+        # Every expert's output and their products for some tokens.
+        total += 8 * TOKENS_AT_ONCE * shape.num_experts * (shape.hidden_size + shape.num_experts)
     states = tokens_per_batch * shape.hidden_size * shape.weight_bytes
     total += states * (len(shape.blocks) + 1) * len(wanted & {"similarity", "interventions"})
     if "interventions" in wanted:

@@ -52,7 +52,7 @@ class LowRankFit:
         novice_in: ``[rank, H]`` float64.
         novice_out: ``[rank, H]`` float64.
         ridge: Ridge chosen, in units of the mean variance of an input feature; None for a constant.
-        tokens: Calibration tokens that reached the expert, in both folds.
+        tokens: Calibration tokens that reached the expert, in all folds.
         held_out_error: ``[asked rank + 1]`` float64: mean over all tokens of the layer of ``g^2 |E - map|^2`` with the
             maps of rank 0, 1, ... that were fitted on the other folds, with the ridge chosen for the rank asked for.
             NaN where nothing was tried.

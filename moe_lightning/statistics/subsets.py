@@ -19,9 +19,7 @@ from moe_lightning.architectures import Architecture, MoELayer, architecture_of
 from moe_lightning.architectures.modes import evaluation_mode
 from moe_lightning.plan import ExpertLayout, ModelShape
 from moe_lightning.statistics.batches import Batches, checked_counts, inputs_and_mask, over_all_ranks, size_in_words
-from moe_lightning.statistics.groups import MOST_SUBSET_EXPERTS, statistics_bytes
-
-TOKENS_AT_ONCE = 1024
+from moe_lightning.statistics.groups import MOST_SUBSET_EXPERTS, TOKENS_AT_ONCE, statistics_bytes
 
 
 def subset_number(experts: tuple[int, ...]) -> int:

@@ -8,7 +8,7 @@ from moe_lightning.surgery.models import (
     as_config,
     register_with_transformers,
 )
-from moe_lightning.surgery.optimizer import GROUP_NAMES, carry_optimizer, is_novice, parameter_groups
+from moe_lightning.surgery.optimizer import GROUP_NAMES, carry_optimizer, is_novice, parameter_groups, planned_carry
 
 __all__ = [
     "GROUP_NAMES",
@@ -23,6 +23,7 @@ __all__ = [
     "is_novice",
     "parameter_groups",
     "plan_of",
+    "planned_carry",
     "rebuild",
     "register_with_transformers",
 ]

@@ -109,11 +109,9 @@ class CompressedMixtralForCausalLM(MixtralForCausalLM):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
         # Ours is 1 where the load is even, transformers' is K: keep the scale that router_aux_loss_coef was chosen for.
-        aux_loss = logits.new_zeros(())
-        if outputs.router_logits:  # Layer Drop may have taken every MoE
-            aux_loss = self.num_experts_per_tok * load_balancing_loss(
-                outputs.router_logits, self.num_experts_per_tok, attention_mask
-            )
+        aux_loss = self.num_experts_per_tok * load_balancing_loss(
+            outputs.router_logits, self.num_experts_per_tok, attention_mask
+        )
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)

@@ -6,7 +6,7 @@ position, and a state loaded into another order is wrong without a word.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,8 @@ def _carried_state(state: dict[str, Any], item: ReplacedParameter) -> dict[str, 
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.ndim == 0:
             carried[key] = value
+        elif value.ndim == item.old.ndim and len(value) == 1 < len(item.old):
+            carried[key] = value  # a factor that all rows share
         elif value.ndim == item.old.ndim and len(value) == len(item.old):
             # Novices that are new among old ones have no moments yet: zeros.
             carried[key] = _carried_values(item, value)
@@ -78,9 +80,19 @@ def _carried_values(item: ReplacedParameter, value: Tensor) -> Tensor:
     return item.carried(value)
 
 
-@torch.no_grad()
 def carry_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, replaced: Sequence[ReplacedParameter]) -> None:
     """Edit an existing optimizer in place after a change of structure, wholly or not at all.
+
+    Args and Raises are those of :func:`planned_carry`.
+    """
+    planned_carry(optimizer, model, replaced)()
+
+
+@torch.no_grad()
+def planned_carry(
+    optimizer: torch.optim.Optimizer, model: nn.Module, replaced: Sequence[ReplacedParameter]
+) -> Callable[[], None]:
+    """Prepare to edit an existing optimizer after a change of structure; nothing is changed yet.
 
     Schedulers and the trainer hold the optimizer, so it stays the same object. Surviving parameters keep their state:
     fused experts and router rows are sliced, and so are their moments.
@@ -94,8 +106,11 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, replaced
         replaced: What surgery replaced; of several surgeries all of it, in their order. (After the first of two
             surgeries alone, the optimizer would hold parameters that the second took out of the model.)
 
+    Returns:
+        What does it, and cannot fail.
+
     Raises:
-        RuntimeError: The optimizer keeps state that cannot be sliced; it is as it was then.
+        RuntimeError: The optimizer keeps state that cannot be sliced.
     """
     successor = {id(item.old): item for item in replaced if item.old is not None}
     positions = {id(parameter): place for place, parameter in enumerate(model.parameters())}
@@ -118,12 +133,15 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, replaced
                     states[last] = state
         groups.append(members)
     _add_new_ones(optimizer, groups, replaced, names)
-    # Nothing was changed so far.
-    for group, members in zip(optimizer.param_groups, groups, strict=True):
-        group["params"][:] = sorted(members, key=lambda parameter: positions.get(id(parameter), len(positions)))
-    for parameter in gone:
-        optimizer.state.pop(parameter, None)
-    optimizer.state.update(states)
+
+    def commit() -> None:
+        for group, members in zip(optimizer.param_groups, groups, strict=True):
+            group["params"][:] = sorted(members, key=lambda parameter: positions.get(id(parameter), len(positions)))
+        for parameter in gone:
+            optimizer.state.pop(parameter, None)
+        optimizer.state.update(states)
+
+    return commit
 
 
 def _add_new_ones(
@@ -143,7 +161,8 @@ def _add_new_ones(
             continue
         if not is_novice(item.name) and not item.name.endswith(".bias"):
             continue
-        experts = home_of.get(item.name.partition(".experts.")[0] + ".experts.storage.down_proj")
+        # Its name now: a later surgery may have numbered the layers anew.
+        experts = home_of.get(names[id(item.new)].partition(".experts.")[0] + ".experts.storage.down_proj")
         if not is_novice(item.name):  # a bias: with the vectors, where there is such a group
             home = vectors[0] if vectors else experts if experts is not None else groups[-1]
         else:

@@ -198,9 +198,10 @@ class ChannelDrop(Method):
     to the expert. All experts of a layer keep the same number of channels, so that they stay one stack; each keeps its
     own best. Scores are standardised in every expert and compared with one threshold for the whole model; the width of
     a layer is the mean over its experts of the channels above it, rounded (halves up) to a permitted width. The
-    threshold is as low as the budget allows, so that what is kept never goes over it and misses it by less than one
-    step of one layer (with scope=layer of all layers; there a ratio rounds to the nearest permitted width). Experts
-    that no token reached have no say in their layer's width. Give exactly one of the first three options.
+    threshold is as low as the budget allows, so that what is kept does not go over it (but for widths that may not be
+    smaller) and misses it by less than one step of one layer (with scope=layer of all layers; there a ratio rounds to
+    the nearest permitted width). Experts that no token reached have no say in their layer's width. Give exactly one of
+    the first three options.
 
     Attributes:
         ratio: Share of the channels of all real experts to remove, in [0, 1).
@@ -242,8 +243,9 @@ class ChannelDrop(Method):
         if self.scope not in get_args(ChannelScope):
             raise ValueError(f"ChannelDrop: unknown scope {self.scope!r}: choose layer or global")
         for name in ("floor", "multiple_of"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ChannelDrop: {name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if isinstance(value, bool) or value != int(value) or value < 1:
+                raise ValueError(f"ChannelDrop: {name} must be at least 1, and a whole number, got {value}")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -256,6 +258,7 @@ class ChannelDrop(Method):
         if not layouts:
             raise ValueError("ChannelDrop: no real expert is left in the model: leave it out, or put it first")
         levels = [self._levels(width_of(layout, shape)) for layout in layouts]
+        self._check_ratio(levels)
         if self.scope == "layer":
             widths = self._layer_widths(shape, layouts, levels)
         else:
@@ -265,6 +268,20 @@ class ChannelDrop(Method):
             for layout, width in zip(layouts, widths, strict=True)
             if width < width_of(layout, shape)
         )
+
+    def _check_ratio(self, levels: Sequence[Sequence[int]]) -> None:
+        """Refuse a ratio that the permitted widths miss by a step or more, or that would do nothing."""
+        if self.ratio is None:
+            return
+        for level in levels:
+            width, least = level[-1], level[0]
+            wanted = max(1, width - round_half_up(self.ratio * width))  # one stays in any case
+            if wanted < width and (least - wanted >= self.multiple_of or len(level) == 1):
+                raise ValueError(
+                    f"ChannelDrop: ratio={self.ratio} asks for {wanted} of {width} channels, and floor={self.floor} "
+                    f"with multiple_of={self.multiple_of} permits no fewer than {least}: set multiple_of=1, or lower "
+                    "ratio or floor"
+                )
 
     def _levels(self, width: int) -> list[int]:
         """Return the widths that a layer may have, ascending; the last is the one that it has."""

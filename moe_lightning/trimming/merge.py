@@ -177,7 +177,9 @@ class Merge(Method):
         reason = "a layer keeps at least one" if self.floor is None else f"floor={floor}"
         advice = "lower the floor, or " if floor > 1 else ""
         room = Room(sizes, [min(floor, size) for size in sizes], reason, advice)
-        return WholeExperts(self._budget(), 0, shape, statistics, candidates, room, edits_of)
+        unread = {"scope", "compatible"}
+        options = {name: value for name, value in self.describe().items() if name not in unread}
+        return WholeExperts(self._budget(), 0, shape, statistics, candidates, room, edits_of, trial_options=options)
 
     def _groups(self, layout: ExpertLayout, joining: tuple[int, ...], statistics: Statistics) -> Groups:
         row = statistics.row(layout.layer)

@@ -117,7 +117,7 @@ def novice_parameters(edit: NoviceExperts, statistics: Statistics) -> dict[str, 
 
     Returns:
         ``novices`` ``[n, hidden]``; where any rank is above zero also ``novice_in`` and ``novice_out``
-        ``[sum of ranks, hidden]``, in the order of the edit's experts. A map whose fit fell back to the constant is
+        ``[sum of ranks, hidden]``, in the order of the edit's experts. A map whose fit fell back to the constant gives
         zero. Float64.
 
     Raises:
@@ -141,9 +141,10 @@ def novice_parameters(edit: NoviceExperts, statistics: Statistics) -> dict[str, 
         if expert in fits:
             fit = fits[expert]
             values[expert] = fit.constant
-            missing = torch.zeros(rank - fit.rank, hidden_size, dtype=torch.float64, device="cpu")
-            inputs += [fit.novice_in, missing]
-            outputs += [fit.novice_out, missing]
+            # Rows that the plan has and the fit has not give nothing, and can learn: only one factor is zero.
+            reading = torch.eye(rank, hidden_size, dtype=torch.float64, device="cpu")[fit.rank :]
+            inputs += [fit.novice_in, reading]
+            outputs += [fit.novice_out, torch.zeros_like(reading)]
     result = {"novices": torch.stack([values[expert] for expert in edit.experts])}
     if inputs:
         result |= {"novice_in": torch.cat(inputs), "novice_out": torch.cat(outputs)}

@@ -343,3 +343,62 @@ def test_a_model_compressed_without_gradients_can_be_trained(mode: Any) -> None:
         compress(model, ml.Novices(keep=3))
     model(**BATCHES[0], labels=BATCHES[0]["input_ids"]).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_given_statistics_are_not_changed_and_serve_the_first_step_only() -> None:
+    model = tiny_mixtral()
+    given = ml.collect(model, BATCHES, progress=False)
+    info, names = dict(given.info), set(given.tensors)
+    drop = ml.ExpertDrop(keep=5, criterion="mone")
+    twice = compress(model, [drop, drop, ml.ExpertDrop(keep=4, scope="sensitivity")], statistics=given)
+    assert given.info == info and set(given.tensors) == names
+    other = tiny_mixtral()
+    again = compress(
+        other,
+        [
+            ml.ExpertDrop(keep=5, criterion="mone"),
+            ml.ExpertDrop(keep=5, criterion="mone"),
+            ml.ExpertDrop(keep=4, scope="sensitivity"),
+        ],
+    )
+    assert twice.plan == again.plan
+
+
+def test_statistics_of_other_weights_are_refused() -> None:
+    given = ml.collect(tiny_mixtral(seed=1), BATCHES, progress=False)
+    with pytest.raises(ValueError, match="other weights"):
+        compress(tiny_mixtral(), ml.Novices(keep=3), statistics=given)
+
+
+def test_undo_puts_back_what_was_there_and_only_where_it_was_asked_for() -> None:
+    model = tiny_mixtral()
+    before = Snapshot(model)
+    result = compress(model, [ml.BlockDrop(count=1), ml.Novices(keep=3, novice="low_rank", rank=2)], reversible=True)
+    result.undo()
+    before.check()
+    with pytest.raises(RuntimeError, match="reversible=True"):
+        result.undo()
+    with pytest.raises(RuntimeError, match="reversible=True"):
+        compress(model, ml.Novices(keep=3)).undo()
+
+
+def test_optimizers_are_carried_over_all_or_none() -> None:
+    class Odd(torch.optim.AdamW):
+        """Keeps state that belongs to no row."""
+
+    model = tiny_mixtral().train()
+    first = torch.optim.AdamW(model.model.layers[0].parameters())
+    second = Odd(model.model.layers[1].parameters())
+    for optimizer in (first, second):
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    for parameter in second.state:
+        second.state[parameter]["sketch"] = torch.zeros(7)
+    members = [list(optimizer.param_groups[0]["params"]) for optimizer in (first, second)]
+    with pytest.raises(RuntimeError, match="sketch"):
+        compress(model, ml.ExpertDrop(keep=4), optimizers=[first, second])
+    for optimizer, expected in zip((first, second), members, strict=True):
+        assert all(one is other for one, other in zip(optimizer.param_groups[0]["params"], expected, strict=True))
+    inside = {id(parameter) for parameter in model.parameters()}
+    assert all(id(parameter) in inside for expected in members for parameter in expected)

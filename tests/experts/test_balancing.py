@@ -52,6 +52,5 @@ def test_gradient_evens_out_the_load() -> None:
     assert logits.grad[:, 0].sum() > 0 > logits.grad[:, 1:].sum()
 
 
-def test_no_layer_is_an_error() -> None:
-    with pytest.raises(ValueError, match="at least one MoE layer"):
-        load_balancing_loss([], 2)
+def test_no_layer_has_nothing_to_balance() -> None:
+    assert load_balancing_loss([], 2) == 0

@@ -335,7 +335,7 @@ def test_ranks_from_the_proposal_to_the_values() -> None:
     assert method.fill(settled[2], statistics).keys() == {"novices"}
     # A plan that is replayed says the rank; a map that is no better than the constant is then zero.
     again = novice_parameters(edits[1], statistics)
-    assert again["novice_in"].shape == (15, 32) and not again["novice_in"][5:10].any()
+    assert again["novice_in"].shape == (15, 32) and not again["novice_out"][5:10].any()
     del statistics.fits[0, 2]
     with pytest.raises(ValueError, match="layer 0: no low-rank map was fitted for expert 2"):
         method.fill(settled[0], statistics)

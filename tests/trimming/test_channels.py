@@ -27,6 +27,7 @@ from moe_lightning.trimming.channel_drop import (
     widths_at_budget,
 )
 from moe_lightning.trimming.merge import Merge
+from moe_lightning.trimming.replay import Replay
 from tests.models import random_batches, tiny_mixtral
 from tests.reference import LayerRecord, record, untouched
 
@@ -383,7 +384,17 @@ def test_targets_out_of_reach_are_found_before_calibration(name: str, scope: Any
     assert getattr(result.size_after, name) == least
 
 
-def test_a_plan_that_changes_a_layer_before_its_channels_in_one_step_is_refused() -> None:
+def test_a_plan_that_changes_a_layer_before_its_channels_measures_in_between() -> None:
+    drop, channels = ml.KeepExperts(0, (1, 2, 3)), KeepChannels(0, 5)
+    by_hand, one_after_the_other = tiny_mixtral(), tiny_mixtral()
+    compress(by_hand, plan=CompressionPlan((drop, channels)))
+    for edit in (drop, channels):
+        compress(one_after_the_other, Replay(CompressionPlan((edit,))))
+    for name, tensor in one_after_the_other.state_dict().items():
+        assert torch.equal(by_hand.state_dict()[name], tensor), name
+
+
+def test_a_step_that_changes_a_layer_before_its_channels_is_refused() -> None:
     plan = CompressionPlan((ml.KeepExperts(0, (1, 2, 3)), KeepChannels(0, 5)))
     with pytest.raises(ValueError, match="layer 0: 6 experts of 48 channels were measured, but there are 3 of 48 now"):
-        compress(tiny_mixtral(), plan=plan)
+        compress(tiny_mixtral(), Replay(plan))
