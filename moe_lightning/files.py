@@ -33,6 +33,27 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> Path:
     return target
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Make sure that a file or folder can be made, before the work whose result it is.
+
+    Args:
+        path: What is to be made; folders above it that are not there yet are made then.
+
+    Raises:
+        PermissionError: The nearest folder above it that exists takes no new files, or is none.
+    """
+    parent = Path(path).absolute().parent
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    probe = parent / f".{os.getpid()}.probe"
+    try:
+        with probe.open("wb"):
+            pass
+        probe.unlink()
+    except OSError as error:
+        raise PermissionError(f"{path} cannot be written ({parent}: {error.strerror}): choose another output") from None
+
+
 def check_output_folder(path: str | os.PathLike[str], overwrite: bool, option: str) -> Path:
     """Make sure that a folder may be written, before the work that fills it.
 
@@ -46,8 +67,10 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool, option: s
 
     Raises:
         FileExistsError: It exists, is not empty, and ``overwrite`` is not set, or it is a file.
+        PermissionError: It cannot be written.
     """
     target = Path(path)
+    check_writable(target)
     if target.is_file() or target.is_symlink():
         raise FileExistsError(f"{target} is a file or a link, not a folder: choose another output")
     if target.is_dir() and any(target.iterdir()) and not overwrite:

@@ -11,6 +11,7 @@ from moe_lightning.checkpoints import from_pretrained
 from moe_lightning.cli.commands import begun, check_vocabulary, device_named, dtype_named, inspected, run_command
 from moe_lightning.criteria import collect
 from moe_lightning.data import TextDataModule
+from moe_lightning.files import check_writable
 from moe_lightning.method import Method
 from moe_lightning.statistics.groups import GROUPS, check_needs, statistics_bytes
 
@@ -61,6 +62,7 @@ def collect_statistics(
         raise FileExistsError(f"--output {output} is a folder: name a file, e.g. {target / 'statistics.safetensors'}")
     if target.exists() and not overwrite:
         raise FileExistsError(f"--output {output} is there already: choose another file or pass --overwrite true")
+    check_writable(target)
     listed = words(needs)
     if listed is not None and not listed:
         raise ValueError("--needs is empty: leave it out for the usual groups")
@@ -68,6 +70,12 @@ def collect_statistics(
         possible = sorted(set(GROUPS) - {"sensitivity"})
         raise ValueError(
             f"--needs sensitivity: it is measured by compress itself, for a method; choose from {possible}"
+        )
+    sensitive = [type(method).__name__ for method in methods if method.measures_sensitivity]
+    if sensitive:
+        print(
+            f"note     scope=sensitivity of {', '.join(sensitive)} is measured by moe-lightning compress and sweep, "
+            "which try the method out on every layer; this file will not hold it"
         )
     wanted = check_needs(listed).union(*(method.needs for method in methods))
     where = device_named(device)

@@ -177,11 +177,17 @@ def check_vocabulary(data: TextDataModule, shape: ModelShape, model: str) -> Non
         model: Its folder, for the message.
 
     Raises:
-        ValueError: No tokenizer, or one with more tokens than the model knows.
+        ValueError: No tokenizer, one with more tokens than the model knows, or blocks longer than its sequences.
     """
     if data.options.tokenizer is None:
         raise ValueError(
             f"{model} holds no tokenizer: name the one that the model was trained with by --data.tokenizer"
+        )
+    longest = getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", None)
+    if longest is not None and data.options.block_size > longest:
+        raise ValueError(
+            f"--data.block_size {data.options.block_size} is more than the model's longest sequence: set it to at most "
+            f"{longest}"
         )
     data.prepare()
     if data.vocab_size > shape.vocab_size:

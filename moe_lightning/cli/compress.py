@@ -134,11 +134,18 @@ def _prepare(
         path = Path(plan)
         if not path.is_file():
             raise FileNotFoundError(f"--plan {plan}: there is no such file")
-        replayed = CompressionPlan.from_json(path.read_text())
+        try:
+            replayed = CompressionPlan.from_json(path.read_text())
+        except ValueError as error:  # not text, not JSON, or no plan
+            raise ValueError(f"--plan {plan} is no plan that compress, fit or plan wrote: {error}") from None
         methods = [Replay(replayed)]
     chosen = list(methods)
     edits, after = trial_edits(shape, chosen)
     check_format(after, format)
+    if not edits:
+        raise ValueError(
+            f"nothing would go: {', '.join(map(str, chosen))} rounds to no change on this model: ask for more"
+        )
     uneven = [type(method).__name__ for method in chosen if getattr(method, "scope", "layer") != "layer"]
     if format == "transformers" and uneven:
         raise ValueError(
@@ -178,8 +185,11 @@ def _print_plan(prepared: Prepared) -> None:
     print(f"size     {before.parameters:,} -> {after.parameters:,} parameters ({share:.1%})")
     print(f"         {before.bytes / 2**20:,.1f} -> {after.bytes / 2**20:,.1f} MiB of weights")
     likely = check_format(prepared.shape_after, prepared.format)
-    note = " (loads after 'import moe_lightning')" if likely == "native" else " (a plain Mixtral)"
-    print(f"format   {prepared.format}: {likely}{note}")
+    note = "loads after 'import moe_lightning'" if likely == "native" else "a plain Mixtral"
+    uneven = likely != "native" and any(getattr(method, "scope", "layer") != "layer" for method in prepared.methods)
+    if uneven and prepared.format == "auto":
+        note = "a plain Mixtral if all layers keep the same number of experts, otherwise native"
+    print(f"format   {note}")
     print(f"output   {prepared.output or '-'}", flush=True)
 
 

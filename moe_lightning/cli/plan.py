@@ -13,9 +13,9 @@ import transformers
 
 from moe_lightning import __version__
 from moe_lightning.cli.commands import run_command
-from moe_lightning.files import write_atomically
+from moe_lightning.files import check_writable, write_atomically
 from moe_lightning.method import Method
-from moe_lightning.plan import CompressionPlan, Edit, ModelShape
+from moe_lightning.plan import CompressionPlan, Edit, ModelShape, sizes_of_model
 from moe_lightning.statistics import Statistics, criterion_named
 from moe_lightning.sweep.agreement import agreements
 from moe_lightning.sweep.grid import plain
@@ -30,6 +30,7 @@ def plan_compression(
     output: str | None = None,
     criteria: str | list[str] | None = None,
     sequence_length: int = 2048,
+    overwrite: bool = False,
 ) -> None:
     """Say what methods would decide, from saved statistics and without the model.
 
@@ -42,15 +43,21 @@ def plan_compression(
         output: File for the plan, for compress --plan.
         criteria: Criteria to compare, with commas between them; the usual ones that the file allows when not given.
         sequence_length: Tokens of a sequence, for FLOPs.
+        overwrite: Replace a plan that is there.
 
     Raises:
+        FileExistsError: The output is there.
         ValueError: A method does not fit the model or the statistics.
         FileNotFoundError: There is no such file.
     """
     if not methods:
         raise ValueError("there is nothing to plan: give --methods, e.g. [{class_path: Novices, init_args: {keep: 6}}]")
     if output is not None and Path(output).is_dir():
-        raise ValueError(f"--output {output} is a folder: name a file, e.g. {Path(output) / 'plan.json'}")
+        raise IsADirectoryError(f"--output {output} is a folder: name a file, e.g. {Path(output) / 'plan.json'}")
+    if output is not None:
+        if Path(output).exists() and not overwrite:
+            raise FileExistsError(f"--output {output} is there already: choose another file or pass --overwrite true")
+        check_writable(output)
     if sequence_length < 1:
         raise ValueError(f"--sequence_length {sequence_length}: it must be at least 1")
     chosen = list(methods)
@@ -81,7 +88,7 @@ def plan_compression(
         plan = plan.extended(edits, _step(method, statistics, known))
         print(f"method   {method}")
     _print_layers(predicted, shape, after)
-    _print_sizes(shape, after, sequence_length)
+    _print_sizes(shape, after, sequence_length, known if "routing" in known.groups else None)
     _print_agreement(compared, known, after)
     if output is not None:
         write_atomically(output, plan.to_json())
@@ -135,7 +142,14 @@ def _step(method: Method, path: str, statistics: Statistics) -> dict[str, Any]:
         "python": platform.python_version(),
     }
     calibration = {"statistics": path, **{key: value for key, value in statistics.info.items() if key != "plan"}}
-    return plain({**method.describe(), "calibration": calibration, "versions": versions})
+    return plain(
+        {
+            **method.describe(),
+            "model": sizes_of_model(statistics.shape),
+            "calibration": calibration,
+            "versions": versions,
+        }
+    )
 
 
 def _unpredicted(edit: Edit) -> LayerPrediction:
@@ -153,12 +167,13 @@ def _print_layers(predicted: Sequence[LayerPrediction], before: ModelShape, afte
         for item in mine:
             error = "?" if item.error is None else f"{item.error:.4g}"
             relative = _share(item.relative(item.error))
-            joint = _share(item.relative(item.joint_error))
+            joint = "-" if item.joint_error is None else _share(item.relative(item.joint_error))
             note = f" ({item.note})" if item.note else ""
             print(f"{layout.layer:>5} {counts:>8}  {error:>11} {relative:>9} {joint:>17}  {item.what}{note}")
     print(
         "error: squared error of the layer's output per token, experts for themselves; relative: as a share of the "
-        "mean squared output; an error in an early layer is carried through all later ones"
+        "mean squared output; -: with cross terms only where the file holds pairs; an error in an early layer is "
+        "carried through all later ones"
     )
 
 
@@ -166,14 +181,14 @@ def _share(value: float | None) -> str:
     return "?" if value is None else f"{value:.2%}"
 
 
-def _print_sizes(before: ModelShape, after: ModelShape, sequence_length: int) -> None:
+def _print_sizes(before: ModelShape, after: ModelShape, sequence_length: int, known: Statistics | None) -> None:
     share = after.parameters / before.parameters
-    flops = flops_of(before, sequence_length), flops_of(after, sequence_length)
+    flops = flops_of(before, sequence_length, known), flops_of(after, sequence_length, known)
     print(f"\nparameters {before.parameters:,} -> {after.parameters:,} ({share:.1%})")
     print(f"bytes      {before.bytes:,} -> {after.bytes:,} ({before.weight_bytes} for each parameter)")
     print(
-        f"FLOPs      {flops[0]:,} -> {flops[1]:,} ({flops[1] / flops[0]:.1%}) a sequence of {sequence_length} tokens, "
-        "at most: tokens that go to novices cost less"
+        f"FLOPs      {flops[0]:,} -> {flops[1]:,} ({flops[1] / flops[0]:.1%}) a sequence of {sequence_length} tokens"
+        + (", with the routing that was measured" if known is not None else ", at most: tokens may go to novices")
     )
 
 
@@ -208,4 +223,4 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         Exit status: 0, or 2 where the options do not fit.
     """
-    return run_command("plan", plan_compression, arguments, lists=("--methods",))
+    return run_command("plan", plan_compression, arguments, flags=("--overwrite",), lists=("--methods",))

@@ -23,7 +23,7 @@ from moe_lightning.cli.commands import (
     run_command,
 )
 from moe_lightning.data import TextDataModule
-from moe_lightning.files import write_atomically
+from moe_lightning.files import check_writable, write_atomically
 from moe_lightning.plan import ModelShape
 from moe_lightning.statistics import Statistics
 from moe_lightning.statistics.groups import statistics_bytes
@@ -116,6 +116,8 @@ def sweep_model(
             f"--model {model} is compressed already: a sweep compares ways to compress, so give the model before that"
         )
     cells = cells_of(grids, shape)
+    _check_baseline(baseline, cells)
+    check_writable(Path(output) / "sweep.json")
     check_vocabulary(data, shape, model)
     prepared = Prepared(
         model=model,
@@ -152,6 +154,17 @@ def sweep_model(
     if failures:
         told = "; ".join(f"{name}: {reason}" for name, reason in list(failures.items())[:3])
         raise WorkFailed(f"{len(failures)} of {len(cells)} cells failed and are left out of the results: {told}")
+
+
+def _check_baseline(baseline: Baseline | None, cells: Sequence[Cell]) -> None:
+    """Refuse a baseline that is no cell, and say so where the usual one is none."""
+    if any((baseline or Baseline()).names(cell) for cell in cells):
+        return
+    if baseline is not None:
+        raise ValueError(f"--baseline {baseline} is no cell of the grids: add it to them, or name another")
+    print(
+        f"note     {Baseline()} (MoNE as released) is no cell of the grids: losses are not told as shares of its loss"
+    )
 
 
 def _fingerprint(prepared: Prepared) -> dict[str, Any]:
@@ -207,6 +220,7 @@ def _work(prepared: Prepared, todo: Sequence[Cell]) -> dict[str, str]:
     if not todo and original is not None and known is not None and needs <= known.groups:
         return {}
     start = time.monotonic()
+    print(f"measuring {', '.join(sorted(needs))} and low-rank fits, once for all cells ...", flush=True)
     model = from_pretrained(prepared.model, prepared.dtype, prepared.device)
     statistics = shared_statistics(model, prepared.calibration, needs, folder, prepared.intervention_batches)
     fits = shared_fits(model, prepared.calibration, statistics, todo, progress=True)

@@ -21,7 +21,7 @@ from moe_lightning.compression.result import CompressionResult
 from moe_lightning.compression.sensitivity import SENSITIVITY_TOKENS, layer_divergence
 from moe_lightning.compression.statuses import module_statuses
 from moe_lightning.method import Method
-from moe_lightning.plan import CompressionPlan, Edit, ModelShape
+from moe_lightning.plan import CompressionPlan, Edit, ModelShape, sizes_of_model
 from moe_lightning.sizes import measure
 from moe_lightning.statistics import Statistics, collect, statistics_bytes
 from moe_lightning.statistics.fingerprint import fingerprint, same_weights
@@ -162,7 +162,7 @@ def compress(
             measured = observe(model, batches, method, given, progress)
             edits = method.propose(architecture.shape(model), measured)
             edits = settled_edits(model, batches, method, edits, measured, progress)
-            step = {**method.describe(), **_provenance(origin)}
+            step = {**method.describe(), "model": sizes_of_model(shape_before), **_provenance(origin)}
             surgeries += apply_edits(model, method, edits, measured, _plain(step))
             _count_tokens(tokens, edits, measured)
             fits |= {key: fit.status for key, fit in measured.fits.items()}

@@ -15,7 +15,7 @@ from moe_lightning.plan.edits import (
     NoviceExperts,
 )
 from moe_lightning.plan.plan import PLAN_VERSION, CompressionPlan
-from moe_lightning.plan.shape import ABSENT, ExpertLayout, ModelShape
+from moe_lightning.plan.shape import ABSENT, ExpertLayout, ModelShape, sizes_of_model
 from moe_lightning.plan.table import plan_table
 
 __all__ = [
@@ -32,4 +32,5 @@ __all__ = [
     "ModelShape",
     "NoviceExperts",
     "plan_table",
+    "sizes_of_model",
 ]

@@ -208,6 +208,12 @@ class ModelShape:
         return cls(**fields)
 
 
+def sizes_of_model(shape: ModelShape) -> dict[str, Any]:
+    """Return the sizes of the original model: what a plan must agree with to be meant for it."""
+    names = ("architecture", "num_layers", "hidden_size", "intermediate_size", "num_experts", "top_k")
+    return {name: getattr(shape, name) for name in names}
+
+
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {name: tuples(value) for name, value in values.items()}
 

@@ -51,7 +51,8 @@ def decision_maps(
     numbers = row_numbers("layers", layers, num_layers)
     row_names = list(dict.fromkeys(row for row, _ in arrays))
     column_names = list(dict.fromkeys(column for _, column in arrays))
-    width = min(5.0, max(1.9, 0.16 * num_experts + 0.8))
+    # Wide enough for the title and the legend, too.
+    width = min(5.0, max(1.9, 0.16 * num_experts + 0.8, 5.2 / len(column_names)))
     height = min(4.0, max(1.0, 0.17 * num_layers + 0.5))
     figure, grid = new_panels(len(row_names), len(column_names), width, height, title)
     for line, row_name in zip(grid, row_names, strict=True):

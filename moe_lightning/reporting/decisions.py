@@ -10,6 +10,7 @@ from moe_lightning.plan import ModelShape
 from moe_lightning.reporting.heat_maps import heat_map
 from moe_lightning.reporting.model_maps import frequency_variance, similarity_map
 from moe_lightning.statistics import Statistics, criterion_named
+from moe_lightning.statistics.groups import real_experts
 
 
 def roles(before: ModelShape, after: ModelShape) -> dict[str, NDArray[numpy.bool_]]:
@@ -52,20 +53,24 @@ def compression_figures(
     layers = statistics.shape.moe_layers
     now = roles(statistics.shape, after)
     if criterion is not None and not criterion_named(criterion).selector and layers:
-        score = statistics.score(criterion, seed)
+        score = statistics.score(criterion, seed).numpy()
+        largest = numpy.nanmax(numpy.abs(score))
         figures["importance"] = heat_map(
-            score.numpy(),
+            100 * score / largest if largest > 0 else score,
             title=f"Score of the experts, {title}",
-            value_label=criterion,
+            value_label=f"{criterion}, share of the largest",
+            unit="%",
             layers=layers,
             novices=now["novice"],
             dropped=now["gone"],
             undefined_label="no score",
         )
     if {"routing", "outputs"} <= statistics.groups and layers:
+        # Novices and experts that were gone before are no part of the decision.
+        real = real_experts(statistics.shape).numpy()
         figures["frequency_and_deviation"] = frequency_variance(
-            100 * statistics.score("frequency").numpy(),
-            statistics.score("variance").numpy(),
+            numpy.where(real, 100 * statistics.score("frequency").numpy(), numpy.nan),
+            numpy.where(real, statistics.score("variance").numpy(), numpy.nan),
             now["stays"],
             title=f"Who stays, {title}",
             frequency_label="share of the tokens that pick the expert [%]",

@@ -101,7 +101,8 @@ def frequency_variance(
         boundary_label: Its name.
 
     Returns:
-        The figure. Experts that are never used, or that never vary, have no place on it and are counted in the legend.
+        The figure. Experts that are never used, or that never vary, have no place on it and are counted in the legend;
+        those that are NaN are no experts.
 
     Raises:
         ValueError: Shapes that differ.
@@ -134,7 +135,7 @@ def frequency_variance(
         axes.set_xlim(x_low, x_high)
         axes.set_ylim(y_low, y_high)
         handles.append(Line2D([], [], color=INK, linestyle="--", linewidth=1.2, label=boundary_label))
-    missing = int((~shown_LE).sum())
+    missing = int((~shown_LE & ~(numpy.isnan(x_LE) | numpy.isnan(y_LE))).sum())
     if missing:
         handles.append(Line2D([], [], linestyle="none", label=f"{missing} without a place (never used)"))
     every = 1 + (len(numbers) - 1) // 12

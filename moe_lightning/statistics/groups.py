@@ -115,7 +115,7 @@ def check_needs(needs: Iterable[str] | None) -> frozenset[str]:
     wanted = frozenset([needs] if isinstance(needs, str) else needs)
     unknown = wanted - frozenset(GROUPS)
     if unknown:
-        raise ValueError(f"unknown statistics {sorted(unknown)}: choose from {sorted(GROUPS)}")
+        raise ValueError(f"unknown statistics {sorted(unknown)}: choose from {sorted(set(GROUPS) - {'sensitivity'})}")
     return wanted
 
 

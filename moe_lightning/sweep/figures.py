@@ -86,8 +86,10 @@ def _curves(rows: Sequence[Row]) -> dict[str, Figure]:
         best = _best_label([point for point in points if point.cell.criterion] or points)
         room = len(CATEGORICAL) - 1
         chosen = dict(sorted(unscored.items(), key=lambda item: float(numpy.asarray(item[1].y)[-1]))[:room])
-        chosen[f"best: {' '.join(part for part in best if part)}"] = _curve(groups[best[2], best[1], best[0]], original)
-        title = "Baselines that rank by themselves, and the best cell"
+        chosen[f"best with a criterion: {' '.join(part for part in best if part)}"] = _curve(
+            groups[best[2], best[1], best[0]], original
+        )
+        title = "Methods that rank by themselves, and the best one with a criterion"
         figures["curves-baselines"] = interval_curves({"": chosen}, title=title, reference=reference, **labels)  # type: ignore[arg-type]
     return figures
 

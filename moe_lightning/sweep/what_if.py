@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from moe_lightning.criteria.naee import pair_errors
-from moe_lightning.plan import DropMoE, Edit, KeepExperts, ModelShape, NoviceExperts
+from moe_lightning.plan import (
+    DropBlock,
+    DropMoE,
+    Edit,
+    KeepChannels,
+    KeepExperts,
+    MergeExperts,
+    ModelShape,
+    NoviceExperts,
+)
 from moe_lightning.statistics import Statistics
 from moe_lightning.trimming import novice_values
 
@@ -100,7 +109,18 @@ def _prediction(edit: Edit, statistics: Statistics) -> LayerPrediction:
         zeros = torch.zeros(len(gone), statistics.shape.hidden_size, dtype=torch.float64)
         note = "" if edit.router == "keep" else "approximate: their outputs as zero, without the tokens' new experts"
         return _constants(edit.layer, gone, zeros, statistics, what, output, note)
-    return LayerPrediction(edit.layer, type(edit).__name__, None, output=output, note="no prediction for this edit")
+    return LayerPrediction(edit.layer, _in_words(edit, statistics), None, output=output, note="error not predicted")
+
+
+def _in_words(edit: Edit, statistics: Statistics) -> str:
+    if isinstance(edit, MergeExperts):
+        groups = ["+".join(map(str, group)) for group in edit.groups if len(group) > 1]
+        return f"merged: {', '.join(groups) or 'none'}"
+    if isinstance(edit, KeepChannels):
+        layout = statistics.shape.layout(edit.layer)
+        now = statistics.shape.intermediate_size if layout.width is None else layout.width
+        return f"{edit.width} of {now} channels stay in each expert"
+    return "the whole layer goes" if isinstance(edit, DropBlock) else edit.kind
 
 
 def _numbers(experts: Sequence[int]) -> str:
@@ -143,12 +163,14 @@ def _low_rank(edit: NoviceExperts, statistics: Statistics, what: str, output: fl
     return LayerPrediction(edit.layer, what, error, None, output, "measured on held-out calibration tokens")
 
 
-def flops_of(shape: ModelShape, sequence_length: int) -> int:
+def flops_of(shape: ModelShape, sequence_length: int, statistics: Statistics | None = None) -> int:
     """Return the floating-point operations of one sequence, as ``moe_lightning.measure`` counts them in tensors.
 
     Args:
         shape: Shape of the model.
         sequence_length: S, tokens.
+        statistics: How tokens were routed before; novices and absent experts then save what they got. None counts
+            real experts for every pick.
     """
     hidden, tokens = shape.hidden_size, sequence_length
     blocks = len(shape.blocks)
@@ -159,6 +181,12 @@ def flops_of(shape: ModelShape, sequence_length: int) -> int:
         products += vectors * hidden
         width = shape.intermediate_size if layout.width is None else layout.width
         reachable = sum(place >= 0 for place in layout.slot_map)
-        experts += min(shape.top_k, reachable) * 3 * hidden * width
+        picks = float(min(shape.top_k, reachable))
+        if statistics is not None:
+            count_E = statistics["count"][statistics.row(layout.layer), list(layout.router)]
+            places = torch.tensor(layout.slot_map)
+            share = float(count_E[places >= 0].sum() / count_E.sum()) if float(count_E.sum()) else 1.0
+            picks = min(picks, min(shape.top_k, len(layout.router)) * share)
+        experts += round(tokens * picks * 3 * hidden * width)
     scores = 4 * tokens * tokens * shape.num_attention_heads * shape.head_dim * blocks
-    return 2 * tokens * (products + experts) + scores
+    return 2 * (tokens * products + experts) + scores

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from moe_lightning.architectures import OpenExperts
 from moe_lightning.method import Method
-from moe_lightning.plan import CompressionPlan, Edit, KeepChannels, MergeExperts, ModelShape, NoviceExperts
+from moe_lightning.plan import (
+    CompressionPlan,
+    Edit,
+    KeepChannels,
+    MergeExperts,
+    ModelShape,
+    NoviceExperts,
+    sizes_of_model,
+)
 from moe_lightning.statistics import Statistics
 from moe_lightning.trimming.channel_drop import CHANNEL_NEEDS, kept_channels
 from moe_lightning.trimming.merge import MERGE_NEEDS, merged_weights
@@ -42,7 +50,17 @@ class Replay(Method):
         return needs
 
     def propose(self, shape: ModelShape, statistics: Statistics) -> tuple[Edit, ...]:
-        """Return the plan's edits; see :meth:`Method.propose`."""
+        """Return the plan's edits; see :meth:`Method.propose`.
+
+        Raises:
+            ValueError: The plan says that it was made for a model of other sizes.
+        """
+        history = self.plan.origin.get("history") or [self.plan.origin]
+        made_for = history[0].get("model") if isinstance(history[0], dict) else None
+        here = sizes_of_model(shape)
+        if isinstance(made_for, dict) and made_for != here:
+            others = [f"{name} {made_for.get(name)} (here {size})" for name, size in here.items()]
+            raise ValueError(f"the plan was made for another model: {', '.join(others)}")
         return self.plan.edits
 
     def low_rank_wants(self, edits: Sequence[Edit]) -> dict[int, tuple[tuple[int, int], ...]]:
