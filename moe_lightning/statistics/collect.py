@@ -19,6 +19,7 @@ from moe_lightning.statistics.channels import ChannelStatistics, channel_weight_
 from moe_lightning.statistics.fingerprint import fingerprint
 from moe_lightning.statistics.groups import (
     ENTRIES,
+    MAY_BE_NAN,
     STREAMED_GROUPS,
     check_needs,
     mark_absent,
@@ -234,9 +235,6 @@ def collect(
         values |= collect_subsets(model, batches, shape, progress=progress)
     if "interventions" in wanted:
         values |= collect_interventions(model, batches, shape, progress=progress)
-    _check_finite({name: tensor for name, tensor in values.items() if name not in _MAY_BE_NAN}, shape)
+    _check_finite({name: tensor for name, tensor in values.items() if name not in MAY_BE_NAN}, shape)
     mark_absent(shape, values)
     return Statistics(shape, values, {"batches": num_batches, "weights": fingerprint(model)})
-
-
-_MAY_BE_NAN = frozenset({"low_rank_error", "low_rank_tokens", "subset_error"})

@@ -98,6 +98,9 @@ GROUPS: dict[str, tuple[str, ...]] = {group: tuple(entries) for group, entries i
 DEFAULT_GROUPS = frozenset({"routing", "outputs", "layers", "blocks"})
 """What is measured where nothing is asked for: cheap, and enough for most criteria."""
 
+MAY_BE_NAN = frozenset({"low_rank_error", "low_rank_tokens", "subset_error"})
+"""Statistics that have no value for some experts or sets that are there, e.g. low-rank errors of novices."""
+
 STREAMED_GROUPS = frozenset(GROUPS) - {"low_rank", "interventions", "subsets", "sensitivity"}
 """Groups that one pass measures together; each of the others makes passes of its own."""
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_lightning.files import write_atomically
 from moe_lightning.plan import ModelShape
-from moe_lightning.statistics.groups import ENTRIES, GROUPS, TABLE, known_experts, mark_absent, sizes_of
+from moe_lightning.statistics.groups import ENTRIES, GROUPS, MAY_BE_NAN, TABLE, known_experts, mark_absent, sizes_of
 from moe_lightning.statistics.metrics import merge_moments
 from moe_lightning.statistics.registry import criterion_named
 
@@ -154,7 +154,7 @@ class Statistics:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: Not a statistics file, a truncated one, or one of another version.
+            ValueError: Not a statistics file, a truncated or damaged one, or one of another version.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no statistics file {path}")
@@ -168,7 +168,21 @@ class Statistics:
             ) from None
         if metadata.get("format") != "moe-lightning statistics" or metadata.get("version") != FORMAT_VERSION:
             raise ValueError(f"{path} holds no statistics of version {FORMAT_VERSION}: collect them again")
-        return cls(ModelShape.from_dict(json.loads(metadata["shape"])), tensors, json.loads(metadata["info"]))
+        loaded = cls(ModelShape.from_dict(json.loads(metadata["shape"])), tensors, json.loads(metadata["info"]))
+        bad = loaded._not_finite()
+        if bad:
+            raise ValueError(f"{path} is damaged: {', '.join(bad)} hold values that are no numbers: collect them again")
+        return loaded
+
+    def _not_finite(self) -> list[str]:
+        """Return the sums that are not finite for an expert that is there."""
+        holes = {name: torch.zeros_like(tensor) for name, tensor in self.tensors.items()}
+        mark_absent(self.shape, holes)
+        return [
+            name
+            for name, tensor in self.tensors.items()
+            if name not in MAY_BE_NAN and not bool((torch.isfinite(tensor) | torch.isnan(holes[name])).all())
+        ]
 
     @classmethod
     def synthetic(cls, shape: ModelShape, seed: int = 0) -> Statistics:

@@ -179,6 +179,9 @@ def bad_model(place: Path, kind: str) -> str:
         (["--calibration_batchs", "1"], "calibration_batchs"),
         (["--data.blok_size", "16"], "blok_size"),
         (["--dtype", "int3"], "dtype"),
+        (["--data.block_size", "65"], "--data.block_size 65 .* at most 64"),
+        (["--methods", "[{class_path: ExpertDrop, init_args: {ratio: 0.01}}]"], "nothing would go: ExpertDrop"),
+        (["--plan", str(Path(__file__).parent / "test_compress.py")], "--plan .* is no plan"),
     ],
 )
 def test_bad_input_is_one_error_before_any_work(
@@ -196,6 +199,30 @@ def test_bad_input_is_one_error_before_any_work(
     assert len([line for line in found.splitlines() if "error:" in line]) == 1
     assert re.search(message, found), found
     assert not any(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_written_is_found_before_any_work(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_lightning.cli.compress.from_pretrained", no_work)
+    assert compress(place, "--output", "/dev/null/out") == 2
+    assert "/dev/null/out cannot be written" in capsys.readouterr().err
+
+
+def test_a_plan_for_a_model_of_other_sizes_is_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compress(place, "--output", str(tmp_path / "one")) == 0
+    wider = MixtralForCausalLM(tiny_config(vocab_size=300, intermediate_size=64))
+    wider.save_pretrained(tmp_path / "wider")
+    for path in (place / "hub").glob("*token*"):
+        (tmp_path / "wider" / path.name).write_bytes(path.read_bytes())
+    capsys.readouterr()
+    plan = str(tmp_path / "one" / "plan.json")
+    assert compress(place, "--output", str(tmp_path / "two"), "--plan", plan, model=str(tmp_path / "wider")) == 2
+    assert (
+        "made for another model: " in (found := capsys.readouterr().err) and "intermediate_size 48 (here 64)" in found
+    )
 
 
 def no_work(*_: Any, **__: Any) -> None:

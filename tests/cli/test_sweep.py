@@ -288,6 +288,7 @@ def test_dry_run_says_what_would_be_done(place: Path, tmp_path: Path, capsys: py
         (["--data.test", "0"], "--data.test"),
         (["--data.test", "1"], "raise --data.test"),
         (["--model", "/nowhere"], "/nowhere"),
+        (["--baseline", "{criterion: residuum, operator: mean, scope: layer}"], "is no cell of the grids"),
         (["-c", "sweeps/nowhere"], "sweeps/quickstart"),
     ],
 )

@@ -63,3 +63,11 @@ def test_a_failed_write_keeps_the_old_file(statistics: Any, tmp_path: Path) -> N
         bad.save(path)
     assert path.read_bytes() == data
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
+    statistics = ml.collect(tiny_mixtral(), random_batches(2), progress=False)
+    statistics.tensors["gate_sum"][1, 2] = torch.nan
+    statistics.save(tmp_path / "damaged.safetensors")
+    with pytest.raises(ValueError, match=r"damaged.safetensors is damaged: gate_sum"):
+        ml.Statistics.load(tmp_path / "damaged.safetensors")
