@@ -86,11 +86,22 @@ def test_the_plan_is_what_compress_decides(
     assert all(a.equal(b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert plan_of(two) in (planned, CompressionPlan())  # a plain Mixtral needs no plan
     original = ml.from_pretrained(place / "hub")
-    before, after = ml.measure(original), ml.measure(one)
+    before, after = ml.measure(original), ml.measure(one, routed_share=novice_shares(place, plan_of(one)))
     assert f"parameters {before.parameters:,} -> {after.parameters:,}" in printed
     assert f"bytes      {before.bytes:,} -> {after.bytes:,}" in printed
     assert f"FLOPs      {before.flops:,} -> {after.flops:,}" in printed
     assert "agreement of criteria" in printed
+
+
+def novice_shares(place: Path, plan: CompressionPlan) -> list[float]:
+    """Return the share of the routed pairs that went to what are novices now, layer by layer."""
+    statistics = ml.Statistics.load(place / "all.safetensors")
+    shares = []
+    for row, layout in enumerate(plan.check(statistics.shape).layouts):
+        count = statistics["count"][row, list(layout.router)]
+        novices = [layout.router.index(expert) for expert in layout.novices]
+        shares.append(float(count[novices].sum() / count.sum()))
+    return shares
 
 
 def test_sections_of_the_output(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
