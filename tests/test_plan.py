@@ -220,3 +220,12 @@ def test_steps_are_what_each_method_added() -> None:
     mixed = plan.extended([NoviceExperts(2, (4,))])  # whose history tells of a part only
     assert [step.edits for step in mixed.steps()] == [(one, two, three), (NoviceExperts(2, (4,)),)]
     assert CompressionPlan().steps() == ()
+
+
+def test_plan_and_kernels_mean_the_same_by_absent() -> None:
+    """Neither imports the other."""
+    import moe_kernels
+
+    from moe_lightning.plan import ABSENT
+
+    assert ABSENT == moe_kernels.ABSENT

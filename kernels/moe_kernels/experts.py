@@ -116,7 +116,9 @@ def grouped_linear(rows_PX: Tensor, weight_SOX: Tensor, offsets_S: Tensor) -> Te
         return nothing_PO + 0 * (weight_SOX.sum() + rows_PX.sum()) if torch.is_grad_enabled() else nothing_PO
     # The backward pass multiplies with rows of the output's size, which then need aligned strides, too.
     aligned = weight_SOX.shape[1] * weight_SOX.element_size() % _STRIDE_BYTES == 0 or not torch.is_grad_enabled()
-    if aligned and _groupable(rows_PX, weight_SOX):
+    # While a compiler traces, F.grouped_mm has no other type than bf16.
+    traced = torch.compiler.is_compiling() and rows_PX.dtype != torch.bfloat16
+    if aligned and not traced and _groupable(rows_PX, weight_SOX):
         return F.grouped_mm(rows_PX, weight_SOX.transpose(-2, -1), offs=offsets_S)
     ends = offsets_S.tolist()
     starts = [0, *ends[:-1]]
