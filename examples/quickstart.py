@@ -109,7 +109,12 @@ def main(run_dir: str = "runs/quickstart") -> None:
             f"| {row['decode_tokens_per_second']:,.0f} |"
         )
     share = (compressed["perplexity"] - recovered["perplexity"]) / (compressed["perplexity"] - original["perplexity"])
-    print(f"\nTuning the novices alone won back {share:.0%} of the lost perplexity.")
+    if share < 1:
+        print(f"\nTuning the novices alone won back {share:.0%} of the lost perplexity.")
+    else:
+        print(
+            "\nTuning the novices alone won back all of the lost perplexity, and more: it saw 100 steps of further text."
+        )
     print(
         f"The same number of experts chosen at random, same novices: perplexity {statistics.median(randoms):.3f} "
         f"(median of {len(randoms)} seeds, best {min(randoms):.3f})."
