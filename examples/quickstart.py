@@ -112,9 +112,7 @@ def main(run_dir: str = "runs/quickstart") -> None:
     if share < 1:
         print(f"\nTuning the novices alone won back {share:.0%} of the lost perplexity.")
     else:
-        print(
-            "\nTuning the novices alone won back all of the lost perplexity, and more: it saw 100 steps of further text."
-        )
+        print("\nTuning the novices alone won back all of the lost perplexity, and more: they saw further text.")
     print(
         f"The same number of experts chosen at random, same novices: perplexity {statistics.median(randoms):.3f} "
         f"(median of {len(randoms)} seeds, best {min(randoms):.3f})."

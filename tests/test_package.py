@@ -39,7 +39,7 @@ def test_help_names_every_command() -> None:
 
     text = help_text()
     assert all(f"\n  {name}" in text for name in COMMANDS)
-    assert list(COMMANDS) == ["fit", "validate", "test", "predict", "compress"]
+    assert list(COMMANDS) == ["fit", "validate", "test", "predict", "compress", "collect", "plan", "sweep"]
 
 
 def test_unknown_command_is_one_line_with_a_hint(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,7 @@ FORMULAS: dict[str, Formula] = {
     "msan": lambda g, e, p, i, tokens: (norms(e) ** 2).mean(),
     "reap": lambda g, e, p, i, tokens: (g * norms(e)).mean(),
 }
-ELSEWHERE = {"random", "interventional", "naee"}
+ELSEWHERE = {"random", "interventional", "naee", "naee_dense"}
 
 
 def family(alpha: int, beta: int, over: float) -> Formula:
@@ -91,7 +91,7 @@ def observed_equals(model: Any, name: str, formula: Formula, tokens: tuple[int, 
 def test_the_criteria_are_those_that_the_tests_know() -> None:
     assert set(CRITERIA) == FORMULAS.keys() | ELSEWHERE
     assert all(criterion.source for criterion in CRITERIA.values())
-    assert {name for name, criterion in CRITERIA.items() if criterion.selector} == {"naee"}
+    assert {name for name, criterion in CRITERIA.items() if criterion.selector} == {"naee", "naee_dense"}
 
 
 TOKENS = pytest.mark.parametrize("tokens", [(3, 2, 11), (1, 1, 4), (1, 1, 1)], ids=["many", "few", "one"])

@@ -51,8 +51,9 @@ def test_what_replaces_an_expert_matters_in_the_order_of_what_it_can_express() -
         after(ml.Novices(**options, novice="low_rank", rank=2)),
         after(ml.Novices(**options, novice="low_rank", rank=8)),
     )
-    # A few thousand tokens tell rank 2 from a constant, but not rank 8 from rank 2.
-    assert max(rank_2, rank_8) < best <= mean < zero
+    # A few thousand tokens tell rank 2 from a constant, but not rank 8 from rank 2, nor one constant from another.
+    assert max(rank_2, rank_8) < min(best, mean)
+    assert max(best, mean) < zero
 
 
 def test_a_budget_over_all_layers_and_a_criterion_beat_chance() -> None:
