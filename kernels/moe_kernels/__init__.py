@@ -10,12 +10,13 @@ from moe_kernels.experts import (
     RoutedPairs,
     add_novices,
     combine_pairs,
+    expert_channels,
     expert_outputs,
     grouped_linear,
     mix_experts,
     mix_experts_by_loop,
     novice_weights,
-    pair_outputs,
+    project_channels,
     sort_pairs,
 )
 
@@ -25,11 +26,12 @@ __all__ = [
     "RoutedPairs",
     "add_novices",
     "combine_pairs",
+    "expert_channels",
     "expert_outputs",
     "grouped_linear",
     "mix_experts",
     "mix_experts_by_loop",
     "novice_weights",
-    "pair_outputs",
+    "project_channels",
     "sort_pairs",
 ]

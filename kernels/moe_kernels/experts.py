@@ -147,9 +147,20 @@ def expert_outputs(
     Returns:
         ``[P, H]``, in the order of ``pairs``.
     """
-    rows_PH = hidden_NH[pairs.tokens]
-    gate_PI, up_PI = grouped_linear(rows_PH, gate_up_S2IH, pairs.offsets).chunk(2, dim=-1)
-    outputs_PH = grouped_linear(activation(gate_PI) * up_PI, down_SHI, pairs.offsets)
+    return project_channels(expert_channels(hidden_NH, pairs, gate_up_S2IH, activation), pairs, down_SHI, bias_SH)
+
+
+def expert_channels(hidden_NH: Tensor, pairs: RoutedPairs, gate_up_S2IH: Tensor, activation: Activation) -> Tensor:
+    """Compute the inner activations ``act(gate x) * up x`` of every routed pair, ``[P, I]``; see `expert_outputs`."""
+    gate_PI, up_PI = grouped_linear(hidden_NH[pairs.tokens], gate_up_S2IH, pairs.offsets).chunk(2, dim=-1)
+    return activation(gate_PI) * up_PI
+
+
+def project_channels(
+    channels_PI: Tensor, pairs: RoutedPairs, down_SHI: Tensor, bias_SH: Tensor | None = None
+) -> Tensor:
+    """Compute the outputs of routed pairs from their inner activations, ``[P, H]``; see `expert_outputs`."""
+    outputs_PH = grouped_linear(channels_PI, down_SHI, pairs.offsets)
     if bias_SH is None or not bias_SH.shape[0]:
         return outputs_PH
     place_P = torch.arange(outputs_PH.shape[0], device=outputs_PH.device)
@@ -236,41 +247,6 @@ def add_novices(
         read_NR = hidden_NH.to(maps.in_RH.dtype) @ maps.in_RH.T
         weighted_NR = (read_NR.to(wide) * weights_NV[:, maps.novice_R]).to(maps.out_RH.dtype)
         return mixed_NH + (weighted_NR @ maps.out_RH).to(wide)
-
-
-def pair_outputs(
-    hidden_NH: Tensor,
-    index_NK: Tensor,
-    gate_up_S2IH: Tensor,
-    down_SHI: Tensor,
-    slot_map_E: Tensor,
-    novices_VH: Tensor | None,
-    activation: Activation,
-    maps: NoviceMaps | None = None,
-    bias_SH: Tensor | None = None,
-) -> Tensor:
-    """Compute what each chosen expert gives for a token before its routing weight, whatever stands in its place.
-
-    Args are those of :func:`mix_experts`.
-
-    Returns:
-        ``[N, K, H]`` in the type of ``hidden_NH``; zeros for absent experts.
-    """
-    num_tokens, top_k = index_NK.shape
-    pairs = sort_pairs(index_NK, slot_map_E, gate_up_S2IH.shape[0])
-    outputs_PH = expert_outputs(hidden_NH, pairs, gate_up_S2IH, down_SHI, activation, bias_SH)
-    table = outputs_PH.new_zeros(num_tokens * top_k, hidden_NH.shape[-1]).index_copy(0, pairs.order, outputs_PH)
-    if novices_VH is None or not novices_VH.shape[0]:
-        return table.view(num_tokens, top_k, hidden_NH.shape[-1])
-    slot = slot_map_E[index_NK.reshape(-1)]
-    places = ((slot < 0) & (slot >= -novices_VH.shape[0])).nonzero().squeeze(-1)
-    number = -1 - slot[places]
-    given = novices_VH[number].to(table.dtype)
-    if maps is not None and maps.in_RH.shape[0]:
-        mine = (number[:, None] == maps.novice_R[None, :]).to(table.dtype)
-        read = hidden_NH[places // top_k] @ maps.in_RH.to(table.dtype).T
-        given = given + (read * mine) @ maps.out_RH.to(table.dtype)
-    return table.index_copy(0, places, given).view(num_tokens, top_k, hidden_NH.shape[-1])
 
 
 def mix_experts(

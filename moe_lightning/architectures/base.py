@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from moe_kernels import NoviceMaps, pair_outputs
+from moe_kernels import NoviceMaps
 from moe_kernels.experts import Activation
 from torch import Tensor, nn
 
@@ -63,28 +63,6 @@ class OpenExperts:
     activation: Activation
     maps: NoviceMaps | None = None
     bias: Tensor | None = None
-
-    def pair_outputs(self, hidden_NH: Tensor, index_NK: Tensor) -> Tensor:
-        """Compute what each chosen expert gives for a token before its routing weight.
-
-        Args:
-            hidden_NH: Input of the experts, ``[tokens, hidden]``.
-            index_NK: Router rows chosen, int64 ``[tokens, k]``.
-
-        Returns:
-            ``[tokens, k, hidden]``.
-        """
-        return pair_outputs(
-            hidden_NH,
-            index_NK,
-            self.gate_up_proj,
-            self.down_proj,
-            self.slot_map,
-            self.novices,
-            self.activation,
-            self.maps,
-            self.bias,
-        )
 
 
 class Changes(Protocol):

@@ -17,8 +17,8 @@ from moe_lightning.callbacks.strategies import check_strategy, wrap_again
 from moe_lightning.compression import CompressionResult, as_methods, check_methods, compress
 from moe_lightning.files import write_atomically
 from moe_lightning.method import Method
-from moe_lightning.plan import ModelShape
-from moe_lightning.reporting import compression_figures, plan_table
+from moe_lightning.plan import ModelShape, plan_table
+from moe_lightning.reporting import compression_figures
 
 
 class Compress(AtStep):

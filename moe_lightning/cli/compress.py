@@ -12,16 +12,15 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from moe_lightning.architectures import architecture_named, architecture_of
+from moe_lightning.architectures import architecture_of
 from moe_lightning.checkpoints import (
     Format,
-    check_checkpoint,
     check_format,
     from_pretrained,
     save_pretrained,
     stored_bytes,
 )
-from moe_lightning.cli.commands import begun, check_vocabulary, device_named, dtype_named, run_command
+from moe_lightning.cli.commands import begun, check_vocabulary, device_named, dtype_named, inspected, run_command
 from moe_lightning.compression import CompressionResult, calibration_bytes, compress, trial_edits
 from moe_lightning.data import TextDataModule
 from moe_lightning.evaluation import LikelihoodResult, evaluate, tokens_per_second
@@ -121,12 +120,10 @@ def _prepare(
     if not methods and plan is None:
         raise ValueError("there is nothing to do: give --methods (see configs/compress.yaml) or --plan plan.json")
     where = device_named(device)
-    raw = check_checkpoint(model)
-    config = AutoConfig.from_pretrained(model)
-    shape = architecture_named(raw["model_type"]).shape_of_config(config)
+    shape, carried = inspected(model)
     replayed = None
     if plan is not None:
-        if architecture_named(raw["model_type"]).plan_of_config(config):
+        if carried:
             raise ValueError(
                 f"--plan {plan}: the model in {model} is compressed already: replay a plan on the uncompressed model "
                 "that it was made for"
@@ -159,7 +156,7 @@ def _prepare(
     torch.set_default_dtype(kind)
     try:
         with torch.device("meta"):
-            empty = build(config)
+            empty = build(AutoConfig.from_pretrained(model))
             size_before = measure(empty, data.block_size)
             apply_plan(empty, architecture_of(empty).plan_of_config(empty.config).extended(edits))
             size_after = measure(empty, data.block_size)

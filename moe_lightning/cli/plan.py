@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from moe_lightning import __version__
 from moe_lightning.cli.commands import run_command
+from moe_lightning.compression import history_step
 from moe_lightning.files import check_writable, write_atomically
 from moe_lightning.method import Method
-from moe_lightning.plan import CompressionPlan, Edit, ModelShape, sizes_of_model
+from moe_lightning.plan import CompressionPlan, Edit, ModelShape
 from moe_lightning.statistics import Statistics, criterion_named
 from moe_lightning.sweep.agreement import agreements
-from moe_lightning.sweep.grid import plain
 from moe_lightning.sweep.what_if import LayerPrediction, flops_of, predictions
 
 USUAL_CRITERIA = ("mone", "residual", "reap", "soft_routing", "frequency")
@@ -83,8 +80,7 @@ def plan_compression(
         measured = known if place == 0 else Statistics(after, {})
         edits = method.propose(after, measured)
         predicted += predictions(edits, known) if place == 0 else [_unpredicted(edit) for edit in edits]
-        for edit in edits:
-            after = edit.apply(after)
+        after = CompressionPlan(edits).check(after)
         plan = plan.extended(edits, _step(method, statistics, known))
         print(f"method   {method}")
     _print_layers(predicted, shape, after)
@@ -135,21 +131,8 @@ def _scores(name: str, statistics: Statistics) -> bool:
 
 
 def _step(method: Method, path: str, statistics: Statistics) -> dict[str, Any]:
-    versions = {
-        "moe-lightning": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
     calibration = {"statistics": path, **{key: value for key, value in statistics.info.items() if key != "plan"}}
-    return plain(
-        {
-            **method.describe(),
-            "model": sizes_of_model(statistics.shape),
-            "calibration": calibration,
-            "versions": versions,
-        }
-    )
+    return history_step(method, statistics.shape, calibration)
 
 
 def _unpredicted(edit: Edit) -> LayerPrediction:

@@ -1,6 +1,7 @@
 """The one driver: observe, propose, check, fill."""
 
 from moe_lightning.compression.driver import as_methods, calibration_bytes, check_methods, compress, trial_edits
+from moe_lightning.compression.provenance import history_step, plain
 from moe_lightning.compression.result import CompressionResult, ModuleStatus
 
 __all__ = [
@@ -10,5 +11,7 @@ __all__ = [
     "calibration_bytes",
     "check_methods",
     "compress",
+    "history_step",
+    "plain",
     "trial_edits",
 ]

@@ -7,21 +7,20 @@ observe (collect what the method needs) -> propose (edits) -> settle (fits) -> c
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 
 from moe_lightning.architectures import architecture_of
 from moe_lightning.compression.filling import apply_edits, settled_edits, undo
+from moe_lightning.compression.provenance import history_step, plain
 from moe_lightning.compression.result import CompressionResult
 from moe_lightning.compression.sensitivity import SENSITIVITY_TOKENS, layer_divergence
 from moe_lightning.compression.statuses import module_statuses
 from moe_lightning.method import Method
-from moe_lightning.plan import CompressionPlan, Edit, ModelShape, sizes_of_model
+from moe_lightning.plan import CompressionPlan, Edit, ModelShape
 from moe_lightning.sizes import measure
 from moe_lightning.statistics import Statistics, collect, statistics_bytes
 from moe_lightning.statistics.fingerprint import fingerprint, same_weights
@@ -64,8 +63,7 @@ def trial_edits(shape: ModelShape, methods: Sequence[Method]) -> tuple[list[Edit
     edits: list[Edit] = []
     for method in methods:
         proposed = method.propose(shape, Statistics.synthetic(shape))
-        for edit in proposed:
-            shape = edit.apply(shape)
+        shape = CompressionPlan(proposed).check(shape)
         edits += proposed
     return edits, shape
 
@@ -162,8 +160,8 @@ def compress(
             measured = observe(model, batches, method, given, progress)
             edits = method.propose(architecture.shape(model), measured)
             edits = settled_edits(model, batches, method, edits, measured, progress)
-            step = {**method.describe(), "model": sizes_of_model(shape_before), **_provenance(origin)}
-            surgeries += apply_edits(model, method, edits, measured, _plain(step))
+            step = history_step(method, shape_before, origin)
+            surgeries += apply_edits(model, method, edits, measured, step)
             _count_tokens(tokens, edits, measured)
             fits |= {key: fit.status for key, fit in measured.fits.items()}
             if place == 0 and measured.tensors:
@@ -233,29 +231,8 @@ def observe(
         statistics = Statistics(architecture_of(model).shape(model), {})
     if method.measures_sensitivity and "layer_divergence" not in statistics.tensors:
         statistics.tensors["layer_divergence"] = layer_divergence(model, batches, method, statistics, progress)
-        statistics.info["layer_divergence"] = _plain(method.describe())
+        statistics.info["layer_divergence"] = plain(method.describe())
     return statistics
-
-
-def _provenance(origin: Mapping[str, Any] | None) -> dict[str, Any]:
-    from moe_lightning import __version__
-
-    versions = {
-        "moe-lightning": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-    return {"calibration": dict(origin or {}), "versions": versions}
-
-
-def _plain(value: Any) -> Any:
-    """Turn options into types that JSON and ``weights_only`` checkpoints hold."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
 
 
 def _count_tokens(tokens: dict[int, dict[int, int]], edits: Sequence[Edit], statistics: Statistics) -> None:

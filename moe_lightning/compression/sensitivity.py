@@ -16,7 +16,7 @@ from moe_lightning.compression.filling import apply_edits, settled_edits, undo
 from moe_lightning.divergence import kl_divergence
 from moe_lightning.method import Method
 from moe_lightning.statistics import Statistics
-from moe_lightning.statistics.batches import checked_counts, over_all_ranks
+from moe_lightning.statistics.batches import checked_counts, inputs_and_mask, over_all_ranks
 
 SENSITIVITY_TOKENS = 8192
 """Calibration tokens, about, on which the divergence is measured: the first batches that hold so many."""
@@ -33,13 +33,11 @@ def _first_batches(batches: Iterable[Mapping[str, Any]]) -> list[Mapping[str, An
     return chosen
 
 
-def _logits(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
+def _logits(model: PreTrainedModel, batch: Mapping[str, Any], number: int) -> Tensor:
     """Return the logits of the tokens that are not padding, ``[tokens, vocabulary]``."""
-    device = next(model.parameters()).device
-    mask = batch.get("attention_mask")
-    mask = None if mask is None else mask.to(device)
-    logits = model(input_ids=batch["input_ids"].to(device), attention_mask=mask, use_cache=False).logits
-    return logits.flatten(0, 1) if mask is None else logits[mask.bool()]
+    inputs, mask = inputs_and_mask(batch, number, next(model.parameters()).device)
+    logits = model(input_ids=inputs, attention_mask=None if mask is None else mask.long(), use_cache=False).logits
+    return logits.flatten(0, 1) if mask is None else logits[mask]
 
 
 def layer_divergence(
@@ -73,7 +71,7 @@ def layer_divergence(
     device = next(model.parameters()).device
     sums = torch.zeros(len(shape.layouts) + 1, dtype=torch.float64)
     with evaluation_mode(model):
-        intact = [_logits(model, batch) for batch in chosen]
+        intact = [_logits(model, batch, number) for number, batch in enumerate(chosen)]
     sums[-1] = num_tokens = sum(len(logits) for logits in intact)
     # Together with the other processes: one of them may have no batches of its own.
     checked_counts(len(chosen), num_tokens, device)
@@ -83,8 +81,8 @@ def layer_divergence(
         surgeries = apply_edits(model, method, edits, statistics)
         try:
             with evaluation_mode(model):
-                for batch, expected in zip(chosen, intact, strict=True):
-                    sums[row] += float(kl_divergence(expected, _logits(model, batch)).double().sum())
+                for number, (batch, expected) in enumerate(zip(chosen, intact, strict=True)):
+                    sums[row] += float(kl_divergence(expected, _logits(model, batch, number)).sum())
         finally:
             undo(surgeries)
     sums = over_all_ranks(sums.to(device)).cpu()

@@ -11,7 +11,6 @@ from moe_lightning.reporting.heat_maps import heat_map
 from moe_lightning.reporting.interval_plots import Curve, RankedValue, interval_curves, interval_ranking
 from moe_lightning.reporting.model_maps import frequency_variance, similarity_map
 from moe_lightning.reporting.style import figure_pixels, save_figure
-from moe_lightning.reporting.tables import plan_table
 
 __all__ = [
     "Curve",
@@ -25,7 +24,6 @@ __all__ = [
     "interval_curves",
     "interval_ranking",
     "layer_curves",
-    "plan_table",
     "roles",
     "save_figure",
     "similarity_map",

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
-from moe_kernels import RoutedPairs, grouped_linear
+from moe_kernels import RoutedPairs, expert_channels, project_channels
 from torch import Tensor, nn
 
 from moe_lightning.architectures import Architecture, MoELayer, OpenExperts
@@ -146,12 +146,8 @@ def pair_outputs(
     num_real = slot_ends[-1] if slot_ends else 0
     offsets_S = torch.tensor(slot_ends, dtype=torch.int32, device=hidden_NH.device)
     pairs = RoutedPairs(order_P[:num_real], offsets_S, index_NK.shape[-1])
-    gate_QI, up_QI = grouped_linear(hidden_NH[pairs.tokens], experts.gate_up_proj, offsets_S).chunk(2, dim=-1)
-    channels_QI = experts.activation(gate_QI) * up_QI
-    outputs_PH = grouped_linear(channels_QI, experts.down_proj, offsets_S)
-    if experts.bias is not None and num_slots:
-        slot_Q = torch.bucketize(torch.arange(num_real, device=offsets_S.device), offsets_S, right=True)
-        outputs_PH = outputs_PH + experts.bias[slot_Q].to(outputs_PH.dtype)
+    channels_QI = expert_channels(hidden_NH, pairs, experts.gate_up_proj, experts.activation)
+    outputs_PH = project_channels(channels_QI, pairs, experts.down_proj, experts.bias)
     if num_real < order_P.shape[0]:
         parts = [outputs_PH]
         for row, start, end in segments:

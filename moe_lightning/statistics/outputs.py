@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_lightning.statistics.metrics import SumMetric
 from moe_lightning.statistics.observer import RoutedOutputs
+from moe_lightning.statistics.routing import routing_table
 
 # Tokens whose pairs are float64 at a time: what is worked on stays in the cache.
 _CHUNK = 128
@@ -135,8 +136,7 @@ class PairStatistics(SumMetric):
 
     def update(self, row: int, columns_R: Tensor, routed: RoutedOutputs) -> None:
         """Add the tokens of one layer's call; arguments as in :meth:`OutputStatistics.update`."""
-        gate_NR = torch.zeros(routed.logits_NR.shape, dtype=torch.float64, device=routed.logits_NR.device)
-        gate_NR.scatter_(1, routed.index_NK, routed.weight_NK.double())
+        gate_NR = routing_table(routed.index_NK, routed.weight_NK, len(columns_R))
         self.gate_product_sum[row, columns_R[:, None], columns_R[None, :]] += gate_NR.T @ gate_NR
         columns, token_P = columns_R.tolist(), routed.token_P
         for router_row, start, end in routed.pairs.segments:

@@ -11,6 +11,18 @@ from torch import Tensor
 from moe_lightning.statistics.metrics import SumMetric
 
 
+def routing_table(index_NK: Tensor, weight_NK: Tensor, num_rows: int) -> Tensor:
+    """Return the routing weights by router row, zero where not chosen, ``[N, R]`` float64.
+
+    Args:
+        index_NK: Router rows chosen, distinct for each token.
+        weight_NK: Their weights.
+        num_rows: R.
+    """
+    table_NR = torch.zeros(index_NK.shape[0], num_rows, dtype=torch.float64, device=index_NK.device)
+    return table_NR.scatter_(1, index_NK, weight_NK.double())
+
+
 class RoutingStatistics(SumMetric):
     """Sums over tokens of what the router decides.
 
@@ -53,8 +65,7 @@ class RoutingStatistics(SumMetric):
             weight_NK: Effective routing weights.
             index_NK: Router rows chosen.
         """
-        gate_NR = torch.zeros(logits_NR.shape, dtype=torch.float64, device=logits_NR.device)
-        gate_NR.scatter_(1, index_NK, weight_NK.double())
+        gate_NR = routing_table(index_NK, weight_NK, logits_NR.shape[1])
         chosen_NR = torch.zeros_like(gate_NR).scatter_(1, index_NK, 1.0)
         # The softmax in fp32, as the router computes it (float64 where the model is float64).
         wide = torch.promote_types(logits_NR.dtype, torch.float32)

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from moe_lightning.architectures import Architecture, MoELayer, OpenExperts, architecture_of
 from moe_lightning.architectures.modes import evaluation_mode
 from moe_lightning.plan import ModelShape
+from moe_lightning.statistics.batches import inputs_and_mask
 
 NUM_FOLDS = 4
 """Sections of the pass, each of which is held out once."""
@@ -184,8 +185,7 @@ class _Observed(NamedTuple):
 def _expert_output(opened: OpenExperts, slot: int, input_PH: Tensor) -> Tensor:
     gate_PI, up_PI = F.linear(input_PH, opened.gate_up_proj[slot]).chunk(2, dim=-1)
     output_PH = F.linear(opened.activation(gate_PI) * up_PI, opened.down_proj[slot])
-    bias = getattr(opened, "bias", None)
-    return output_PH if bias is None else output_PH + bias[slot]
+    return output_PH if opened.bias is None else output_PH + opened.bias[slot]
 
 
 class _Watch:
@@ -339,14 +339,13 @@ def _measure(
         watch = _Watch(model, architecture, by_layer)
         handles = watch.attach()
         try:
-            for batch, fold_BS in bar:
+            for number, (batch, fold_BS) in enumerate(bar):
                 watch.fold_N = fold_BS.reshape(-1).to(device)
-                mask = batch.get("attention_mask")
-                mask = None if mask is None or bool(mask.bool().all()) else mask.bool().long().to(device)
+                inputs, mask = inputs_and_mask(batch, number, device)
                 with suppress(_LayersDone):
                     # The decoder without its head, of which not even all is run.
                     model.model(  # type: ignore[operator]
-                        input_ids=batch["input_ids"].to(device), attention_mask=mask, use_cache=False
+                        input_ids=inputs, attention_mask=None if mask is None else mask.long(), use_cache=False
                     )
         finally:
             for handle in handles:

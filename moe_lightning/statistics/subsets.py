@@ -8,7 +8,6 @@ Legend: L MoE layers, E experts of the original model, N tokens without padding,
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +19,8 @@ from moe_lightning.architectures.modes import evaluation_mode
 from moe_lightning.plan import ExpertLayout, ModelShape
 from moe_lightning.statistics.batches import Batches, checked_counts, inputs_and_mask, over_all_ranks, size_in_words
 from moe_lightning.statistics.groups import MOST_SUBSET_EXPERTS, TOKENS_AT_ONCE, statistics_bytes
+from moe_lightning.statistics.observer import pair_outputs
+from moe_lightning.statistics.routing import routing_table
 
 
 def subset_number(experts: tuple[int, ...]) -> int:
@@ -118,7 +119,7 @@ class _Watch:
         """Hook the router and the experts; return the handles."""
         return [
             self.layer.router.register_forward_hook(self._remember),
-            self.layer.experts.register_forward_pre_hook(partial(self._observe)),
+            self.layer.experts.register_forward_pre_hook(self._observe),
         ]
 
     def _remember(self, _module: nn.Module, _args: Any, output: tuple[Tensor, ...]) -> None:
@@ -135,18 +136,12 @@ class _Watch:
     def _add(self, hidden_NH: Tensor, logits_NR: Tensor, index_NK: Tensor, weight_NK: Tensor) -> None:
         tokens, num_rows = logits_NR.shape
         everyone = torch.arange(num_rows, device=hidden_NH.device).expand(tokens, -1)
-        outputs_NRH = self.architecture.open_experts(self.layer).pair_outputs(hidden_NH, everyone).double()
+        outputs_NRH = pair_outputs(self.architecture.open_experts(self.layer), hidden_NH, everyone).outputs_NKH.double()
         gram_NRR = outputs_NRH @ outputs_NRH.transpose(1, 2)
-        intact_NR = _table(index_NK, weight_NK, num_rows)
+        intact_NR = routing_table(index_NK, weight_NK, num_rows)
         for number, members in self.subsets:
             masked_NR = torch.full_like(logits_NR, -torch.inf)
             masked_NR[:, members] = logits_NR[:, members]
             weight, index = self.architecture.route(self.layer, masked_NR)
-            change_NR = intact_NR - _table(index, weight, num_rows)
+            change_NR = intact_NR - routing_table(index, weight, num_rows)
             self.sums[number] += torch.einsum("nr,nrs,ns->", change_NR, gram_NRR, change_NR)
-
-
-def _table(index_NK: Tensor, weight_NK: Tensor, num_rows: int) -> Tensor:
-    """Return the routing weights by router row, ``[N, R]`` float64."""
-    table = torch.zeros(index_NK.shape[0], num_rows, dtype=torch.float64, device=index_NK.device)
-    return table.scatter_add_(1, index_NK, weight_NK.double())

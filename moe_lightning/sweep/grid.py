@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_lightning.compression import check_methods
+from moe_lightning.compression import check_methods, plain
 from moe_lightning.method import Method
 from moe_lightning.plan import ModelShape
 from moe_lightning.statistics import criterion_named
@@ -133,17 +132,6 @@ class Cell:
         """Name of the cell's file: a hash of its settings."""
         text = json.dumps(self.settings, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
-
-
-def plain(value: Any) -> Any:
-    """Turn options into types that JSON holds."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain(dataclasses.asdict(value))
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(item) for item in value]
-    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
 
 
 def cells_of(grids: Sequence[Grid], shape: ModelShape) -> list[Cell]:

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from moe_lightning.criteria.counts import Scope, even_counts, removed_in_all, removed_in_layer
 from moe_lightning.criteria.selection import ScoreRanking, counts_over_layers
-from moe_lightning.plan import Edit, ModelShape
+from moe_lightning.plan import CompressionPlan, Edit, ModelShape
 from moe_lightning.statistics import criterion_named
 
 Compatible = Literal["any", "uniform"]
@@ -18,13 +18,6 @@ EditsOf = Callable[[Sequence[int]], Sequence[Edit]]
 """From the number of experts that go in each layer to the edits."""
 
 NextCost = Callable[[int], Sequence[float]]
-
-
-def size_after(shape: ModelShape, edits: Sequence[Edit]) -> ModelShape:
-    """Return the shape that edits lead to."""
-    for edit in edits:
-        shape = edit.apply(shape)
-    return shape
 
 
 @dataclass(frozen=True)
@@ -240,7 +233,7 @@ class ExpertBudget:
         Raises:
             ValueError: The layers would differ; the message says what would not.
         """
-        layers = size_after(before, edits).layouts
+        layers = CompressionPlan(tuple(edits)).check(before).layouts
         if self.compatible == "any" or len({layout.same_for_all() for layout in layers}) < 2:
             return
         alike = len({layout.same_for_all() for layout in before.layouts}) < 2
@@ -263,11 +256,11 @@ class ExpertBudget:
 
     def _fits(self, shape: ModelShape, edits: Sequence[Edit]) -> bool:
         name, target = self.target or ("parameters", 0)
-        return bool(getattr(size_after(shape, edits), name) <= target)
+        return bool(getattr(CompressionPlan(tuple(edits)).check(shape), name) <= target)
 
     def _check_reach(self, shape: ModelShape, room: Room, edits_of: EditsOf) -> None:
         name, target = self.target or ("parameters", 0)
-        smallest = getattr(size_after(shape, edits_of(room.removable)), name)
+        smallest = getattr(CompressionPlan(tuple(edits_of(room.removable))).check(shape), name)
         if smallest > target:
             raise ValueError(
                 f"{self.owner}: {name}={target:,} is out of reach: with all experts gone that may go ({room.reason}) "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_lightning.criteria.selection import round_half_up
-from moe_lightning.plan import Edit, ModelShape
+from moe_lightning.plan import CompressionPlan, Edit, ModelShape
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,7 @@ class DepthBudget:
         target = getattr(self, name)
         size = getattr(shape, name)
         for number in range(most + 1):
-            after = shape
-            for edit in edits_of(number):
-                after = edit.apply(after)
-            size = getattr(after, name)
+            size = getattr(CompressionPlan(tuple(edits_of(number))).check(shape), name)
             if size <= target:
                 return number
         raise ValueError(

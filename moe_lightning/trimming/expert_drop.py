@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from moe_lightning.criteria.counts import Scope
 from moe_lightning.method import Method
 from moe_lightning.plan import Edit, KeepExperts, ModelShape
 from moe_lightning.statistics import Statistics, criterion_named
 from moe_lightning.trimming.budget import Compatible, ExpertBudget, Room
-from moe_lightning.trimming.whole_experts import WholeExperts
+from moe_lightning.trimming.whole_experts import WholeExperts, trial_options
 
 
 @dataclass
@@ -122,13 +122,8 @@ class ExpertDrop(Method):
             candidates,
             room,
             edits_of,
-            trial_options=self._trial_options(),
+            trial_options=trial_options(self.describe()),
         )
-
-    def _trial_options(self) -> dict[str, Any]:
-        """Return the options that :meth:`trial` depends on."""
-        unread = {"scope", "compatible"} | ({"seed"} if self.criterion != "random" else set())
-        return {name: value for name, value in self.describe().items() if name not in unread}
 
     def _edit(self, shape: ModelShape, layer: int, experts: tuple[int, ...]) -> KeepExperts:
         return KeepExperts(layer, experts, self.router, len(experts) < shape.top_k)

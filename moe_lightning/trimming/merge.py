@@ -16,7 +16,7 @@ from moe_lightning.plan import Edit, ExpertLayout, MergeExperts, ModelShape
 from moe_lightning.statistics import Statistics
 from moe_lightning.trimming.budget import Compatible, ExpertBudget, Room
 from moe_lightning.trimming.merging import ExpertWeights, Groups, cluster, join_cores, merged, sorted_groups
-from moe_lightning.trimming.whole_experts import WholeExperts
+from moe_lightning.trimming.whole_experts import WholeExperts, trial_options
 
 MergeAlgorithm = Literal["mc_smoe", "hc_smoe"]
 
@@ -177,9 +177,16 @@ class Merge(Method):
         reason = "a layer keeps at least one" if self.floor is None else f"floor={floor}"
         advice = "lower the floor, or " if floor > 1 else ""
         room = Room(sizes, [min(floor, size) for size in sizes], reason, advice)
-        unread = {"scope", "compatible"}
-        options = {name: value for name, value in self.describe().items() if name not in unread}
-        return WholeExperts(self._budget(), 0, shape, statistics, candidates, room, edits_of, trial_options=options)
+        return WholeExperts(
+            self._budget(),
+            0,
+            shape,
+            statistics,
+            candidates,
+            room,
+            edits_of,
+            trial_options=trial_options(self.describe()),
+        )
 
     def _groups(self, layout: ExpertLayout, joining: tuple[int, ...], statistics: Statistics) -> Groups:
         row = statistics.row(layout.layer)

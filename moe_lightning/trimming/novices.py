@@ -17,7 +17,7 @@ from moe_lightning.plan import Edit, ModelShape, NoviceExperts
 from moe_lightning.statistics import Statistics, criterion_named
 from moe_lightning.statistics.low_rank import TOKENS_PER_RANK
 from moe_lightning.trimming.budget import Compatible, ExpertBudget, Room
-from moe_lightning.trimming.whole_experts import WholeExperts
+from moe_lightning.trimming.whole_experts import WholeExperts, trial_options
 
 NoviceKind = Literal["mean", "zero", "gate2_mean", "low_rank"]
 
@@ -304,10 +304,9 @@ class Novices(Method):
 
     def _trial_options(self) -> dict[str, Any]:
         """Return the options that :meth:`trial` depends on."""
-        unread = {"scope", "compatible"} | ({"seed"} if self.criterion != "random" else set())
-        if self.novice != "low_rank" or self._budget().target is None:
-            unread.add("rank")  # it says how many experts must go to reach a size
-        options = {name: value for name, value in self.describe().items() if name not in unread}
+        # The rank says how many experts must go to reach a size, and nothing else of a trial.
+        reads_rank = self.novice == "low_rank" and self._budget().target is not None
+        options = trial_options(self.describe(), *(() if reads_rank else ("rank",)))
         return {**options, "novice": "gate2_mean" if self.novice == "low_rank" else self.novice}
 
     def _ranks(self, statistics: Statistics, layer: int, experts: tuple[int, ...]) -> tuple[int, ...]:

@@ -17,6 +17,19 @@ from moe_lightning.statistics.subsets import check_subset_experts
 from moe_lightning.trimming.budget import ExpertBudget, Room
 
 
+def trial_options(described: Mapping[str, Any], *unread: str) -> dict[str, Any]:
+    """Return the options of a method that its trials depend on.
+
+    Args:
+        described: The method's ``describe()``.
+        *unread: Options that the trials do not read, besides those that no trial reads.
+    """
+    ignored = {"scope", "compatible", *unread}
+    if described.get("criterion") != "random":
+        ignored.add("seed")
+    return {name: value for name, value in described.items() if name not in ignored}
+
+
 @dataclass(frozen=True)
 class WholeExperts:
     """A choice among the experts of a model.

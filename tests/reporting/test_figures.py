@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_lightning.plan import CompressionPlan, KeepExperts, NoviceExperts
-from moe_lightning.reporting import figure_pixels, heat_map, layer_curves, plan_table, save_figure, step_curves
+from moe_lightning.plan import CompressionPlan, KeepExperts, NoviceExperts, plan_table
+from moe_lightning.reporting import figure_pixels, heat_map, layer_curves, save_figure, step_curves
 from tests.models import tiny_config
 
 
