@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import moe_lightning as ml
+from moe_lightning.compression.sensitivity import layer_divergence
 from moe_lightning.method import Method
 from moe_lightning.plan import Edit, ModelShape
 from moe_lightning.statistics import Statistics
@@ -402,3 +403,16 @@ def test_optimizers_are_carried_over_all_or_none() -> None:
         assert all(one is other for one, other in zip(optimizer.param_groups[0]["params"], expected, strict=True))
     inside = {id(parameter) for parameter in model.parameters()}
     assert all(id(parameter) in inside for expected in members for parameter in expected)
+
+
+def test_padding_has_no_part_in_the_sensitivity_of_layers() -> None:
+    model = tiny_mixtral()
+    method = ml.ExpertDrop(keep=4, criterion="frequency", scope="sensitivity")
+    statistics = ml.collect(model, BATCHES, method.needs, progress=False)
+    long, short = random_batches(1, 1, 9, seed=3)[0]["input_ids"], random_batches(1, 1, 4, seed=4)[0]["input_ids"]
+    padded = torch.cat([long, torch.cat([short, torch.full((1, 5), 2)], dim=1)])
+    mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 5])
+    together = layer_divergence(model, [{"input_ids": padded, "attention_mask": mask}], method, statistics, False)
+    apart = layer_divergence(model, [{"input_ids": long}, {"input_ids": short}], method, statistics, False)
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-8)
+    assert (together > 0).all()
