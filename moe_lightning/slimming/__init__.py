@@ -7,16 +7,6 @@ from moe_lightning.slimming.awq import AWQResult, Balance, Balanced, round_by_aw
 from moe_lightning.slimming.gptq import GPTQResult, round_by_gptq
 from moe_lightning.slimming.hessian import output_error
 from moe_lightning.slimming.masks import Pattern, Selection, keep_mask
-from moe_lightning.slimming.packing import (
-    Packed24,
-    PackedBits,
-    pack_24,
-    pack_bits,
-    pack_int4,
-    unpack_24,
-    unpack_bits,
-    unpack_int4,
-)
 from moe_lightning.slimming.pruning import (
     Pruned,
     prune_by_magnitude,
@@ -31,8 +21,6 @@ __all__ = [
     "Balance",
     "Balanced",
     "GPTQResult",
-    "Packed24",
-    "PackedBits",
     "Pattern",
     "Pruned",
     "Quantized",
@@ -41,9 +29,6 @@ __all__ = [
     "dequantize",
     "keep_mask",
     "output_error",
-    "pack_24",
-    "pack_bits",
-    "pack_int4",
     "prune_by_magnitude",
     "prune_by_router_wanda",
     "prune_by_sparse_gpt",
@@ -53,7 +38,4 @@ __all__ = [
     "round_to_nearest",
     "scale_consumer",
     "scale_producer",
-    "unpack_24",
-    "unpack_bits",
-    "unpack_int4",
 ]

@@ -4,22 +4,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from moe_lightning.slimming import (
+from moe_kernels.packing import (
     Packed24,
-    Quantized,
-    Scheme,
-    Selection,
-    dequantize,
     pack_24,
     pack_bits,
     pack_int4,
-    prune_by_magnitude,
-    round_to_nearest,
+    pack_mask,
+    two_of_four,
     unpack_24,
     unpack_bits,
     unpack_int4,
+    unpack_mask,
 )
+
+from moe_lightning.slimming import Quantized, Scheme, Selection, dequantize, prune_by_magnitude, round_to_nearest
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 quick = settings(deadline=None, max_examples=40)
@@ -124,3 +122,18 @@ def test_refusals() -> None:
         unpack_bits(packed._replace(values=packed.values[1:]))
     with pytest.raises(ValueError, match="bytes"):
         unpack_bits(packed._replace(columns=8))
+
+
+@quick
+@given(st.integers(1, 40), st.integers(1, 70), seeds)
+def test_masks_come_back(rows: int, columns: int, seed: int) -> None:
+    kept = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
+    bits = pack_mask(kept)
+    assert bits.shape == (rows, -(-columns // 8))
+    assert torch.equal(unpack_mask(bits, columns), kept)
+
+
+def test_two_of_four_takes_the_first_of_those_that_are_free() -> None:
+    used = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 1, 0, 0, 1, 0, 0]], dtype=torch.uint8)
+    expected = torch.tensor([[1, 1, 0, 0, 1, 0, 0, 1, 1, 0, 1, 0, 1, 1, 0, 0]], dtype=torch.bool)
+    assert torch.equal(two_of_four(used), expected)

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lightning.slimming.masks import keep_in_groups
-
 _INT4_PER_WORD = {torch.int32: 8, torch.uint8: 2}
 
 
@@ -100,8 +98,31 @@ def pack_24(weight: Tensor) -> Packed24:
         raise ValueError(
             "a group of four weights has more than two that are not zero: prune with the pattern 2:4 first"
         )
-    # Exactly two of each group, the first zeros where there are fewer weights.
-    kept = keep_in_groups(used, 2, 4)
+    return pack_24_kept(weight, two_of_four(used))
+
+
+def two_of_four(used: Tensor) -> Tensor:
+    """Mark exactly two of every four neighbours: those used, then the first of the others.
+
+    Args:
+        used: Bool or uint8 ``[..., I]``, at most two of every four set.
+
+    Returns:
+        Bool ``[..., I]``.
+    """
+    groups = used.unflatten(-1, (-1, 4)).bool()
+    room = 2 - groups.sum(-1, keepdim=True)
+    free = ~groups
+    return (groups | (free & (free.cumsum(-1) <= room))).flatten(-2)
+
+
+def pack_24_kept(weight: Tensor, kept: Tensor) -> Packed24:
+    """Pack the weights that a mask keeps.
+
+    Args:
+        weight: ``[..., I]``.
+        kept: Bool ``[..., I]``, exactly two of every four set.
+    """
     marks = kept.unflatten(-1, (-1, 4)).to(torch.uint8)
     nibbles = marks.argmax(-1) | (3 - marks.flip(-1).argmax(-1)) << 2
     values = weight[kept].view(*weight.shape[:-1], weight.shape[-1] // 2)
@@ -115,6 +136,41 @@ def unpack_24(packed: Packed24) -> Tensor:
     places = torch.stack([nibbles & 3, nibbles >> 2], -1)
     dense = torch.zeros(*pairs.shape[:-1], 4, dtype=pairs.dtype, device=pairs.device)
     return dense.scatter(-1, places, pairs).flatten(-2)
+
+
+def pack_mask(kept: Tensor) -> Tensor:
+    """Pack a mask, a bit for each entry, the first in the lowest bit.
+
+    Args:
+        kept: Bool ``[..., I]``.
+
+    Returns:
+        uint8 ``[..., ceil(I / 8)]``.
+    """
+    padded = F.pad(kept, (0, -kept.shape[-1] % 8)).to(torch.uint8).unflatten(-1, (-1, 8))
+    bits = torch.zeros(padded.shape[:-1], dtype=torch.uint8, device=kept.device)
+    for place in range(8):
+        bits |= padded[..., place] << place
+    return bits
+
+
+def unpack_mask(bits: Tensor, columns: int) -> Tensor:
+    """Return the mask that :func:`pack_mask` packed.
+
+    Args:
+        bits: uint8 ``[..., ceil(I / 8)]``.
+        columns: I.
+
+    Returns:
+        Bool ``[..., I]``.
+
+    Raises:
+        ValueError: As many entries are not in as many bytes.
+    """
+    if bits.shape[-1] != -(-columns // 8):
+        raise ValueError(f"{columns} weights take {-(-columns // 8)} bytes, got {bits.shape[-1]}")
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[..., None] >> places) & 1).bool().flatten(-2)[..., :columns]
 
 
 class PackedBits(NamedTuple):
@@ -141,11 +197,7 @@ def pack_bits(weight: Tensor) -> PackedBits:
         The compressed form; smaller than 16-bit weights from ``1 / 16`` zeros on.
     """
     kept = weight != 0
-    padded = F.pad(kept, (0, -weight.shape[-1] % 8)).to(torch.uint8).unflatten(-1, (-1, 8))
-    bits = torch.zeros(padded.shape[:-1], dtype=torch.uint8, device=weight.device)
-    for place in range(8):
-        bits |= padded[..., place] << place
-    return PackedBits(weight[kept], bits, weight.shape[-1])
+    return PackedBits(weight[kept], pack_mask(kept), weight.shape[-1])
 
 
 def unpack_bits(packed: PackedBits) -> Tensor:
@@ -154,10 +206,7 @@ def unpack_bits(packed: PackedBits) -> Tensor:
     Raises:
         ValueError: As many bits are not set as there are values.
     """
-    if packed.bits.shape[-1] != -(-packed.columns // 8):
-        raise ValueError(f"{packed.columns} weights take {-(-packed.columns // 8)} bytes, got {packed.bits.shape[-1]}")
-    places = torch.arange(8, dtype=torch.uint8, device=packed.bits.device)
-    kept = ((packed.bits[..., None] >> places) & 1).bool().flatten(-2)[..., : packed.columns]
+    kept = unpack_mask(packed.bits, packed.columns)
     if int(kept.sum()) != packed.values.numel():
         raise ValueError(f"{int(kept.sum())} weights are marked, but there are {packed.values.numel()} values")
     dense = torch.zeros(kept.shape, dtype=packed.values.dtype, device=packed.values.device)
