@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from moe_lightning.plan.formats import round_half_up
+
 Scope = Literal["layer", "global", "sensitivity"]
-
-
-def round_half_up(value: float) -> int:
-    """Round as ``floor(x + 0.5)``; Python's own rounding takes halves to the even neighbour.
-
-    A ratio like 0.29 times 50 experts means 14.5, though its product in binary is a hair below.
-    """
-    return math.floor(round(value, 9) + 0.5)
 
 
 def removed_in_layer(size: int, ratio: float | None, keep: float | None) -> int:

@@ -13,13 +13,17 @@ from moe_lightning.plan.edits import (
     KeepExperts,
     MergeExperts,
     NoviceExperts,
+    Quantize,
+    Sparsify,
 )
+from moe_lightning.plan.formats import AUTO_GROUPS, MaskScope, Pattern, WeightFormat
 from moe_lightning.plan.plan import PLAN_VERSION, CompressionPlan
 from moe_lightning.plan.shape import ABSENT, ExpertLayout, ModelShape, sizes_of_model
 from moe_lightning.plan.table import plan_table
 
 __all__ = [
     "ABSENT",
+    "AUTO_GROUPS",
     "PLAN_VERSION",
     "CompressionPlan",
     "DropBlock",
@@ -28,9 +32,14 @@ __all__ = [
     "ExpertLayout",
     "KeepChannels",
     "KeepExperts",
+    "MaskScope",
     "MergeExperts",
     "ModelShape",
     "NoviceExperts",
+    "Pattern",
+    "Quantize",
+    "Sparsify",
+    "WeightFormat",
     "plan_table",
     "sizes_of_model",
 ]

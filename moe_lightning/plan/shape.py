@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from moe_lightning.plan.formats import WeightFormat, format_of
+
 ABSENT = -(2**31)
 """Entry of a slot map: the router still knows the expert, and it contributes nothing."""
 
@@ -22,6 +24,7 @@ class ExpertLayout:
         absent: Those of ``router`` that contribute nothing, ascending.
         merged: Pairs ``(expert, owner)``, ascending: the expert is computed by the weights of the owner.
         width: Channels that are left in each real expert, which then has a bias; None where all are there.
+        format: How the matrices of the real experts are stored; None for floating-point numbers.
     """
 
     layer: int
@@ -31,6 +34,7 @@ class ExpertLayout:
     absent: tuple[int, ...] = ()
     merged: tuple[tuple[int, int], ...] = ()
     width: int | None = None
+    format: WeightFormat | None = None
 
     def __post_init__(self) -> None:
         """Write ranks that are all zero as none, so that equal layouts compare equal."""
@@ -74,8 +78,9 @@ class ExpertLayout:
         return len(self.real) * one + vectors * hidden_size
 
     def same_for_all(self) -> tuple[object, ...]:
-        """Return what engines that want all layers alike compare: rows, stored experts, novices, absent, width."""
-        return len(self.router), len(self.real), len(self.novices), len(self.absent), len(self.merged), self.width
+        """Return what engines that want all layers alike compare: rows, numbers of experts, width, format."""
+        counts = tuple(map(len, (self.router, self.real, self.novices, self.absent, self.merged)))
+        return (*counts, self.width, self.format)
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,8 @@ class ModelShape:
         original_moe_layers: Numbers of the MoE layers of the original model; none given: those of ``layouts``.
         blocks: Original numbers of the decoder layers that are left; none given: all.
         weight_bytes: Bytes of one parameter. It is no part of the shape when shapes are compared.
+        attention: Formats of the attention matrices that are no floating-point numbers any more: pairs of the number of
+            the decoder layer and its format, ascending.
     """
 
     architecture: str
@@ -115,6 +122,7 @@ class ModelShape:
     original_moe_layers: tuple[int, ...] = ()
     blocks: tuple[int, ...] = ()
     weight_bytes: int = field(default=4, compare=False)
+    attention: tuple[tuple[int, WeightFormat], ...] = ()
 
     def __post_init__(self) -> None:
         """Fill in what an uncompressed model leaves out."""
@@ -149,9 +157,42 @@ class ModelShape:
         return len(self.blocks) * self.block_parameters + embeddings + hidden + experts
 
     @property
+    def attention_sizes(self) -> dict[str, tuple[int, int]]:
+        """Outputs and inputs of the attention matrices of a decoder layer, by name."""
+        queries, keys = (heads * self.head_dim for heads in (self.num_attention_heads, self.num_key_value_heads))
+        hidden = self.hidden_size
+        return {
+            "q_proj": (queries, hidden),
+            "k_proj": (keys, hidden),
+            "v_proj": (keys, hidden),
+            "o_proj": (hidden, queries),
+        }
+
+    def expert_sizes(self, layout: ExpertLayout) -> dict[str, tuple[int, int]]:
+        """Return outputs and inputs of the matrices of one expert of a layer, by name."""
+        width = self.intermediate_size if layout.width is None else layout.width
+        return {"gate_up_proj": (2 * width, self.hidden_size), "down_proj": (self.hidden_size, width)}
+
+    def attention_format(self, block: int) -> WeightFormat | None:
+        """Return how the attention matrices of a decoder layer are stored; None for floating-point numbers."""
+        return dict(self.attention).get(block)
+
+    def with_attention_format(self, block: int, new: WeightFormat) -> ModelShape:
+        """Return the same shape with the attention matrices of a decoder layer in another format."""
+        formats = {**dict(self.attention), block: new}
+        return dataclasses.replace(self, attention=tuple(sorted(formats.items(), key=lambda pair: pair[0])))
+
+    @property
     def bytes(self) -> int:
-        """Bytes of all parameters in the type that the model has."""
-        return self.parameters * self.weight_bytes
+        """Bytes of all parameters as they are written to disk: packed ones packed, the rest in the model's type."""
+        total = self.parameters * self.weight_bytes
+        stacks = [(len(layout.real), layout.format, self.expert_sizes(layout)) for layout in self.layouts]
+        stacks += [(1, packed, self.attention_sizes) for _, packed in self.attention]
+        for slots, packed, sizes in stacks:
+            for outputs, inputs in sizes.values() if packed is not None else ():
+                dense = slots * outputs * inputs * self.weight_bytes
+                total += packed.stored_bytes(slots, outputs, inputs, self.weight_bytes) - dense if packed else 0
+        return total
 
     def layout(self, layer: int) -> ExpertLayout:
         """Return the layout of a layer.
@@ -185,14 +226,17 @@ class ModelShape:
             raise ValueError(f"layer {layer} is not a decoder layer of this model: it has layers {list(self.blocks)}")
         layouts = tuple(layout for layout in self.layouts if layout.layer != layer)
         return dataclasses.replace(
-            self, layouts=layouts, blocks=tuple(block for block in self.blocks if block != layer)
+            self,
+            layouts=layouts,
+            blocks=tuple(block for block in self.blocks if block != layer),
+            attention=tuple(pair for pair in self.attention if pair[0] != layer),
         )
 
     def uncompressed(self) -> ModelShape:
         """Return the shape with every layer, and every expert of every layer, back in its place."""
         everyone = tuple(range(self.num_experts))
         layouts = tuple(ExpertLayout(layer, everyone) for layer in self.original_moe_layers)
-        return dataclasses.replace(self, layouts=layouts, blocks=tuple(range(self.num_layers)))
+        return dataclasses.replace(self, layouts=layouts, blocks=tuple(range(self.num_layers)), attention=())
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types that JSON can hold."""
@@ -205,6 +249,8 @@ class ModelShape:
         for name in ("original_moe_layers", "blocks"):
             fields[name] = tuple(fields.get(name, ()))
         fields["layouts"] = tuple(ExpertLayout(**_with_tuples(item)) for item in values["layouts"])
+        pairs = ((block, format_of(packed)) for block, packed in fields.get("attention", ()))
+        fields["attention"] = tuple((block, packed) for block, packed in pairs if packed is not None)
         return cls(**fields)
 
 
@@ -215,7 +261,8 @@ def sizes_of_model(shape: ModelShape) -> dict[str, Any]:
 
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuples(value) for name, value in values.items()}
+    found = {name: tuples(value) for name, value in values.items()}
+    return {**found, "format": format_of(values.get("format"))}
 
 
 def tuples(value: Any) -> Any:

@@ -23,6 +23,8 @@ def plan_table(plan: CompressionPlan, shape: ModelShape) -> str:
     gone = [block for block in range(shape.num_layers) if block not in shape.blocks]
     if gone:
         lines += [f"Layers dropped as a whole: {numbers(gone)}", ""]
+    for packed in dict.fromkeys(packed for _, packed in shape.attention):
+        lines += [f"Attention of layers {numbers(n for n, other in shape.attention if other == packed)}: {packed}", ""]
     lines += ["| layer | real experts | novices | dropped |", "|--:|---|---|---|"]
     for layer in shape.original_moe_layers:
         if layer in gone:
@@ -37,6 +39,8 @@ def plan_table(plan: CompressionPlan, shape: ModelShape) -> str:
             real += f" (shared: {shared})"
         if layout.width is not None:
             real += f", {layout.width} channels each"
+        if layout.format is not None and layout.real:
+            real += f" ({layout.format})"
         ranks = dict(zip(layout.novices, layout.novice_ranks, strict=True))
         novices = numbers(f"{expert} (rank {rank})" if rank else expert for expert, rank in ranks.items())
         dropped = (
