@@ -16,8 +16,8 @@ class SlimmingPolicy:
 
     Attributes:
         min_tokens: An expert that fewer calibration tokens reach is starved.
-        starved: ``warn``: use what there is. ``top_up``: draw further calibration sequences that reach it. ``fallback``:
-            treat it as if no token reached it (rounding to nearest, magnitudes). ``error``: fail.
+        starved: ``warn``: use what there is. ``top_up``: draw further calibration sequences that reach it.
+            ``fallback``: treat it as if no token reached it (rounding to nearest, magnitudes). ``error``: fail.
         top_up: Further calibration batches, for ``starved="top_up"``.
         max_fallback: Largest share of a method's matrices that may be made without measurement, in [0, 1].
         max_moment_bytes: Memory for the moments of the inputs that are measured at a time, in bytes.
