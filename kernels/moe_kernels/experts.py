@@ -160,7 +160,11 @@ def project_channels(
     channels_PI: Tensor, pairs: RoutedPairs, down_SHI: Tensor, bias_SH: Tensor | None = None
 ) -> Tensor:
     """Compute the outputs of routed pairs from their inner activations, ``[P, H]``; see `expert_outputs`."""
-    outputs_PH = grouped_linear(channels_PI, down_SHI, pairs.offsets)
+    return add_bias(grouped_linear(channels_PI, down_SHI, pairs.offsets), pairs, bias_SH)
+
+
+def add_bias(outputs_PH: Tensor, pairs: RoutedPairs, bias_SH: Tensor | None) -> Tensor:
+    """Add to the outputs of routed pairs the bias of their slot; as they are where there is none."""
     if bias_SH is None or not bias_SH.shape[0]:
         return outputs_PH
     place_P = torch.arange(outputs_PH.shape[0], device=outputs_PH.device)

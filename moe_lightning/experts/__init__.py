@@ -3,6 +3,20 @@
 from moe_lightning.experts.balancing import load_balancing_loss
 from moe_lightning.experts.compressed import CompressedExperts
 from moe_lightning.experts.no_moe import NoMoE
-from moe_lightning.experts.storage import Channels, Dense
+from moe_lightning.experts.stacks import Int4, Int8, Masked, PackedLinear, Sparse24, WeightStack
+from moe_lightning.experts.storage import Channels, Dense, Packed
 
-__all__ = ["Channels", "CompressedExperts", "Dense", "NoMoE", "load_balancing_loss"]
+__all__ = [
+    "Channels",
+    "CompressedExperts",
+    "Dense",
+    "Int4",
+    "Int8",
+    "Masked",
+    "NoMoE",
+    "Packed",
+    "PackedLinear",
+    "Sparse24",
+    "WeightStack",
+    "load_balancing_loss",
+]

@@ -13,7 +13,7 @@ from moe_kernels import ABSENT, NoviceMaps, add_novices, combine_pairs, sort_pai
 from moe_kernels.experts import Activation
 from torch import Tensor, nn
 
-from moe_lightning.experts.storage import Dense
+from moe_lightning.experts.storage import Dense, Packed
 
 
 class CompressedExperts(nn.Module):
@@ -43,7 +43,7 @@ class CompressedExperts(nn.Module):
 
     def __init__(
         self,
-        storage: Dense,
+        storage: Dense | Packed,
         slot_map: Sequence[int],
         novices: nn.Parameter | None,
         act_fn: Activation,

@@ -6,9 +6,12 @@ Legend: S real experts (slots), I intermediate, H hidden, P routed pairs.
 from __future__ import annotations
 
 import torch
-from moe_kernels import RoutedPairs, expert_outputs
+from moe_kernels import RoutedPairs, add_bias, expert_channels, expert_outputs, project_channels
 from moe_kernels.experts import Activation
 from torch import Tensor, nn
+
+from moe_lightning.experts.stacks import WeightStack
+from moe_lightning.plan import WeightFormat
 
 
 class Dense(nn.Module):
@@ -68,6 +71,24 @@ class Dense(nn.Module):
         """Return ``gate_up [S, 2I, H]`` and ``down [S, H, I]`` as floating-point tensors."""
         return self.gate_up_proj, self.down_proj
 
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.gate_up_proj.shape[2]
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of all experts, without biases."""
+        return self.gate_up_proj.numel() + self.down_proj.numel()
+
+    def channels(self, hidden_NH: Tensor, pairs: RoutedPairs, activation: Activation) -> Tensor:
+        """Compute the inner activations of the routed pairs, ``[P, I]``; see `moe_kernels.expert_channels`."""
+        return expert_channels(hidden_NH, pairs, self.gate_up_proj, activation)
+
+    def project(self, channels_PI: Tensor, pairs: RoutedPairs) -> Tensor:
+        """Compute the outputs of routed pairs from their inner activations, ``[P, H]``."""
+        return project_channels(channels_PI, pairs, self.down_proj, self.bias)
+
     def forward(self, hidden_NH: Tensor, pairs: RoutedPairs, activation: Activation) -> Tensor:
         """Compute the experts' outputs for the routed pairs, before the routing weight: ``[P, H]``."""
         return expert_outputs(hidden_NH, pairs, self.gate_up_proj, self.down_proj, activation, self.bias)
@@ -104,3 +125,73 @@ class Channels(Dense):
         if tuple(bias.shape) != tuple(down_proj.shape[:2]):
             raise ValueError(f"bias {tuple(bias.shape)} and down_proj {tuple(down_proj.shape)} do not fit")
         self.bias = bias
+
+
+class Packed(nn.Module):
+    """Experts whose matrices are stored packed: integers with scales, or what is left after pruning.
+
+    Attributes:
+        gate_up_proj: Gate rows, then up rows: a stack of ``[2 * intermediate, hidden]``.
+        down_proj: A stack of ``[hidden, intermediate]``.
+        bias: ``[experts, hidden]``, or None.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, gate_up_proj: WeightStack, down_proj: WeightStack, bias: nn.Parameter | None = None) -> None:
+        """Hold two stacks, and a bias.
+
+        Args:
+            gate_up_proj: Stack of ``[2 * intermediate, hidden]``.
+            down_proj: Stack of ``[hidden, intermediate]``.
+            bias: ``[experts, hidden]``, or None.
+
+        Raises:
+            ValueError: They do not fit each other.
+        """
+        super().__init__()
+        fits = gate_up_proj.slots == down_proj.slots and gate_up_proj.outputs == 2 * down_proj.inputs
+        if not fits or gate_up_proj.inputs != down_proj.outputs:
+            raise ValueError(f"the stacks do not fit: gate_up_proj ({gate_up_proj}) and down_proj ({down_proj})")
+        if bias is not None and tuple(bias.shape) != (down_proj.slots, down_proj.outputs):
+            raise ValueError(f"bias {tuple(bias.shape)} does not fit down_proj ({down_proj})")
+        self.gate_up_proj = gate_up_proj
+        self.down_proj = down_proj
+        self.register_parameter("bias", bias)
+
+    @property
+    def num_slots(self) -> int:
+        """Real experts held."""
+        return self.gate_up_proj.slots
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.gate_up_proj.inputs
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of all experts, zeros included, without biases."""
+        return self.gate_up_proj.num_weights + self.down_proj.num_weights
+
+    @property
+    def format(self) -> WeightFormat:
+        """How the weights are stored."""
+        return self.gate_up_proj.format
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Return ``gate_up [S, 2I, H]`` and ``down [S, H, I]`` as floating-point tensors, made for the occasion."""
+        return self.gate_up_proj.dense(), self.down_proj.dense()
+
+    def channels(self, hidden_NH: Tensor, pairs: RoutedPairs, activation: Activation) -> Tensor:
+        """Compute the inner activations of the routed pairs, ``[P, I]``; see `moe_kernels.expert_channels`."""
+        gate_PI, up_PI = self.gate_up_proj.linear(hidden_NH[pairs.tokens], pairs.offsets).chunk(2, dim=-1)
+        return activation(gate_PI) * up_PI
+
+    def project(self, channels_PI: Tensor, pairs: RoutedPairs) -> Tensor:
+        """Compute the outputs of routed pairs from their inner activations, ``[P, H]``."""
+        return add_bias(self.down_proj.linear(channels_PI, pairs.offsets), pairs, self.bias)
+
+    def forward(self, hidden_NH: Tensor, pairs: RoutedPairs, activation: Activation) -> Tensor:
+        """Compute the experts' outputs for the routed pairs, before the routing weight: ``[P, H]``."""
+        return self.project(self.channels(hidden_NH, pairs, activation), pairs)
