@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from moe_lightning.architectures import architecture_of
+from moe_lightning.experts import WeightStack
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class ModelSize:
     """Size and cost of a model.
 
     Attributes:
-        parameters: Parameters stored, shared ones once.
-        bytes: Bytes of all parameters and persistent buffers in memory, shared ones once.
+        parameters: Parameters, shared ones once. A weight of 4 bits is one, and so is one that was set to zero.
+        bytes: Bytes of all parameters and persistent buffers in memory, shared ones once, packed ones as they are.
         flops: Floating-point operations of one forward pass over one sequence, 2 for each multiply-add.
     """
 
@@ -33,11 +34,23 @@ class ModelSize:
         )
 
 
-def _stored_bytes(model: nn.Module) -> int:
+def _held_bytes(model: nn.Module) -> int:
+    """Count what is in memory: parameters and the buffers that a checkpoint holds, packed or not."""
     seen: dict[int, int] = {}
-    for tensor in model.state_dict(keep_vars=True).values():
-        seen[id(tensor)] = tensor.numel() * tensor.element_size()
+    for module in model.modules():
+        buffers = (buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set)
+        for tensor in (*module._parameters.values(), *buffers):
+            if tensor is not None:
+                seen[id(tensor)] = tensor.numel() * tensor.element_size()
     return sum(seen.values())
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Count the parameters of a model; of packed matrices each weight that they stand for, zeros included."""
+    packed = [module for module in model.modules() if isinstance(module, WeightStack)]
+    inside = {id(parameter) for stack in packed for parameter in stack.parameters()}
+    others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
+    return others + sum(stack.num_weights for stack in packed)
 
 
 def _shares(routed_share: float | Sequence[float] | None, num_layers: int) -> list[float]:
@@ -63,7 +76,8 @@ def measure(
     """Count parameters, bytes and FLOPs of a model, on any device, ``meta`` included.
 
     FLOPs are those of the q, k, v, o products, non-causal attention ``4 * S^2 * heads * head_dim``, routers, experts,
-    novice products and the language head, for one sequence. Embedding and norms are not counted.
+    novice products and the language head, for one sequence. Embedding and norms are not counted. Integers and zeros
+    save bytes, and no FLOPs.
 
     Args:
         model: A Mixtral with its language head, compressed or not.
@@ -84,28 +98,26 @@ def measure(
     shape = architecture.shape(model)
     tokens = sequence_length
     attention = sum(
-        module.weight.numel()
+        module.in_features * module.out_features
         for layer in architecture.decoder_layers(model)
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear) and ".mlp" not in f".{name}"
+        for module in architecture.attention_linears(layer).values()
     )
     products = attention + model.get_output_embeddings().weight.numel()  # type: ignore[operator]
     scores = 4 * tokens * tokens * shape.num_attention_heads * shape.head_dim * len(architecture.decoder_layers(model))
     experts = 0.0
     for layer, share in zip(layers, _shares(routed_share, len(layers)), strict=True):
         opened = architecture.open_experts(layer)
-        real = opened.gate_up_proj.shape[0]
+        real = opened.num_slots
         products += layer.router.weight.numel()
         if opened.novices is not None:
             products += opened.novices.numel()
         if opened.maps is not None:
             products += opened.maps.in_RH.numel() + opened.maps.out_RH.numel()
         if real:
-            one = (opened.gate_up_proj.numel() + opened.down_proj.numel()) // real
+            one = opened.num_weights // real
             # Merged experts share weights, and a token that picks two of them is computed twice.
             reachable = int(sum(place >= 0 for place in shape.layout(layer.index).slot_map))
             picks = min(shape.top_k, reachable) if routed_share is None else min(shape.top_k * (1.0 - share), reachable)
             experts += picks * one
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     flops = 2 * tokens * products + scores + round(2 * tokens * experts)
-    return ModelSize(parameters, _stored_bytes(model), flops)
+    return ModelSize(count_parameters(model), _held_bytes(model), flops)

@@ -6,12 +6,14 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
-from moe_kernels import NoviceMaps
+from moe_kernels import NoviceMaps, RoutedPairs, expert_channels, project_channels
 from moe_kernels.experts import Activation
 from torch import Tensor, nn
 
+from moe_lightning.experts import Packed
 from moe_lightning.plan import CompressionPlan, ModelShape
 
 CONFIG_KEY = "moe_lightning"
@@ -47,22 +49,63 @@ class OpenExperts:
     """The weights inside an experts module, whatever class it is.
 
     Attributes:
-        gate_up_proj: ``[slots, 2 * intermediate, hidden]``.
-        down_proj: ``[slots, hidden, intermediate]``.
+        storage: What holds the weights: transformers' experts, or a storage of ours. Of a packed one the weights in
+            floating point are made when they are first asked for, and live as long as this object.
         slot_map: Slot, novice or ``ABSENT`` of each router row, int64 ``[experts]``.
         novices: ``[novices, hidden]`` or None.
         activation: Activation of the gate half.
         maps: Low-rank maps of the novices, or None.
-        bias: Bias of each slot, ``[slots, hidden]``, or None.
     """
 
-    gate_up_proj: Tensor
-    down_proj: Tensor
+    storage: Any
     slot_map: Tensor
     novices: Tensor | None
     activation: Activation
     maps: NoviceMaps | None = None
-    bias: Tensor | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether the weights are stored packed."""
+        return isinstance(self.storage, Packed)
+
+    @cached_property
+    def gate_up_proj(self) -> Tensor:
+        """Gate rows, then up rows, ``[slots, 2 * intermediate, hidden]``."""
+        return self.storage.gate_up_proj.dense() if self.packed else self.storage.gate_up_proj
+
+    @cached_property
+    def down_proj(self) -> Tensor:
+        """Down matrices, ``[slots, hidden, intermediate]``."""
+        return self.storage.down_proj.dense() if self.packed else self.storage.down_proj
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias of each slot, ``[slots, hidden]``, or None."""
+        return getattr(self.storage, "bias", None)
+
+    @property
+    def num_slots(self) -> int:
+        """Real experts, without making their weights."""
+        return self.storage.num_slots if self.packed else self.storage.gate_up_proj.shape[0]
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of all real experts, without making them."""
+        if self.packed:
+            return self.storage.num_weights
+        return self.storage.gate_up_proj.numel() + self.storage.down_proj.numel()
+
+    def channels(self, hidden_NH: Tensor, pairs: RoutedPairs) -> Tensor:
+        """Compute the inner activations of routed pairs, ``[pairs, intermediate]``."""
+        if self.packed:
+            return self.storage.channels(hidden_NH, pairs, self.activation)
+        return expert_channels(hidden_NH, pairs, self.gate_up_proj, self.activation)
+
+    def project(self, channels_PI: Tensor, pairs: RoutedPairs) -> Tensor:
+        """Compute the outputs of routed pairs from their inner activations, ``[pairs, hidden]``."""
+        if self.packed:
+            return self.storage.project(channels_PI, pairs)
+        return project_channels(channels_PI, pairs, self.down_proj, self.bias)
 
 
 class Changes(Protocol):
@@ -82,6 +125,10 @@ class Architecture(ABC):
     compressed_model_type: ClassVar[str]
     layers_prefix: ClassVar[str]
     """Name of the list of decoder layers in ``model.named_modules()``."""
+    attention_name: ClassVar[str]
+    """Name of the attention inside a decoder layer."""
+    attention_inputs: ClassVar[tuple[tuple[str, ...], ...]]
+    """Names of the linear layers of an attention: those that read the same input together, in the order of the data."""
 
     @abstractmethod
     def check_model(self, model: nn.Module) -> None:
@@ -102,6 +149,19 @@ class Architecture(ABC):
     @abstractmethod
     def decoder_layers(self, model: nn.Module) -> Sequence[Any]:
         """Return the list of decoder layers that a live model has; ``shape(model).blocks`` are their numbers."""
+
+    @abstractmethod
+    def attention_of(self, decoder_layer: Any) -> Any:
+        """Return the attention module of a decoder layer, whose children hold :attr:`attention_inputs`."""
+
+    @abstractmethod
+    def attention_norm(self, decoder_layer: Any) -> Any:
+        """Return the norm before the attention of a decoder layer."""
+
+    def attention_linears(self, decoder_layer: Any) -> dict[str, Any]:
+        """Return the linear layers of the attention of a decoder layer, by name, in the order of the data flow."""
+        attention = self.attention_of(decoder_layer)
+        return {name: getattr(attention, name) for names in self.attention_inputs for name in names}
 
     @abstractmethod
     def drop_moe(self, layer: MoELayer, change: Changes) -> None:

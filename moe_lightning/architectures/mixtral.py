@@ -19,6 +19,8 @@ class MixtralArchitecture(Architecture):
     model_type: ClassVar[str] = "mixtral"
     compressed_model_type: ClassVar[str] = "moe_lightning_mixtral"
     layers_prefix: ClassVar[str] = "model.layers"
+    attention_name: ClassVar[str] = "self_attn"
+    attention_inputs: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"), ("o_proj",))
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ValueError where the layers are not where transformers 5 puts them."""
@@ -112,9 +114,16 @@ class MixtralArchitecture(Architecture):
         """Return the weights of transformers' experts or of ours."""
         experts = layer.experts
         if isinstance(experts, CompressedExperts):
-            gate_up, down = experts.storage.dense()
-            slot_map = experts.slot_map_on(gate_up.device)
-            maps = experts.maps_on(gate_up.device)
-            return OpenExperts(gate_up, down, slot_map, experts.novices, experts.act_fn, maps, experts.storage.bias)
+            device = layer.router.weight.device
+            maps = experts.maps_on(device)
+            return OpenExperts(experts.storage, experts.slot_map_on(device), experts.novices, experts.act_fn, maps)
         slot_map = torch.arange(experts.gate_up_proj.shape[0], device=experts.gate_up_proj.device)
-        return OpenExperts(experts.gate_up_proj, experts.down_proj, slot_map, None, experts.act_fn)
+        return OpenExperts(experts, slot_map, None, experts.act_fn)
+
+    def attention_of(self, decoder_layer: Any) -> Any:
+        """Return ``self_attn``."""
+        return decoder_layer.self_attn
+
+    def attention_norm(self, decoder_layer: Any) -> Any:
+        """Return ``input_layernorm``."""
+        return decoder_layer.input_layernorm

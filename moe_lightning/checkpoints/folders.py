@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from moe_lightning.architectures import architecture_of
 from moe_lightning.checkpoints.card import model_card
 from moe_lightning.checkpoints.inspect import check_checkpoint
+from moe_lightning.experts import WeightStack
 from moe_lightning.files import check_output_folder, written_folder
 from moe_lightning.plan import ModelShape
 from moe_lightning.surgery import as_config, plan_of, register_with_transformers
@@ -48,6 +49,10 @@ def _why_not_plain(shape: ModelShape) -> str | None:
         "have router rows without an expert": [layout.layer for layout in shape.layouts if layout.absent],
         "have experts that share weights": [layout.layer for layout in shape.layouts if layout.merged],
         "have lost channels": [layout.layer for layout in shape.layouts if layout.width is not None],
+        "have experts of integers": [
+            layout.layer for layout in shape.layouts if layout.real and layout.format and layout.format.quantized
+        ],
+        "have attention matrices of integers": [block for block, packed in shape.attention if packed.quantized],
         "have fewer experts than the router picks": [
             layout.layer for layout in shape.layouts if len(layout.router) < shape.top_k
         ],
@@ -64,13 +69,19 @@ def _why_not_plain(shape: ModelShape) -> str | None:
     return None
 
 
+def _has_zeros(shape: ModelShape) -> bool:
+    """Say whether weights were pruned: a plain folder would hold their zeros one by one."""
+    return any(layout.format is not None for layout in shape.layouts) or bool(shape.attention)
+
+
 def check_format(shape: ModelShape, format: Format) -> Literal["native", "transformers"]:
     """Decide in which format a model of a shape is written.
 
     Args:
         shape: Shape of the model to write.
         format: ``native`` (loads after ``import moe_lightning``), ``transformers`` (a plain Mixtral that transformers
-            alone loads), or ``auto``: the plain one wherever the model can be written so.
+            alone loads; zeros of pruned weights are written out), or ``auto``: the plain one wherever the model can be
+            written so without growing.
 
     Raises:
         ValueError: Unknown format, or ``transformers`` where the model cannot be written so; the message says why.
@@ -80,7 +91,7 @@ def check_format(shape: ModelShape, format: Format) -> Literal["native", "transf
     reason = _why_not_plain(shape)
     if format == "transformers" and reason:
         raise ValueError(f"the model cannot be written as a plain Mixtral because {reason}: use format=native or auto")
-    if format == "native" or reason:
+    if format == "native" or reason or (format == "auto" and _has_zeros(shape)):
         return "native"
     return "transformers"
 
@@ -92,10 +103,25 @@ def _plain_model(model: PreTrainedModel, shape: ModelShape) -> MixtralForCausalL
     config.num_local_experts = len(shape.layouts[0].router)
     with torch.device("meta"):
         plain = MixtralForCausalLM(config)
-    state = {name.replace(".experts.storage.", ".experts."): value for name, value in model.state_dict().items()}
+    state = {}
+    for name, value in _plain_state(model).items():
+        state[name.replace(".experts.storage.", ".experts.")] = value
     plain.load_state_dict(state, strict=True, assign=True)
     plain.generation_config = model.generation_config
     return plain
+
+
+def _plain_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the state dict of a model with the weights of its packed matrices in their place."""
+    stacks = {name: module for name, module in model.named_modules() if isinstance(module, WeightStack)}
+    state = model.state_dict()
+    for prefix, stack in stacks.items():
+        for name in stack.state_dict():
+            del state[f"{prefix}.{name}"]
+        dense = stack.dense().detach()
+        linear = prefix.endswith(".stack")
+        state[f"{prefix.removesuffix('.stack')}.weight" if linear else prefix] = dense[0] if linear else dense
+    return state
 
 
 def _check_tokenizer_folder(source: Path) -> None:
@@ -150,6 +176,9 @@ def save_pretrained(
         _check_tokenizer_folder(Path(tokenizer))
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"{name} is not finite: nothing was written")
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and not bool(torch.isfinite(buffer).all()):
             raise ValueError(f"{name} is not finite: nothing was written")
     compressed = bool(plan_of(model))
     written: PreTrainedModel = _plain_model(model, shape) if compressed and chosen == "transformers" else model

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
-from moe_kernels import RoutedPairs, expert_channels, project_channels
+from moe_kernels import RoutedPairs
 from torch import Tensor, nn
 
 from moe_lightning.architectures import Architecture, MoELayer, OpenExperts
@@ -127,7 +127,7 @@ def pair_outputs(
     Returns:
         The outputs, grouped by router row.
     """
-    num_slots, num_novices = experts.gate_up_proj.shape[0], 0 if experts.novices is None else experts.novices.shape[0]
+    num_slots, num_novices = experts.num_slots, 0 if experts.novices is None else experts.novices.shape[0]
     slots = experts.slot_map.tolist()
     # Rows in the order of their slots, so that the rows of a slot are one group for the products; then the others.
     rows = sorted(range(len(slots)), key=lambda row: (slots[row] < 0, abs(slots[row]), row))
@@ -146,8 +146,8 @@ def pair_outputs(
     num_real = slot_ends[-1] if slot_ends else 0
     offsets_S = torch.tensor(slot_ends, dtype=torch.int32, device=hidden_NH.device)
     pairs = RoutedPairs(order_P[:num_real], offsets_S, index_NK.shape[-1])
-    channels_QI = expert_channels(hidden_NH, pairs, experts.gate_up_proj, experts.activation)
-    outputs_PH = project_channels(channels_QI, pairs, experts.down_proj, experts.bias)
+    channels_QI = experts.channels(hidden_NH, pairs)
+    outputs_PH = experts.project(channels_QI, pairs)
     if num_real < order_P.shape[0]:
         parts = [outputs_PH]
         for row, start, end in segments:

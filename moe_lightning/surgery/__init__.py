@@ -9,11 +9,13 @@ from moe_lightning.surgery.models import (
     register_with_transformers,
 )
 from moe_lightning.surgery.optimizer import GROUP_NAMES, carry_optimizer, is_novice, parameter_groups, planned_carry
+from moe_lightning.surgery.packed import Stacks, open_stacks
 
 __all__ = [
     "GROUP_NAMES",
     "CompressedMixtralConfig",
     "CompressedMixtralForCausalLM",
+    "Stacks",
     "Surgery",
     "apply_plan",
     "as_config",
@@ -21,6 +23,7 @@ __all__ = [
     "carry_optimizer",
     "check_class",
     "is_novice",
+    "open_stacks",
     "parameter_groups",
     "plan_of",
     "planned_carry",

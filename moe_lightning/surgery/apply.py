@@ -11,12 +11,14 @@ from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 
 from moe_lightning.architectures import architecture_of
 from moe_lightning.plan import CompressionPlan, ModelShape
-from moe_lightning.surgery.layouts import LayoutChange, ReplacedParameter, change_layouts
+from moe_lightning.surgery.layouts import change_layouts
 from moe_lightning.surgery.models import (
     CompressedMixtralConfig,
     CompressedMixtralForCausalLM,
     as_config,
 )
+from moe_lightning.surgery.packed import Stacks
+from moe_lightning.surgery.replaced import LayoutChange, ReplacedParameter
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Surgery:
 
     @property
     def claimed(self) -> int:
-        """Parameters that the two shapes say go or come, by arithmetic on what each edit is about."""
+        """Parameters that the two shapes say go, come or are stored in another form, by arithmetic on the edits."""
         before, after = self.before, self.after
         hidden, whole = before.hidden_size, before.intermediate_size
         total = (len(before.blocks) - len(after.blocks)) * before.block_parameters
@@ -52,17 +54,32 @@ class Surgery:
             widths = [whole if layout.width is None else layout.width for layout in (old, new)]
             total += 3 * hidden * (len(old.real) * widths[0] - len(new.real) * widths[1])
             total += (len(old.router) - len(new.router)) * hidden
+            if old.format != new.format:
+                total += 3 * hidden * len(new.real) * widths[1]  # every weight that is left, in another form
             biases = [0 if layout.width is None else len(layout.real) for layout in (old, new)]
             total += abs(biases[0] - biases[1]) * hidden
             ranks = [dict(zip(layout.novices, layout.novice_ranks, strict=True)) for layout in (old, new)]
             total += sum((1 + 2 * ranks[0][expert]) * hidden for expert in ranks[0].keys() - ranks[1].keys())
             total += sum((1 + 2 * ranks[1][expert]) * hidden for expert in ranks[1].keys() - ranks[0].keys())
-        return total
+        matrices = before.block_parameters - hidden
+        changed = [
+            number for number in after.blocks if before.attention_format(number) != after.attention_format(number)
+        ]
+        return total + len(changed) * matrices
 
     @property
     def touched(self) -> int:
-        """Parameters that went or came, counted in the tensors themselves."""
-        return sum(item.numbers_gone_and_new for item in self.replaced)
+        """Parameters that went, came or are stored in another form, counted in the tensors themselves."""
+        return sum(item.numbers_gone_and_new for item in self.replaced) + self.change.packed_weights
+
+    def rescale(self, parameter: nn.Parameter, factor: Tensor) -> None:
+        """Multiply a parameter in place; it is put back when the surgery is undone.
+
+        Args:
+            parameter: The parameter.
+            factor: What to multiply with, of a shape that fits it.
+        """
+        self.change.rescale(parameter, factor)
 
     def undo(self) -> None:
         """Put the model back as it was."""
@@ -129,13 +146,19 @@ def compressed_config(config: MixtralConfig, plan: CompressionPlan, shape: Model
     return new
 
 
-def apply_plan(model: PreTrainedModel, plan: CompressionPlan, channels: Mapping[int, Tensor] | None = None) -> Surgery:
+def apply_plan(
+    model: PreTrainedModel,
+    plan: CompressionPlan,
+    channels: Mapping[int, Tensor] | None = None,
+    stacks: Stacks | None = None,
+) -> Surgery:
     """Extend a live model's plan in place: slice its tensors, change its class and its config.
 
     Args:
         model: A Mixtral with its language head, compressed or not.
         plan: The whole plan; it must begin with the edits that the model already carries.
         channels: For layers whose experts lose channels the ones that each keeps, int64 ``[S, width]``, ascending.
+        stacks: Packed matrices that are filled already, by layer and name; others come without values.
 
     Returns:
         What was done. New novices and biases are zeros, and merged experts are their owners: fill them.
@@ -154,7 +177,7 @@ def apply_plan(model: PreTrainedModel, plan: CompressionPlan, channels: Mapping[
         )
     before = architecture.shape(model)
     after = plan.check(before.uncompressed())
-    change = change_layouts(model, architecture, before, after, channels)
+    change = change_layouts(model, architecture, before, after, channels, stacks, opened=True)
     surgery = Surgery(before, after, change)
     try:
         if surgery.touched != surgery.claimed:

@@ -8,87 +8,18 @@ Legend: S real experts, I intermediate (channels), H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_lightning.architectures import Architecture, MoELayer
-from moe_lightning.experts import Channels, CompressedExperts, Dense
+from moe_lightning.experts import Channels, CompressedExperts, Dense, Packed, WeightStack
 from moe_lightning.plan import ExpertLayout, ModelShape
-
-
-@dataclass(frozen=True)
-class ReplacedParameter:
-    """A parameter that another one stands for now.
-
-    Attributes:
-        name: Name of the new parameter in the model (of the old one where none came).
-        old: The parameter that went; None where there was none.
-        new: The parameter that came; None where none did.
-        rows: For each row (first axis) of ``new`` the row of ``old`` that it holds, int64 on the CPU, -1 for a row that
-            is new; None where one of the two is not there.
-        axis: Further axis along which entries were picked, or None.
-        picks: For each row of ``new`` the entries of ``old`` along ``axis`` that it holds, int64 ``[rows, entries]``.
-    """
-
-    name: str
-    old: nn.Parameter | None
-    new: nn.Parameter | None
-    rows: Tensor | None
-    axis: int | None = None
-    picks: Tensor | None = None
-
-    def carried(self, value: Tensor) -> Tensor:
-        """Return of a tensor shaped like ``old`` what belongs to ``new``; zeros for rows that are new."""
-        assert self.rows is not None
-        rows = self.rows.to(value.device)
-        result = value.index_select(0, rows.clamp(min=0))
-        result[rows < 0] = 0
-        return result if self.picks is None or self.axis is None else _pick(result, self.picks, self.axis)
-
-    @property
-    def numbers_gone_and_new(self) -> int:
-        """Numbers that went and numbers that came."""
-        kept = 0
-        if self.rows is not None and self.new is not None and len(self.new):
-            kept = int((self.rows >= 0).sum()) * self.new[0].numel()
-        return sum(parameter.numel() - kept for parameter in (self.old, self.new) if parameter is not None)
-
-
-@dataclass
-class LayoutChange:
-    """What was done to a model's layers, and how to undo it."""
-
-    replaced: list[ReplacedParameter] = field(default_factory=list)
-    undo_steps: list[Callable[[], object]] = field(default_factory=list)
-
-    def set(self, module: Any, name: str, value: object) -> None:
-        """Set an attribute and remember the old one."""
-        self.undo_steps.append(partial(setattr, module, name, getattr(module, name)))
-        setattr(module, name, value)
-
-    def drop(self, prefix: str, *modules: tuple[str, nn.Module]) -> None:
-        """Remember that the parameters of modules, given with their names under a prefix, are gone."""
-        for name, module in modules:
-            for inner, parameter in module.named_parameters():
-                self.replaced.append(ReplacedParameter(f"{prefix}.{name}.{inner}", parameter, None, None))
-
-    def undo(self) -> None:
-        """Put everything back, last step first."""
-        while self.undo_steps:
-            self.undo_steps.pop()()
-
-
-def _pick(tensor: Tensor, picks: Tensor, axis: int) -> Tensor:
-    """Take from each row other entries along an axis."""
-    rows, entries = picks.shape
-    index = picks.to(tensor.device).reshape([rows, *(entries if at == axis else 1 for at in range(1, tensor.ndim))])
-    sizes = [entries if at == axis else size for at, size in enumerate(tensor.shape)]
-    return torch.take_along_dim(tensor, index.expand(sizes), axis)
+from moe_lightning.surgery.packed import Stacks, change_attention, expert_stacks, replace_weights
+from moe_lightning.surgery.replaced import LayoutChange, ReplacedParameter, pick
 
 
 def _slice(name: str, old: nn.Parameter, rows: list[int], axis: int | None = None, picks: Tensor | None = None) -> Any:
@@ -97,7 +28,7 @@ def _slice(name: str, old: nn.Parameter, rows: list[int], axis: int | None = Non
     with torch.inference_mode(False), torch.no_grad():
         values = old.index_select(0, index.to(old.device))
         if picks is not None and axis is not None:
-            values = _pick(values, picks, axis)
+            values = pick(values, picks, axis)
         return ReplacedParameter(name, old, nn.Parameter(values, requires_grad=old.requires_grad), index, axis, picks)
 
 
@@ -135,13 +66,11 @@ def _new_storage(
     change: LayoutChange,
     prefix: str,
     source: Any,
-    before: ExpertLayout,
+    slots: list[int],
     after: ExpertLayout,
     channels: Tensor | None,
 ) -> Dense:
     """Slice the stacks of the real experts; a slot that several experts will share starts as its owner's."""
-    owners = dict(zip(before.router, before.slot_map, strict=True))
-    slots = [owners[expert] for expert in after.real]
     gate_up, down = source.gate_up_proj, source.down_proj
     width_now = down.shape[-1]
     picks = None
@@ -163,6 +92,28 @@ def _new_storage(
     return Channels(items[0].new, items[1].new, bias)
 
 
+def _new_packed_storage(
+    change: LayoutChange,
+    prefix: str,
+    source: Any,
+    slots: list[int],
+    after: ExpertLayout,
+    stacks: Mapping[str, WeightStack | None],
+    like: Tensor,
+) -> Packed:
+    """Put packed matrices in place of the real experts', or pick some of those that are packed already."""
+    new = {}
+    for name, stack in stacks.items():
+        new[name] = replace_weights(change, f"{prefix}.{name}", getattr(source, name), slots, stack)
+    old_bias = getattr(source, "bias", None)
+    bias = None
+    if after.width is not None:
+        bias = _vectors(like, old_bias, slots if old_bias is not None else [-1] * len(slots))
+        index = None if old_bias is None else torch.tensor(slots, dtype=torch.int64, device="cpu")
+        change.replaced.append(ReplacedParameter(f"{prefix}.bias", old_bias, bias, index))
+    return Packed(new["gate_up_proj"], new["down_proj"], bias)
+
+
 def _change_layer(
     change: LayoutChange,
     architecture: Architecture,
@@ -170,17 +121,24 @@ def _change_layer(
     before: ExpertLayout,
     after: ExpertLayout,
     channels: Tensor | None,
+    packed: Mapping[str, WeightStack | None],
 ) -> None:
     experts = layer.experts
     opened = architecture.open_experts(layer)
     prefix = f"{layer.name}.experts"
     source = experts.storage if isinstance(experts, CompressedExperts) else experts
-    storage = _new_storage(change, f"{prefix}.storage", source, before, after, channels)
+    owners = dict(zip(before.router, before.slot_map, strict=True))
+    slots = [owners[expert] for expert in after.real]
+    storage: Dense | Packed
+    if after.format is None:
+        storage = _new_storage(change, f"{prefix}.storage", source, slots, after, channels)
+    else:
+        storage = _new_packed_storage(change, f"{prefix}.storage", source, slots, after, packed, layer.router.weight)
     rows = [before.novices.index(expert) if expert in before.novices else -1 for expert in after.novices]
     maps = _map_rows(before, after)
     stacks: dict[str, nn.Parameter | None] = {}
     for name, wanted in (("novices", rows), ("novice_in", maps), ("novice_out", maps)):
-        item = _regrown(f"{prefix}.{name}", opened.gate_up_proj, getattr(experts, name, None), wanted)
+        item = _regrown(f"{prefix}.{name}", layer.router.weight, getattr(experts, name, None), wanted)
         if item is not None:
             change.replaced.append(item)
         stacks[name] = None if item is None else item.new
@@ -209,6 +167,8 @@ def change_layouts(
     before: ModelShape,
     after: ModelShape,
     channels: Mapping[int, Tensor] | None = None,
+    stacks: Stacks | None = None,
+    opened: bool = False,
 ) -> LayoutChange:
     """Give a model the layers, and every layer the experts, of another shape.
 
@@ -218,12 +178,14 @@ def change_layouts(
         before: The shape it has.
         after: The shape it gets.
         channels: For layers whose experts lose channels the ones that each keeps, int64 ``[S, width]``, ascending.
+        stacks: Packed matrices that are filled already; others come without values.
+        opened: Whether masked matrices are to be open, as they work, or closed, as weights files are loaded into.
 
     Returns:
         What was replaced, with an undo.
     """
     change = LayoutChange()
-    channels = channels or {}
+    channels, stacks = channels or {}, stacks or {}
     try:
         for layer in architecture.moe_layers(model):
             if layer.index not in after.blocks:
@@ -234,10 +196,17 @@ def change_layouts(
                 continue
             new = after.layout(layer.index)
             if old != new:
-                _change_layer(change, architecture, layer, old, new, channels.get(layer.index))
+                packed = expert_stacks(after, old, new, stacks, layer.router.weight, opened)
+                _change_layer(change, architecture, layer, old, new, channels.get(layer.index), packed)
             picks = min(after.top_k, len(new.router))
             if layer.router.top_k != picks:
                 change.set(layer.router, "top_k", picks)
+        for place, (block, decoder_layer) in enumerate(
+            zip(before.blocks, architecture.decoder_layers(model), strict=True)
+        ):
+            if block in after.blocks and before.attention_format(block) != after.attention_format(block):
+                prefix = f"{architecture.layers_prefix}.{place}"
+                change_attention(change, architecture, decoder_layer, prefix, after, block, stacks, opened)
         if before.blocks != after.blocks:
             _keep_blocks(model, architecture, change, [before.blocks.index(block) for block in after.blocks])
     except BaseException:
@@ -254,10 +223,8 @@ def _keep_blocks(model: Any, architecture: Architecture, change: LayoutChange, p
     for index, item in enumerate(change.replaced):
         for old_name, new_name in names.items():
             if item.name.startswith(old_name):
-                new_item = ReplacedParameter(
-                    new_name + item.name.removeprefix(old_name), item.old, item.new, item.rows, item.axis, item.picks
-                )
-                change.replaced[index] = new_item
+                name = new_name + item.name.removeprefix(old_name)
+                change.replaced[index] = dataclasses.replace(item, name=name)
                 break
     change.drop(prefix, *((str(place), layer) for place, layer in enumerate(layers) if place not in places))
     architecture.keep_blocks(model, [layers[place] for place in places], change)

@@ -20,6 +20,7 @@ from moe_lightning.architectures import MixtralArchitecture
 from moe_lightning.architectures.base import CONFIG_KEY
 from moe_lightning.experts.balancing import load_balancing_loss
 from moe_lightning.surgery.layouts import change_layouts
+from moe_lightning.surgery.packed import open_stacks
 
 
 class CompressedMixtralConfig(MixtralConfig):
@@ -77,6 +78,13 @@ class CompressedMixtralForCausalLM(MixtralForCausalLM):
             change_layouts(self, architecture, after.uncompressed(), after)
         finally:
             config.num_hidden_layers, config.moe_lightning = left, entry
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a folder as transformers does, and make masked matrices ready to work."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        open_stacks(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lightning.surgery.layouts import ReplacedParameter
+from moe_lightning.surgery.replaced import ReplacedParameter
 
 GROUP_NAMES = ("decay", "no_decay", "novices")
 NOVICE_PARAMETERS = ("novices", "novice_in", "novice_out")
@@ -125,7 +125,8 @@ def planned_carry(
             state = optimizer.state.get(parameter)
             while last is not None and (item := successor.get(id(last))) is not None:
                 gone.append(last)
-                state = _carried_state(state, item) if state and item.new is not None else None
+                follows = item.new is not None and item.rows is not None
+                state = _carried_state(state, item) if state and follows else None
                 last = item.new
             if last is not None:
                 members.append(last)
@@ -162,7 +163,9 @@ def _add_new_ones(
         if not is_novice(item.name) and not item.name.endswith(".bias"):
             continue
         # Its name now: a later surgery may have numbered the layers anew.
-        experts = home_of.get(names[id(item.new)].partition(".experts.")[0] + ".experts.storage.down_proj")
+        prefix = names[id(item.new)].partition(".experts.")[0] + ".experts.storage.down_proj"
+        # A packed matrix has its parameter one level further down.
+        experts = home_of.get(prefix, home_of.get(f"{prefix}.values", home_of.get(f"{prefix}.weight")))
         if not is_novice(item.name):  # a bias: with the vectors, where there is such a group
             home = vectors[0] if vectors else experts if experts is not None else groups[-1]
         else:
