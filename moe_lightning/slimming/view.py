@@ -14,14 +14,10 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from moe_lightning.plan.edits import Target
 from moe_lightning.slimming.pruning import Pruned
 from moe_lightning.slimming.rounding import Quantized
-
-Target = Literal["experts", "attention"]
-"""Which matrices of a layer an edit is about."""
-
-MomentKind = Literal["diagonal", "full"]
-"""``sum x_j^2``, or ``sum x x^T``."""
+from moe_lightning.statistics.layer_inputs import MomentKind
 
 Rescaled = Literal["norm", "router", "novice_in"]
 """Parameters beside the matrices that a method may multiply: what makes their input, and the other readers of it."""

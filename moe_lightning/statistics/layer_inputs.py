@@ -1,0 +1,413 @@
+"""What enters one decoder layer after another, and the moments of what its matrices read.
+
+The calibration tokens run through the model once, a layer at a time: what enters the current layer is kept for all of
+them, and what leaves it is computed when its weights are what they are to be. So a layer can be measured as often as
+its matrices need, in the state in which the layers before it are.
+
+Legend: N tokens, H hidden, K top-k, S slots, O outputs, I inputs of a matrix, P tokens that reach a slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_lightning.architectures import Architecture, MoELayer, architecture_of
+from moe_lightning.architectures.modes import evaluation_mode
+from moe_lightning.statistics.batches import Batches, checked_counts, inputs_and_mask, over_all_ranks
+from moe_lightning.statistics.observer import override_forward
+
+MomentKind = Literal["diagonal", "full"]
+"""``sum x_j^2``, or ``sum x x^T``."""
+
+
+class _Seen(Exception):
+    """What was waited for has come: no error, but the way out of a pass that has nothing more to give."""
+
+
+def layer_input_bytes(
+    tokens: int, hidden_size: int, top_k: int, weight_bytes: int, *, ahead: bool = False, experts: bool = True
+) -> int:
+    """Return the memory that :class:`LayerInputs` takes, attention masks left out.
+
+    Args:
+        tokens: Calibration tokens of this process, padding included.
+        hidden_size: H.
+        top_k: K.
+        weight_bytes: Bytes of a number in the model's type.
+        ahead: Outputs are computed before a layer is changed, and so kept beside the inputs.
+        experts: The inputs of experts are asked for: hidden states, and K rows and routing weights a token.
+
+    Returns:
+        Bytes.
+    """
+    streams = 1 + experts + ahead
+    return tokens * (streams * hidden_size * weight_bytes + (top_k * (8 + 4) if experts else 0))
+
+
+def moment_bytes(inputs: int, kind: MomentKind, weight_bytes: int = 4) -> int:
+    """Return the memory of the moments of one matrix: ``I`` or ``I^2`` numbers in fp32, or float64 where weights are.
+
+    Args:
+        inputs: I.
+        kind: Which moments.
+        weight_bytes: Bytes of a number in the model's type.
+    """
+    return (inputs if kind == "diagonal" else inputs**2) * max(4, weight_bytes)
+
+
+def slot_groups(slots: int, one_bytes: int, max_bytes: int) -> list[list[int]]:
+    """Cut slots into lists whose moments fit into memory, or of one slot where not even one fits.
+
+    Args:
+        slots: S.
+        one_bytes: Memory of one slot's moments.
+        max_bytes: Memory for those of a list.
+    """
+    size = max(1, max_bytes // one_bytes)
+    return [list(range(start, min(start + size, slots))) for start in range(0, slots, size)]
+
+
+@dataclass
+class _Batch:
+    """One batch on its way through the layers.
+
+    Attributes:
+        hidden: What enters the current layer, ``[batch, sequence, H]``.
+        options: The other arguments of every decoder layer: masks, positions.
+        keep_N: Tokens that count, bool ``[batch * sequence]``; None where all do.
+    """
+
+    hidden: Tensor
+    options: dict[str, Any]
+    keep_N: Tensor | None
+
+    def counted(self, tensor: Tensor) -> Tensor:
+        """Return the rows of tokens that count, ``[N, ...]``."""
+        flat = tensor.reshape(-1, tensor.shape[-1])
+        return flat if self.keep_N is None else flat[self.keep_N]
+
+
+@dataclass
+class ExpertInputs:
+    """What enters the experts of a layer in one batch, padding left out.
+
+    Attributes:
+        hidden_NH: Hidden states after the norm.
+        index_NK: Router rows chosen.
+        weight_NK: Routing weights.
+    """
+
+    hidden_NH: Tensor
+    index_NK: Tensor
+    weight_NK: Tensor
+
+    def gates(self, slot_map: Tensor, slots: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return which tokens reach which slot, bool ``[N, S]``, and the routing weight of each, ``[N, S]`` in dtype.
+
+        Experts that were merged share a slot: a token that picks two of them reaches it once, with the sum.
+        """
+        slot_NK = slot_map[self.index_NK]
+        # Novices and absent experts have negative places: they end up in a column that is cut off.
+        slot_NK = torch.where(slot_NK < 0, slots, slot_NK)
+        gate_NS = torch.zeros(len(slot_NK), slots + 1, dtype=dtype, device=slot_NK.device)
+        gate_NS.scatter_add_(1, slot_NK, self.weight_NK.to(dtype))
+        reached_NS = torch.zeros_like(gate_NS, dtype=torch.bool).scatter_(1, slot_NK, True)
+        return reached_NS[:, :slots], gate_NS[:, :slots]
+
+
+def _shared(options: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+    """Return options with the tensors of an earlier batch where they are the same: masks of every batch take memory."""
+    if before is None:
+        return options
+    return {name: _same(value, before.get(name)) for name, value in options.items()}
+
+
+def _same(value: Any, before: Any) -> Any:
+    if isinstance(value, tuple) and isinstance(before, tuple) and len(value) == len(before):
+        return tuple(map(_same, value, before))
+    if not isinstance(value, Tensor) or not isinstance(before, Tensor):
+        return value
+    alike = (value.shape, value.dtype, value.device) == (before.shape, before.dtype, before.device)
+    return before if alike and torch.equal(value, before) else value
+
+
+@contextmanager
+def _stand_ins(linears: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Compute linears with other weights ``[O, I]`` inside a ``with`` block."""
+    undo: list[Callable[[], object]] = []
+    try:
+        for name, weight_OI in weights.items():
+
+            def forward(inputs: Tensor, weight_OI: Tensor = weight_OI) -> Tensor:
+                return F.linear(inputs, weight_OI)
+
+            undo.append(override_forward(linears[name], forward))
+        yield
+    finally:
+        for step in reversed(undo):
+            step()
+
+
+class LayerInputs:
+    """The inputs of one decoder layer after another, for all calibration batches.
+
+    Everything is measured with the weights that the model has at that moment. Between the calls the model may be
+    changed, but for the number of its decoder layers; no hook and no mode is left behind in it.
+
+    In a distributed run tokens and moments are sums over all ranks: each asks for the same in the same order.
+
+    Attributes:
+        place: Position of the current layer among the decoder layers that the model has.
+        num_tokens: Calibration tokens of this process that are no padding.
+    """
+
+    def __init__(self, model: nn.Module, batches: Batches, place: int = 0) -> None:
+        """Run all batches up to a layer.
+
+        Args:
+            model: A model with its language head, compressed or not.
+            batches: Dicts with ``input_ids`` ``[batch, sequence]`` and optional ``attention_mask`` (0 = padding).
+            place: Position of the layer to begin with.
+
+        Raises:
+            ValueError: No batches, no tokens outside the padding, or a batch without ``input_ids``.
+        """
+        self.model = model
+        self.architecture: Architecture = architecture_of(model)
+        self.place = place
+        self.device = next(model.parameters()).device
+        self._batches = self._caught(batches)
+        self.num_tokens = sum(
+            batch.hidden[..., 0].numel() if batch.keep_N is None else int(batch.keep_N.sum()) for batch in self._batches
+        )
+        checked_counts(len(self._batches), self.num_tokens, self.device)
+        self._experts: list[ExpertInputs] | None = None
+        self._ahead: list[Tensor] | None = None
+        self._replaced: dict[str, Tensor] = {}
+
+    @property
+    def decoder_layer(self) -> Any:
+        """The current layer."""
+        return self.architecture.decoder_layers(self.model)[self.place]
+
+    @property
+    def moe_layer(self) -> MoELayer:
+        """The current layer's MoE sub-layer."""
+        here = self.decoder_layer
+        return next(layer for layer in self.architecture.moe_layers(self.model) if layer.decoder_layer is here)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of sums: fp32, or float64 in a float64 model."""
+        return torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of the hidden states that are kept now, attention masks left out."""
+        kept = [batch.hidden for batch in self._batches] + (self._ahead or [])
+        for inputs in self._experts or []:
+            kept += [inputs.hidden_NH, inputs.index_NK, inputs.weight_NK]
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+    def _caught(self, batches: Batches) -> list[_Batch]:
+        """Run batches up to the current layer and keep what enters it, with all of its arguments."""
+        caught: list[_Batch] = []
+        seen: list[tuple[Tensor, dict[str, Any]]] = []
+
+        def see(_module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            options = dict(options)
+            hidden = arguments[0] if arguments else options.pop("hidden_states")
+            seen.append((hidden, options))
+            raise _Seen
+
+        handle = self.decoder_layer.register_forward_pre_hook(see, with_kwargs=True)
+        try:
+            with evaluation_mode(self.model):
+                for number, batch in enumerate(batches):
+                    inputs, mask = inputs_and_mask(batch, number, self.device)
+                    with suppress(_Seen):
+                        self.model.model(  # type: ignore[operator]
+                            input_ids=inputs, attention_mask=None if mask is None else mask.long(), use_cache=False
+                        )
+                    hidden, options = seen.pop()
+                    options = _shared(options, caught[-1].options if caught else None)
+                    caught.append(_Batch(hidden, options, None if mask is None else mask.reshape(-1)))
+        finally:
+            handle.remove()
+        return caught
+
+    def _outputs(self) -> Iterator[Tensor]:
+        """Run the current layer on every batch and yield what leaves it."""
+        layer = self.decoder_layer
+        with evaluation_mode(layer):
+            for batch in self._batches:
+                yield layer(batch.hidden, **batch.options)
+
+    def _inputs_of(self, module: nn.Module) -> Iterator[tuple[_Batch, tuple[Any, ...]]]:
+        """Run the current layer on every batch up to one of its modules and yield the arguments of that."""
+        seen: list[tuple[Any, ...]] = []
+
+        def see(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            seen.append(arguments)
+            raise _Seen
+
+        layer = self.decoder_layer
+        handle = module.register_forward_pre_hook(see)
+        try:
+            with evaluation_mode(layer):
+                for batch in self._batches:
+                    with suppress(_Seen):
+                        layer(batch.hidden, **batch.options)
+                    yield batch, seen.pop()
+        finally:
+            handle.remove()
+
+    def run_ahead(self) -> None:
+        """Compute what leaves the current layer before the layer is changed; :meth:`advance` then goes on from there.
+
+        Where the attention is changed before the experts are measured, ask for :meth:`expert_inputs` before as well.
+        """
+        self._ahead = list(self._outputs())
+
+    def advance(self) -> None:
+        """Go to the next layer: run the current one as it is now, or as it was at :meth:`run_ahead`."""
+        # One batch after the other: what leaves the layer takes the place of what entered it.
+        outputs = self._outputs() if self._ahead is None else iter(self._ahead)
+        for batch, hidden in zip(self._batches, outputs, strict=True):
+            batch.hidden = hidden
+        self._ahead = self._experts = None
+        self._replaced.clear()
+        self.place += 1
+
+    def expert_inputs(self) -> list[ExpertInputs]:
+        """Return what enters the current layer's experts, one entry for each batch; kept until the next layer."""
+        if self._experts is None:
+            self._experts = [
+                ExpertInputs(*map(batch.counted, arguments))
+                for batch, arguments in self._inputs_of(self.moe_layer.experts)
+            ]
+        return self._experts
+
+    def replace(self, name: str, weight_SOI: Tensor) -> None:
+        """Compute the inputs of later matrices of the current layer with other weights.
+
+        Args:
+            name: ``gate_up_proj`` ``[S, 2I, H]``, or one of the attention's linears ``[1, O, I]``.
+            weight_SOI: The weights.
+        """
+        self._replaced[name] = weight_SOI.detach()
+
+    def changed(self) -> None:
+        """Forget the weights of :meth:`replace`: the layer holds them itself now."""
+        self._replaced.clear()
+
+    def _slots(self) -> tuple[Tensor, int]:
+        opened = self.architecture.open_experts(self.moe_layer)
+        return opened.slot_map, int(opened.slot_map.max().clamp(min=-1)) + 1
+
+    def expert_tokens(self) -> Tensor:
+        """Return how many tokens of all ranks reach each slot of the current layer, int64 ``[S]`` on the CPU."""
+        slot_map, slots = self._slots()
+        count_S = torch.zeros(slots, dtype=torch.int64, device=self.device)
+        for inputs in self.expert_inputs():
+            count_S += inputs.gates(slot_map, slots, self.dtype)[0].sum(0)
+        return over_all_ranks(count_S).cpu()
+
+    def all_tokens(self) -> Tensor:
+        """Return how many tokens there are on all ranks, int64 ``[1]`` on the CPU."""
+        return over_all_ranks(torch.tensor([self.num_tokens], device=self.device)).cpu()
+
+    def expert_moments(self, name: str, kind: MomentKind, slots: Sequence[int], *, gated: bool = False) -> Tensor:
+        """Sum up the inputs of some matrices of the current layer's experts over the tokens that reach them.
+
+        Args:
+            name: ``gate_up_proj`` or ``down_proj``, whose input is ``act(gate x) * up x``.
+            kind: ``diagonal`` or ``full``.
+            slots: Which.
+            gated: Take ``g x`` for x, with the effective routing weight g.
+
+        Returns:
+            ``[s, I]`` or ``[s, I, I]``, summed in fp32 (float64 in a float64 model); zeros where no token came.
+
+        Raises:
+            ValueError: The sums are not finite.
+
+        Cost: for each slot ``P I`` or ``P I^2`` multiply-adds, and ``2 P H I`` more for ``down_proj``.
+        """
+        opened = self.architecture.open_experts(self.moe_layer)
+        slot_map, num_slots = self._slots()
+        gate_up = self._replaced.get("gate_up_proj", opened.gate_up_proj.detach())
+        size = gate_up.shape[2] if name == "gate_up_proj" else gate_up.shape[1] // 2
+        total = self._zeros(len(slots), size, kind)
+        for inputs in self.expert_inputs():
+            reached_NS, gate_NS = inputs.gates(slot_map, num_slots, self.dtype)
+            for row, slot in enumerate(slots):
+                members_P = reached_NS[:, slot].nonzero().squeeze(-1)
+                if not len(members_P):
+                    continue
+                x_PI = inputs.hidden_NH[members_P]
+                if name == "down_proj":
+                    weight = gate_up[slot].to(opened.gate_up_proj.dtype)
+                    gate_PI, up_PI = F.linear(x_PI, weight).chunk(2, dim=-1)
+                    x_PI = opened.activation(gate_PI) * up_PI
+                _add(total[row], x_PI, gate_NS[members_P, slot] if gated else None)
+        return self._finished(total, name)
+
+    def attention_moments(self, name: str, kind: MomentKind) -> Tensor:
+        """Sum up the inputs of one of the current layer's attention matrices over all tokens.
+
+        Args:
+            name: Of a linear, e.g. ``o_proj``.
+            kind: ``diagonal`` or ``full``.
+
+        Returns:
+            ``[1, I]`` or ``[1, I, I]``, as of :meth:`expert_moments`.
+
+        Raises:
+            ValueError: The sums are not finite.
+        """
+        linears = self.architecture.attention_linears(self.decoder_layer)
+        weights = {
+            other: weight_SOI[0].to(next(self.model.parameters()).dtype) for other, weight_SOI in self._replaced.items()
+        }
+        total: Tensor | None = None
+        with _stand_ins(linears, {other: weight for other, weight in weights.items() if other in linears}):
+            for batch, arguments in self._inputs_of(linears[name]):
+                x_NI = batch.counted(arguments[0])
+                total = self._zeros(1, x_NI.shape[1], kind) if total is None else total
+                _add(total[0], x_NI, None)
+        if total is None:  # a rank without batches of its own
+            total = self._zeros(1, linears[name].in_features, kind)
+        return self._finished(total, name)
+
+    def _zeros(self, slots: int, size: int, kind: MomentKind) -> Tensor:
+        shape = (slots, size) if kind == "diagonal" else (slots, size, size)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def _finished(self, total: Tensor, name: str) -> Tensor:
+        total = over_all_ranks(total)
+        if not bool(torch.isfinite(total).all()):
+            raise ValueError(
+                f"the inputs of {name} in decoder layer {self.place} are not finite: "
+                "the model's weights or activations overflow"
+            )
+        return total
+
+
+def _add(total: Tensor, x_PI: Tensor, gate_P: Tensor | None) -> None:
+    """Add the moments of some rows; products in the type of the sum, whatever autocast says."""
+    with torch.autocast(x_PI.device.type, enabled=False):
+        x_PI = x_PI.to(total.dtype)
+        if gate_P is not None:
+            x_PI = x_PI * gate_P[:, None]
+        if total.dim() == 1:
+            total += x_PI.square().sum(0)
+        else:
+            total.addmm_(x_PI.T, x_PI)
