@@ -165,13 +165,14 @@ def test_neither_padding_nor_the_split_into_batches_matters(model: Any, batches:
     assert inputs.num_tokens == inputs.all_tokens().item() == sum(map(len, sequences()))
 
 
-def test_padding_on_the_left(model: Any) -> None:
-    # Positions begin at the padding, and their angles are in fp32: other numbers than without, but the model's own.
+def test_padding_on_the_left() -> None:
+    # Eager attention makes NaN of it in float64: a row without any key is minus infinity everywhere.
+    live = tiny_mixtral()
     batches = [padded(sequences(), 15, left=True)]
-    seen = Seen(model, batches)
-    inputs = LayerInputs(model, batches)
+    seen = Seen(live, batches)
+    inputs = LayerInputs(live, batches)
     inputs.advance()
-    close(inputs.expert_moments("gate_up_proj", "full", ALL), expected(seen, 1, None, "full", False))
+    close(inputs.expert_moments("gate_up_proj", "full", ALL), expected(seen, 1, None, "full", False), 1e-5)
 
 
 def test_a_layer_in_the_middle_can_be_the_first(model: Any) -> None:
@@ -344,9 +345,14 @@ def test_the_model_is_left_as_it_was(model: Any) -> None:
     with pytest.raises(ValueError, match="batch 0 has no 'input_ids'"):
         LayerInputs(live, [{"labels": torch.zeros(1, 2)}])
     check()
-    live.model.layers[1].mlp.experts.act_fn = None
-    with pytest.raises(TypeError):
+
+    def fail(_module: Any, _arguments: Any) -> None:
+        raise ArithmeticError
+
+    handle = live.model.layers[1].mlp.experts.register_forward_pre_hook(fail)
+    with pytest.raises(ArithmeticError):
         inputs.advance()
+    handle.remove()
     check()
 
 
