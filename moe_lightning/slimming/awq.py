@@ -110,7 +110,8 @@ def scale_moment(moment: Tensor, scale_ZI: Tensor) -> Tensor:
     return moment / scale_ZI[:, :, None] / scale_ZI[:, None, :]
 
 
-def _diagonal(moment: Tensor) -> Tensor:
+def diagonal_of(moment: Tensor) -> Tensor:
+    """Return ``sum x_j^2`` of moments, ``[S, I]``."""
     return moment if moment.dim() == 2 else moment.diagonal(dim1=-2, dim2=-1)
 
 
@@ -129,7 +130,7 @@ def _check(members: Sequence[Balanced], shared: bool) -> list[Balanced]:
             raise ValueError(f"moments {tuple(member.moment.shape)} do not fit weights {tuple(member.weight.shape)}")
         if not shared and slots != members[0].weight.shape[0]:
             raise ValueError("members with a scale for each matrix must have as many matrices as one another")
-        diagonal = _diagonal(member.moment)
+        diagonal = diagonal_of(member.moment)
         if not bool((diagonal.isfinite() & (diagonal >= 0)).all()):
             raise ValueError("moments of inputs must be finite, and at least 0 on the diagonal")
     return rounded
@@ -141,22 +142,31 @@ def _relative(size_ZI: Tensor) -> Tensor:
     return torch.where(mean_Z1 > 0, size_ZI / torch.where(mean_Z1 > 0, mean_Z1, 1.0), 1.0).clamp(min=_SMALLEST)
 
 
-def _candidates(
-    rounded: Sequence[Balanced], shared: bool, power_of_two: bool, points: int
-) -> tuple[Tensor, list[float]]:
-    """Return scales ``[points, Z, I]``, the identity first, and their r."""
-    dtype = work_type(rounded[0].weight)
-    squares, sizes = [], []
-    for weight, moment, scheme in rounded:
-        assert scheme is not None
-        groups_SOGX = weight.to(dtype).abs().unflatten(-1, (-1, scheme.group_of(weight.shape[-1])))
-        largest_SOG1 = groups_SOGX.amax(-1, keepdim=True)
-        part_SI = (groups_SOGX / torch.where(largest_SOG1 > 0, largest_SOG1, 1.0)).flatten(-2).sum(1)
-        sizes.append(part_SI.sum(0, keepdim=True) if shared else part_SI)
-        square_SI = _diagonal(moment)
-        squares.append(square_SI.sum(0, keepdim=True) if shared else square_SI)
-    x_ZI = _relative(torch.stack(squares).sum(0).sqrt()).to(dtype)
-    w_ZI = _relative(torch.stack(sizes).sum(0))
+def column_sizes(weight_SOI: Tensor, scheme: Scheme) -> Tensor:
+    """Return the sum over rows of each column's weights, in units of the largest of their groups: ``[S, I]``."""
+    groups_SOGX = weight_SOI.to(work_type(weight_SOI)).abs().unflatten(-1, (-1, scheme.group_of(weight_SOI.shape[-1])))
+    largest_SOG1 = groups_SOGX.amax(-1, keepdim=True)
+    return (groups_SOGX / torch.where(largest_SOG1 > 0, largest_SOG1, 1.0)).flatten(-2).sum(1)
+
+
+def candidate_scales(
+    square_ZI: Tensor, size_ZI: Tensor, *, power_of_two: bool, points: int
+) -> tuple[Tensor, tuple[float, ...]]:
+    """Return the scales to try, and the r that each was made with.
+
+    Args:
+        square_ZI: ``sum x_j^2`` of the inputs.
+        size_ZI: From :func:`column_sizes`.
+        power_of_two: Round them to powers of two.
+        points: How many, the identity among them, at least 1.
+
+    Returns:
+        ``[points, Z, I]``, the identity first with r NaN.
+    """
+    if points < 1:
+        raise ValueError(f"points must be at least 1, the identity, got {points}")
+    w_ZI = _relative(size_ZI)
+    x_ZI = _relative(square_ZI.sqrt()).to(w_ZI.dtype)
     ratios = [step / max(points - 2, 1) for step in range(points - 1)]
     found = [torch.ones_like(x_ZI)]
     for ratio in ratios:
@@ -164,7 +174,41 @@ def _candidates(
         # The middle between the largest and the smallest becomes 1.
         found.append(scale_ZI / (scale_ZI.amax(1, keepdim=True) * scale_ZI.amin(1, keepdim=True)).sqrt())
     scales = torch.stack(found)
-    return scales.log2().round().exp2() if power_of_two else scales, [torch.nan, *ratios]
+    return scales.log2().round().exp2() if power_of_two else scales, (torch.nan, *ratios)
+
+
+def rounding_losses(scales: Tensor, weight_SOI: Tensor, moment: Tensor, scheme: Scheme) -> Tensor:
+    """Return the squared error of the outputs of each matrix with each scale.
+
+    Args:
+        scales: ``[points, Z, I]``.
+        weight_SOI: Weights.
+        moment: Of their inputs, see :class:`Balanced`.
+        scheme: How they are to be rounded.
+
+    Returns:
+        ``[points, S]``.
+    """
+    wide_SOI = weight_SOI.to(scales.dtype)
+    rows = []
+    for scale_ZI in scales:
+        back_SOI = dequantize(round_to_nearest(wide_SOI * scale_ZI[:, None, :], scheme)).to(scales.dtype)
+        rows.append(output_error(wide_SOI, back_SOI / scale_ZI[:, None, :], moment))
+    return torch.stack(rows)
+
+
+def best_scale(scales: Tensor, ratios: Sequence[float], loss: Tensor) -> Balance:
+    """Choose the scale with the smallest loss; of equal ones the first, which is the identity.
+
+    Args:
+        scales: ``[points, Z, I]``.
+        ratios: r of each.
+        loss: ``[points, Z]``.
+    """
+    best_Z = torch.where(loss.isfinite(), loss, torch.inf).argmin(0)
+    place_Z = torch.arange(scales.shape[1], device=scales.device)
+    ratio_Z = torch.tensor(ratios, dtype=scales.dtype, device=scales.device)[best_Z]
+    return Balance(scales[best_Z, place_Z], ratio_Z, loss[best_Z, place_Z], loss[0])
 
 
 def search_scale(
@@ -193,25 +237,21 @@ def search_scale(
     Cost: ``points`` times a rounding of all members, and of ``S O I^2`` more for full moments.
     """
     rounded = _check(members, shared)
-    if points < 1:
-        raise ValueError(f"points must be at least 1, the identity, got {points}")
-    scales, ratios = _candidates(rounded, shared, power_of_two, points)
-    rows = []
-    for scale_ZI in scales:
-        loss_Z = scales.new_zeros(scales.shape[1])
-        for weight, moment, scheme in rounded:
-            assert scheme is not None
-            wide_SOI = weight.to(scales.dtype)
-            back_SOI = dequantize(round_to_nearest(wide_SOI * scale_ZI[:, None, :], scheme)).to(scales.dtype)
-            error_S = output_error(wide_SOI, back_SOI / scale_ZI[:, None, :], moment)
-            loss_Z = loss_Z + (error_S.sum() if shared else error_S)
-        rows.append(loss_Z)
-    loss = torch.stack(rows)
-    # Of equal ones argmin takes the first: the identity.
-    best_Z = torch.where(loss.isfinite(), loss, torch.inf).argmin(0)
-    place_Z = torch.arange(scales.shape[1], device=scales.device)
-    ratio_Z = torch.tensor(ratios, dtype=scales.dtype, device=scales.device)[best_Z]
-    return Balance(scales[best_Z, place_Z], ratio_Z, loss[best_Z, place_Z], loss[0])
+    sizes, squares = [], []
+    for weight, moment, scheme in rounded:
+        assert scheme is not None
+        size_SI, square_SI = column_sizes(weight, scheme), diagonal_of(moment)
+        sizes.append(size_SI.sum(0, keepdim=True) if shared else size_SI)
+        squares.append(square_SI.sum(0, keepdim=True) if shared else square_SI)
+    scales, ratios = candidate_scales(
+        torch.stack(squares).sum(0), torch.stack(sizes).sum(0), power_of_two=power_of_two, points=points
+    )
+    losses = []
+    for weight, moment, scheme in rounded:
+        assert scheme is not None
+        loss = rounding_losses(scales, weight, moment, scheme)
+        losses.append(loss.sum(1, keepdim=True) if shared else loss)
+    return best_scale(scales, ratios, torch.stack(losses).sum(0))
 
 
 def search_clip(weight_SOI: Tensor, moment: Tensor, scheme: Scheme) -> Tensor:
@@ -294,6 +334,6 @@ def round_by_awq(
         wide_SOI = weight.to(balance.scale.dtype) * balance.scale[:, None, :]
         share = search_clip(wide_SOI, scale_moment(moment, balance.scale), scheme) if clip else 1.0
         quantized.append(round_to_nearest(wide_SOI, scheme, share))
-        empty = (_diagonal(moment) <= 0).all(1).tolist()
+        empty = (diagonal_of(moment) <= 0).all(1).tolist()
         status.append(tuple("rtn fallback: no input reached it" if none else "awq" for none in empty))
     return AWQResult(balance, tuple(quantized), tuple(status))

@@ -20,6 +20,9 @@ DAMPING = 0.01
 MAX_GROWTHS = 8
 """How often the damping grows tenfold before a matrix does without its Hessian."""
 
+SMALL = 1 << 22
+"""Weights of a portion on a CPU: matrices much larger keep its caches and threads busy one by one."""
+
 _LEAF = 8
 """Columns between two products in a walk; a multiple of every n:m group."""
 
@@ -188,6 +191,26 @@ def _walk(
     done_SXO = error_SXO[:, first - origin : middle - origin]
     weight_SIO[:, middle:last].baddbmm_(factor_SII[:, first:middle, middle:last].mT, done_SXO, alpha=-1)
     _walk(weight_SIO, factor_SII, error_SXO, origin, middle, last, compress)
+
+
+def portions(weight_SOI: Tensor, at_once: int | None) -> list[slice]:
+    """Cut a stack into portions of matrices that are walked over at once.
+
+    Args:
+        weight_SOI: Weights.
+        at_once: Matrices of a portion; None for what is fastest for their size.
+    """
+    slots, outputs, columns = weight_SOI.shape
+    if at_once is None:
+        at_once = max(1, SMALL // (outputs * columns)) if weight_SOI.device.type == "cpu" else slots
+    if at_once < 1:
+        raise ValueError(f"at_once is a number of matrices, at least 1, got {at_once}")
+    return [slice(first, first + at_once) for first in range(0, slots, at_once)]
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Put portions together again, without a copy where there is only one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def output_error(weight_SOI: Tensor, other_SOI: Tensor, moment: Tensor) -> Tensor:

@@ -62,22 +62,26 @@ class Selection:
             )
 
 
-def keep_largest(score_XC: Tensor, keep: int) -> Tensor:
+def keep_largest(score_XC: Tensor, keep: int | Tensor) -> Tensor:
     """Mark the largest scores along the last dimension; of equal ones those with the lower index.
 
     Args:
         score_XC: Finite scores, ``[..., C]``.
-        keep: How many, in ``[0, C]``.
+        keep: How many, in ``[0, C]``; the same everywhere, or int64 ``[...]``.
 
     Returns:
         Bool ``[..., C]`` with exactly ``keep`` true in each row.
 
-    Cost: a partial sort, and no index of 8 bytes for every weight.
+    Cost: a partial sort, and no index of 8 bytes for every weight; a whole sort where the numbers differ.
     """
     count = score_XC.shape[-1]
-    if keep <= 0 or keep >= count:
+    if isinstance(keep, Tensor):
+        keep = keep[..., None]
+        threshold = score_XC.sort(dim=-1).values.gather(-1, (count - keep).clamp(max=count - 1))
+    elif keep <= 0 or keep >= count:
         return torch.full_like(score_XC, keep > 0, dtype=torch.bool)
-    threshold = score_XC.kthvalue(count - keep + 1, dim=-1, keepdim=True).values
+    else:
+        threshold = score_XC.kthvalue(count - keep + 1, dim=-1, keepdim=True).values
     above = score_XC > threshold
     level = score_XC == threshold
     room = keep - above.sum(-1, keepdim=True)
@@ -103,6 +107,28 @@ def keep_in_groups(score_SOI: Tensor, zeros: int, size: int) -> Tensor:
         rival = groups[..., other : other + 1]
         rank += (rival > groups) | ((rival == groups) & (other < place))
     return (rank < size - zeros).flatten(-2)
+
+
+def lowest_where_gone(score_SOI: Tensor, old_keep_SOI: Tensor | None) -> Tensor:
+    """Put weights that are gone already below all others, so that they go first and masks are nested.
+
+    Args:
+        score_SOI: Finite scores.
+        old_keep_SOI: False where a weight is gone; None where there was no mask.
+    """
+    if old_keep_SOI is None:
+        return score_SOI
+    check_mask(score_SOI, old_keep_SOI)
+    return score_SOI.masked_fill(~old_keep_SOI, -torch.finfo(score_SOI.dtype).max)
+
+
+def check_mask(weight_SOI: Tensor, keep_SOI: Tensor | None) -> None:
+    """Raise unless a mask fits the weights."""
+    if keep_SOI is not None and (keep_SOI.shape != weight_SOI.shape or keep_SOI.dtype != torch.bool):
+        raise ValueError(
+            f"keep {tuple(keep_SOI.shape)} {keep_SOI.dtype} does not fit weights {tuple(weight_SOI.shape)}: "
+            "expected a bool for each"
+        )
 
 
 def keep_mask(score_SOI: Tensor, selection: Selection) -> Tensor:

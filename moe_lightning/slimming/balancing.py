@@ -1,0 +1,234 @@
+"""AWQ on a whole layer.
+
+Two balance groups. What the norm makes is read by every expert's gate and up matrices, by the router and by the maps of
+low-rank novices (in attention by q, k and v): one scale for all of them, taken out of the norm. What up makes is read
+by down of the same expert: a scale for each expert, taken out of the rows of up (in attention v and o, where each head
+of v is read by one head of o). Before rounding nothing changes, router logits included.
+
+Legend: S matrices (slots), O outputs, I inputs, G groups along the input, H hidden. Z scales: 1, or S.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moe_lightning.plan import Edit
+from moe_lightning.slimming.awq import (
+    POINTS,
+    Balance,
+    best_scale,
+    candidate_scales,
+    column_sizes,
+    diagonal_of,
+    rounding_losses,
+    scale_moment,
+    search_clip,
+)
+from moe_lightning.slimming.base import (
+    Measured,
+    Propagate,
+    Targets,
+    check_flags,
+    choose,
+    handfuls,
+    relative_error,
+    take,
+    with_tokens,
+)
+from moe_lightning.slimming.hessian import work_type
+from moe_lightning.slimming.quantizers import Bits, Rounding, put
+from moe_lightning.slimming.rounding import GroupSize, dequantize, round_to_nearest
+from moe_lightning.slimming.view import LayerView, MomentKind, Rescaled, SlimmedLayer
+
+Loss = Literal["full", "diagonal"]
+
+_WITHOUT_CLIPS = ("q_proj", "k_proj")
+"""Their outputs meet in a product, of which the error of each alone says little (as in the released code)."""
+
+
+@dataclass
+class AWQ(Rounding):
+    """Give inputs that matter finer grids, by scales that the layers before take out again; then shorten ranges.
+
+    The router reads what the experts read: it is rescaled with them, so that every token keeps its experts.
+
+    Attributes:
+        bits: 4 or 8.
+        group_size: Inputs that share a scale: a number that divides the input sizes, 'auto' for the first of 128, 64
+            and 32 that does, or 'channel' for one scale for each output row.
+        symmetric: The middle of the grid is zero, and no zero points are stored.
+        clip: Search for shorter ranges as well.
+        power_of_two: Round the scales to powers of two: then norm and router are rescaled exactly in every
+            floating-point type.
+        points: Scales to try, no scale at all among them.
+        loss: diagonal leaves out products of different inputs, which makes the search cheap; full counts them.
+        targets: The matrices of the experts, or those of attention as well.
+        propagate: Measure each layer on the outputs of the compressed layers before it, or of the original ones.
+
+    Source: 2306.00978; the router in the balance group is ours.
+    """
+
+    bits: Bits = 4
+    group_size: GroupSize = 128
+    symmetric: bool = False
+    clip: bool = True
+    power_of_two: bool = True
+    points: int = POINTS
+    loss: Loss = "diagonal"
+    targets: Targets = "experts"
+    propagate: Propagate = "compressed"
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        self._check()
+        check_flags(self, "clip", "power_of_two")
+        choose("AWQ", "loss", self.loss, Loss)
+        choose("AWQ", "propagate", self.propagate, Propagate)
+        if isinstance(self.points, bool) or not isinstance(self.points, int) or self.points < 1:
+            raise ValueError(
+                f"AWQ: points must be a whole number, at least 1 (no scale at all), got {self.points!r}: the default "
+                f"is {POINTS}"
+            )
+
+    @property
+    def moment_kind(self) -> MomentKind:
+        """What the search counts."""
+        return self.loss
+
+    def slim(self, edit: Edit, view: LayerView) -> SlimmedLayer:
+        """Rescale and round the matrices of one edit; see :meth:`Slimming.slim`."""
+        work = _Work(self, view)
+        *readers, last = view.matrices
+        shared = work.search(readers, shared=True).scale
+        for name in readers:
+            work.shorten(name, shared)
+        rows, own = work.between(readers[-1], last)
+        work.shorten(last, own)
+        matrices: dict[str, Any] = {last: work.rounded(last, own, None)}
+        for name in readers:
+            divided = own if name == readers[-1] and rows is not None else None
+            matrices[name] = work.rounded(name, shared, None if divided is None else (rows or 0, divided))
+        factor_H = shared[0]
+        rescale: list[tuple[Rescaled, Tensor]] = [("norm", 1 / factor_H)]
+        if view.router_weight is not None:
+            rescale.append(("router", factor_H))
+        if view.novice_in is not None:
+            rescale.append(("novice_in", factor_H))
+        ordered = {name: matrices[name] for name in view.matrices}
+        return SlimmedLayer(ordered, work.statuses, rescale, work.errors)
+
+
+class _Work:
+    """The parts of AWQ on one layer, each of which goes through a stack a few matrices at a time."""
+
+    def __init__(self, method: AWQ, view: LayerView) -> None:
+        self.method = method
+        self.view = view
+        self.measured = Measured(view, method.moment_kind)
+        self.clips: dict[str, Tensor] = {}
+        self.statuses: dict[str, tuple[str, ...]] = {}
+        self.errors: dict[str, Tensor] = {}
+
+    def search(self, names: Sequence[str], *, shared: bool) -> Balance:
+        """Find the scale of a balance group, see :func:`search_scale`."""
+        scheme, view = self.method.scheme, self.view
+        size_ZI, square_ZI = [], []
+        for name in names:
+            weight_SOI = view.weight(name)
+            dtype = work_type(weight_SOI)
+            size_SI = weight_SOI.new_zeros(len(weight_SOI), weight_SOI.shape[-1], dtype=dtype)
+            square_SI = torch.zeros_like(size_SI)
+            for slots, moment in self.measured.walk(name):
+                square_SI[list(slots)] = diagonal_of(moment).to(dtype)
+            for places in handfuls(len(weight_SOI), weight_SOI):
+                size_SI[list(places)] = column_sizes(take(weight_SOI, places), scheme)
+            size_ZI.append(size_SI.sum(0, keepdim=True) if shared else size_SI)
+            square_ZI.append(square_SI.sum(0, keepdim=True) if shared else square_SI)
+        scales, ratios = candidate_scales(
+            torch.stack(square_ZI).sum(0),
+            torch.stack(size_ZI).sum(0),
+            power_of_two=self.method.power_of_two,
+            points=self.method.points,
+        )
+        loss = scales.new_zeros(scales.shape[:2])
+        for name in names:
+            weight_SOI = view.weight(name)
+            for group, moment in self.measured.walk(name):
+                for places in handfuls(len(group), weight_SOI):
+                    slots = [group[place] for place in places]
+                    tried = scales if shared else scales[:, slots]
+                    found = rounding_losses(tried, take(weight_SOI, slots), take(moment, places), scheme)
+                    if shared:
+                        loss += found.sum(1, keepdim=True)
+                    else:
+                        loss[:, slots] = found
+        return best_scale(scales, ratios, loss)
+
+    def between(self, producer: str, last: str) -> tuple[int | None, Tensor]:
+        """Find the scale between two stacks.
+
+        Returns:
+            The row of the producer from which on it is taken out, or None where it cannot be; and the scale
+            ``[S, I]`` of the last stack's inputs.
+        """
+        made, read_SOI = self.view.weight(producer).shape[1], self.view.weight(last)
+        columns = read_SOI.shape[2]
+        if self.view.target == "experts":
+            # Down reads act(gate x) * (up x): the rows of up are the second half.
+            rows = made - columns
+        elif made == columns:
+            rows = 0
+        else:
+            # Several heads of o read one head of v.
+            return None, read_SOI.new_ones(len(read_SOI), columns, dtype=work_type(read_SOI))
+        return rows, self.search([last], shared=False).scale
+
+    def shorten(self, name: str, scale_ZI: Tensor) -> None:
+        """Search for the ranges of a stack, and measure its error."""
+        method, scheme = self.method, self.method.scheme
+        weight_SOI = self.view.weight(name)
+        slots_count, outputs, columns = weight_SOI.shape
+        clip = method.clip and name not in _WITHOUT_CLIPS
+        shape = (slots_count, outputs, columns // scheme.group_of(columns))
+        clip_SOG = torch.ones(shape, dtype=scale_ZI.dtype, device=scale_ZI.device)
+        status, error = [""] * slots_count, torch.empty(slots_count, dtype=torch.float64)
+        for group, moment in self.measured.walk(name):
+            for places in handfuls(len(group), weight_SOI):
+                slots = [group[place] for place in places]
+                part, old_SOI = take(moment, places), take(weight_SOI, slots)
+                scale = scale_ZI if len(scale_ZI) == 1 else scale_ZI[slots]
+                wide_SOI = old_SOI.to(scale.dtype) * scale[:, None, :]
+                if clip:
+                    clip_SOG[slots] = search_clip(wide_SOI, scale_moment(part, scale), scheme)
+                back_SOI = dequantize(round_to_nearest(wide_SOI, scheme, clip_SOG[slots])) / scale[:, None, :]
+                error[slots] = relative_error(old_SOI, back_SOI, part)
+                for slot, empty in zip(slots, (diagonal_of(part) <= 0).all(1).tolist(), strict=True):
+                    status[slot] = "rtn fallback: no input reached it" if empty else "awq"
+        self.clips[name] = clip_SOG
+        self.statuses[name], self.errors[name] = with_tokens(status, self.view), error
+
+    def rounded(self, name: str, scale_ZI: Tensor, divided: tuple[int, Tensor] | None) -> Any:
+        """Round a stack with its scale and ranges.
+
+        Args:
+            name: Stack.
+            scale_ZI: What its columns are multiplied with.
+            divided: Row from which on rows are divided, and by what, ``[S, rows]``. A grid belongs to a row, so that
+                scales and ranges found before hold as they are.
+        """
+        weight_SOI = self.view.weight(name)
+        result = None
+        for slots in handfuls(len(weight_SOI), weight_SOI):
+            scale = scale_ZI if len(scale_ZI) == 1 else take(scale_ZI, slots)
+            wide_SOI = take(weight_SOI, slots).to(scale.dtype) * scale[:, None, :]
+            if divided is not None:
+                wide_SOI[:, divided[0] :] /= take(divided[1], slots)[:, :, None]
+            part = round_to_nearest(wide_SOI, self.method.scheme, take(self.clips[name], slots))
+            result = put(result, slots, part, len(weight_SOI))
+        assert result is not None
+        return result
