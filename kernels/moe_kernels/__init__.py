@@ -4,6 +4,7 @@ Every operation has a twin in plain torch that says what it computes in a few li
 the oracle of the tests. This package imports nothing of ``moe_lightning``.
 """
 
+from moe_kernels.cpu_layout import CpuMatrices, from_cpu_layout, to_cpu_layout
 from moe_kernels.experts import (
     ABSENT,
     NoviceMaps,
@@ -20,20 +21,29 @@ from moe_kernels.experts import (
     project_channels,
     sort_pairs,
 )
+from moe_kernels.int4 import Int4Matrices, WordMatrices, dequantize_int4, grouped_product, int4_grouped_linear
 
 __all__ = [
     "ABSENT",
+    "CpuMatrices",
+    "Int4Matrices",
     "NoviceMaps",
     "RoutedPairs",
+    "WordMatrices",
     "add_bias",
     "add_novices",
     "combine_pairs",
+    "dequantize_int4",
     "expert_channels",
     "expert_outputs",
+    "from_cpu_layout",
     "grouped_linear",
+    "grouped_product",
+    "int4_grouped_linear",
     "mix_experts",
     "mix_experts_by_loop",
     "novice_weights",
     "project_channels",
     "sort_pairs",
+    "to_cpu_layout",
 ]

@@ -1,0 +1,123 @@
+"""What this machine's CPU is good at, measured once, and which way a product takes because of it.
+
+Some CPUs multiply bf16 numbers twice as fast as fp32 ones, some emulate them at a quarter of fp32's speed; torch's
+product with int4 weights has a fast form for some vector units and a very slow one elsewhere. Names of machines do not
+tell, so three short products do. The answers lie far from the thresholds (factors of two and more), so that the same
+machine always decides the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Rows of one expert from which a tile of bf16 weights in fp32 is faster than an emulated product in bf16. Measured: the
+# ratio is 1.0 at 6 rows, 1.2 at 8, 2 at 64.
+_UPCAST_ROWS = 8
+# Rows up to which torch's int4 product is faster than to dequantise tiles and multiply them. It works in fp32: where
+# bf16 is fast its rivals are faster, too.
+_OP_ROWS_NATIVE = 48
+_OP_ROWS_EMULATED = 128
+
+_PROBE_SIZE = 1024
+_PROBE_ROWS = 64
+_PROBE_OP_ROWS = 4
+_PROBE_REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was found out about a CPU.
+
+    Attributes:
+        bf16_emulated: Products in bf16 are slower than in fp32.
+        int4_op: torch's product with int4 weights is there and is fast.
+        bf16_over_fp32: Time of a product in bf16 over that of the same in fp32, 64 rows.
+        op_over_fp32: Time of the int4 product over that of the same in fp32, 4 rows; infinite where there is none.
+    """
+
+    bf16_emulated: bool
+    int4_op: bool
+    bf16_over_fp32: float = float("nan")
+    op_over_fp32: float = float("nan")
+
+
+DenseRoute = Literal["product", "fp32 tiles"]
+Int4Route = Literal["op", "bf16 tiles", "fp32 tiles", "exact tiles"]
+
+
+def dense_route(rows: int, dtype: torch.dtype, machine: Machine) -> DenseRoute:
+    """Say how rows of one expert are multiplied with dense weights on a CPU.
+
+    Args:
+        rows: Rows that reached the expert.
+        dtype: Of rows and weights.
+        machine: From :func:`this_machine`.
+
+    Returns:
+        ``product``: as they are. ``fp32 tiles``: a few rows of the weights at a time, in fp32.
+    """
+    emulated = dtype == torch.bfloat16 and machine.bf16_emulated
+    return "fp32 tiles" if emulated and rows >= _UPCAST_ROWS else "product"
+
+
+def int4_route(rows: int, dtype: torch.dtype, machine: Machine) -> Int4Route:
+    """Say how rows of one expert are multiplied with int4 weights on a CPU.
+
+    Args:
+        rows: Rows that reached the expert.
+        dtype: Of the rows.
+        machine: From :func:`this_machine`.
+
+    Returns:
+        ``op``: torch's int4 product. ``bf16 tiles``, ``fp32 tiles``: a few rows of the weights at a time, dequantised
+        to that type. ``exact tiles``: the same in the type of the rows.
+    """
+    if dtype != torch.bfloat16:
+        return "exact tiles"
+    if machine.int4_op and rows <= (_OP_ROWS_EMULATED if machine.bf16_emulated else _OP_ROWS_NATIVE):
+        return "op"
+    return "fp32 tiles" if machine.bf16_emulated else "bf16 tiles"
+
+
+@functools.cache
+def this_machine() -> Machine:
+    """Measure this machine, once in a process: about 20 ms, with as many threads as torch has now."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        weight = torch.randn(_PROBE_SIZE, _PROBE_SIZE, generator=generator)
+        rows = torch.randn(_PROBE_ROWS, _PROBE_SIZE, generator=generator)
+        narrow_weight, narrow_rows = weight.bfloat16(), rows.bfloat16()
+        fp32, bf16 = _best_seconds(lambda: F.linear(rows, weight), lambda: F.linear(narrow_rows, narrow_weight))
+        op_over_fp32 = float("inf")
+        few, few_narrow = rows[:_PROBE_OP_ROWS], narrow_rows[:_PROBE_OP_ROWS]
+        try:
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.ones_like(weight, dtype=torch.int32), 1)
+            scales = torch.ones(_PROBE_SIZE // 128, _PROBE_SIZE, 2, dtype=torch.bfloat16)
+            few_fp32, op = _best_seconds(
+                lambda: F.linear(few, weight),
+                lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(few_narrow, packed, 128, scales),
+            )
+            op_over_fp32 = op / few_fp32
+        except (AttributeError, NotImplementedError, RuntimeError):
+            pass  # a build of torch without it
+    # Found: 0.33 to 0.47 with instructions for bf16, 1.9 to 4 without; 0.2 to 0.6 with vector units, from 13 without.
+    return Machine(bf16 > fp32, op_over_fp32 < 3, bf16 / fp32, op_over_fp32)
+
+
+def _best_seconds(*runs: Callable[[], Tensor]) -> tuple[float, ...]:
+    """Return the best time of each, in turn: other work on the machine then spoils the ratio of none."""
+    best = [float("inf")] * len(runs)
+    for _ in range(_PROBE_REPEATS):
+        for place, run in enumerate(runs):
+            start = time.perf_counter()
+            run()
+            best[place] = min(best[place], time.perf_counter() - start)
+    return tuple(best)
