@@ -290,6 +290,29 @@ class TextDataModule(lightning.LightningDataModule):
         rank, world_size = self._rank
         return BlockLoader(blocks, self.eval_batch_size, num_blocks, rank=rank, world_size=world_size)
 
+    def further_batches(self, num_batches: int | None = None) -> Iterable[Batch]:
+        """Return the batches of the calibration split that `calibration_batches(num_batches)` leaves out.
+
+        Args:
+            num_batches: Batches that are taken already; `None` = the whole split.
+
+        Returns:
+            A sized iterable of batches, for as many passes as wanted.
+
+        Raises:
+            ValueError: When there are none.
+        """
+        blocks = self.blocks("calibration")
+        first = len(blocks) if num_batches is None else num_batches * self.eval_batch_size
+        if first >= len(blocks):
+            raise ValueError(
+                f"there are no further calibration batches: calibration_batches={num_batches} takes all {len(blocks)} "
+                f"blocks of the calibration split: set it to less than {-(-len(blocks) // self.eval_batch_size)}, or "
+                "raise --data.calibration"
+            )
+        rank, world_size = self._rank
+        return BlockLoader(blocks, self.eval_batch_size, rank=rank, world_size=world_size, first_block=first)
+
     def predict_dataloader(self) -> PromptLoader:
         """Return the prompts: `input_ids` and `attention_mask` padded on the left, and `prompt`, the texts."""
         rank, world_size = self._rank

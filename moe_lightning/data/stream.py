@@ -148,6 +148,7 @@ class BlockLoader:
         equal_ranks: Give every rank the same number of blocks: short ranks repeat a block whose labels are all -100
             and whose bytes are 0, which adds nothing to any sum. (A model wrapped for data parallel training must be
             called equally often everywhere.)
+        first_block: Leave out the blocks before this one.
     """
 
     def __init__(
@@ -158,11 +159,13 @@ class BlockLoader:
         rank: int = 0,
         world_size: int = 1,
         equal_ranks: bool = False,
+        first_block: int = 0,
     ):
         self.blocks = blocks
         self.batch_size = batch_size
-        total = len(blocks) if num_blocks is None else min(num_blocks, len(blocks))
-        self._numbers = np.arange(rank, total, world_size)
+        left = max(len(blocks) - first_block, 0)
+        total = left if num_blocks is None else min(num_blocks, left)
+        self._numbers = np.arange(first_block + rank, first_block + total, world_size)
         share = -(-total // world_size)
         self._num_fillers = share - len(self._numbers) if equal_ranks else 0
         self._numbers = np.pad(self._numbers, (0, self._num_fillers))

@@ -131,6 +131,16 @@ def test_calibration_batches_are_always_the_same(options: dict[str, Any]) -> Non
         data.calibration_batches(3)
 
 
+def test_further_batches_are_those_that_calibration_leaves_out(options: dict[str, Any]) -> None:
+    data = TextDataModule(**options)
+    parts = [*data.calibration_batches(1), *data.further_batches(1)]
+    whole = list(data.calibration_batches())
+    assert [batch["input_ids"].tolist() for batch in parts] == [batch["input_ids"].tolist() for batch in whole]
+    for taken in (3, None):
+        with pytest.raises(ValueError, match="no further calibration batches: .* set it to less than 3"):
+            data.further_batches(taken)
+
+
 def test_a_trained_tokenizer_can_be_named(options: dict[str, Any], tmp_path: Path) -> None:
     first = TextDataModule(**options).prepare()
     first.tokenizer.save_pretrained(tmp_path / "model")
