@@ -1,6 +1,7 @@
 """The one driver: observe, propose, check, fill."""
 
-from moe_lightning.compression.driver import as_methods, calibration_bytes, check_methods, compress, trial_edits
+from moe_lightning.compression.driver import as_methods, check_methods, compress
+from moe_lightning.compression.memory import calibration_bytes, trial_edits
 from moe_lightning.compression.provenance import history_step, plain
 from moe_lightning.compression.result import CompressionResult, ModuleStatus
 

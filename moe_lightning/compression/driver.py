@@ -1,7 +1,8 @@
 """``ml.compress``: in place, and all or nothing.
 
 observe (collect what the method needs) -> propose (edits) -> settle (fits) -> check (against the shape) -> apply
-(surgery) -> fill (values), once for each method; the second method sees the model as the first left it.
+(surgery) -> fill (values), once for each method; the second method sees the model as the first left it. Methods that
+make matrices smaller measure, apply and fill layer by layer, see :mod:`moe_lightning.compression.layerwise`.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ from transformers import PreTrainedModel
 
 from moe_lightning.architectures import architecture_of
 from moe_lightning.compression.filling import apply_edits, settled_edits, undo
+from moe_lightning.compression.layerwise import SlimmingReport, is_layerwise, slim_layers
+from moe_lightning.compression.memory import trial_edits
 from moe_lightning.compression.provenance import history_step, plain
+from moe_lightning.compression.replay import replays
 from moe_lightning.compression.result import CompressionResult
-from moe_lightning.compression.sensitivity import SENSITIVITY_TOKENS, layer_divergence
+from moe_lightning.compression.sensitivity import layer_divergence
 from moe_lightning.compression.statuses import module_statuses
 from moe_lightning.method import Method
 from moe_lightning.plan import CompressionPlan, Edit, ModelShape
 from moe_lightning.sizes import measure
-from moe_lightning.statistics import Statistics, collect, statistics_bytes
+from moe_lightning.slimming.policy import SlimmingPolicy, Starved
+from moe_lightning.statistics import Statistics, collect
 from moe_lightning.statistics.fingerprint import fingerprint, same_weights
-from moe_lightning.statistics.second_moments import MAX_BYTES, second_moment_bytes
 from moe_lightning.surgery import Surgery, check_class, plan_of, planned_carry
-from moe_lightning.trimming import Replay
 
 Batches = Iterable[Mapping[str, Any]]
 
@@ -47,50 +50,6 @@ def as_methods(methods: Method | Sequence[Method]) -> list[Method]:
     return listed
 
 
-def trial_edits(shape: ModelShape, methods: Sequence[Method]) -> tuple[list[Edit], ModelShape]:
-    """Try a list of methods out on a shape, before anything is measured.
-
-    Args:
-        shape: Shape of the model as it is.
-        methods: The methods, in order.
-
-    Returns:
-        Edits of the right number and size (which experts they name is not known yet), and the shape that they lead to.
-
-    Raises:
-        ValueError: A method does not fit what the ones before it leave.
-    """
-    edits: list[Edit] = []
-    for method in methods:
-        proposed = method.propose(shape, Statistics.synthetic(shape))
-        shape = CompressionPlan(proposed).check(shape)
-        edits += proposed
-    return edits, shape
-
-
-def calibration_bytes(shape: ModelShape, methods: Sequence[Method], tokens_per_batch: int = 0) -> int:
-    """Say how much memory the measurements take at most, beside the model and its forward pass.
-
-    Args:
-        shape: Shape of the model as it is.
-        methods: The methods, in order.
-        tokens_per_batch: Tokens of the largest calibration batch.
-
-    Returns:
-        Bytes of the method that needs most.
-    """
-    most = 0
-    for method in methods:
-        edits, after = trial_edits(shape, [method])
-        needed = statistics_bytes(shape, method.needs, tokens_per_batch) if method.needs else 0
-        fitted = sum(len(pairs) for pairs in method.low_rank_wants(edits).values())
-        needed += min(MAX_BYTES, second_moment_bytes(shape.hidden_size, fitted))
-        if method.measures_sensitivity:
-            needed += max(SENSITIVITY_TOKENS, tokens_per_batch) * shape.vocab_size * 4
-        most, shape = max(most, needed), after
-    return most
-
-
 def check_methods(shape: ModelShape, methods: Sequence[Method]) -> ModelShape:
     """Return the shape that :func:`trial_edits` leads to, or raise as it does."""
     return trial_edits(shape, methods)[1]
@@ -98,7 +57,7 @@ def check_methods(shape: ModelShape, methods: Sequence[Method]) -> ModelShape:
 
 def compress(
     model: PreTrainedModel,
-    batches: Batches,
+    batches: Batches | None,
     methods: Method | Sequence[Method] | None = None,
     *,
     plan: CompressionPlan | None = None,
@@ -107,12 +66,18 @@ def compress(
     optimizers: Sequence[torch.optim.Optimizer] = (),
     reversible: bool = False,
     progress: bool = True,
+    min_tokens: int = 32,
+    starved: Starved = "warn",
+    top_up: Batches | None = None,
+    max_fallback: float = 0.1,
+    max_moment_bytes: int = 4 * 2**30,
 ) -> CompressionResult:
     """Compress a model in place, all or nothing: when anything fails the model is as it was.
 
     Args:
         model: A Mixtral with its language head, compressed before or not.
         batches: Calibration batches: dicts with ``input_ids`` ``[batch, sequence]`` and optional ``attention_mask``.
+            None where no method measures anything.
         methods: Methods in the order in which they are applied.
         plan: A plan to replay instead of methods. It is the whole plan of an uncompressed model.
         statistics: What was measured on the model as it is, for the first method; the later ones measure anew. None
@@ -122,16 +87,26 @@ def compress(
             what survives.
         reversible: Keep what goes in memory, so that ``result.undo()`` puts it back.
         progress: Show progress bars.
+        min_tokens: For methods that measure the inputs of experts' matrices: an expert that fewer calibration tokens
+            reach is starved.
+        starved: What becomes of it. ``warn``: it is made from what there is. ``top_up``: further sequences are drawn
+            that reach it. ``fallback``: as if no token reached it. ``error``: the compression fails.
+        top_up: Further calibration batches, for ``starved="top_up"``; as many of them are read as it takes.
+        max_fallback: Largest share of a method's matrices that may be made without measurement, from 0 to 1.
+        max_moment_bytes: Memory for the moments of inputs that are measured at a time, in bytes: with less, fewer
+            experts are measured at a time.
 
     Returns:
         The model, its plan, the statistics and the numbers that prove what was done.
 
     Raises:
         ValueError: The methods or the plan do not fit the model, or there is no calibration data. Found before the
-            calibration pass wherever the shape alone tells.
-        RuntimeError: The parameters touched differ from those claimed, or a value filled in is not finite.
+            calibration pass wherever the shape alone tells. An expert is starved, and that is an error.
+        RuntimeError: The parameters touched differ from those claimed, a value filled in is not finite, or more
+            matrices than ``max_fallback`` allows were made without measurement.
     """
     check_class(model)
+    policy = SlimmingPolicy(min_tokens, starved, top_up, max_fallback, max_moment_bytes)
     if (methods is None) == (plan is None):
         raise ValueError("give either methods or a plan to replay, and not both")
     if plan is not None:
@@ -139,12 +114,13 @@ def compress(
             raise ValueError(
                 "the model is compressed already: replay a plan on the uncompressed model that it was made for"
             )
-        # Each step measures the model as the ones before it left it, as the methods did.
-        methods = [Replay(step) for step in plan.steps()] or [Replay(plan)]
+        methods = replays(plan)
     chosen = as_methods(methods if methods is not None else [])
     architecture = architecture_of(model)
     shape_before = architecture.shape(model)
     check_methods(shape_before, chosen)
+    if batches is None:
+        batches = ()
     if isinstance(batches, Iterator):
         batches = list(batches)  # methods, fits and trials make passes of their own
     if statistics is not None:
@@ -154,6 +130,8 @@ def compress(
     surgeries: list[Surgery] = []
     tokens: dict[int, dict[int, int]] = {}
     fits: dict[tuple[int, int], str] = {}
+    report = SlimmingReport()
+    enough = batches  # with what was drawn for starved experts
     try:
         for place, method in enumerate(chosen):
             given = statistics if place == 0 else None
@@ -161,6 +139,12 @@ def compress(
             edits = method.propose(architecture.shape(model), measured)
             edits = settled_edits(model, batches, method, edits, measured, progress)
             step = history_step(method, shape_before, origin)
+            if is_layerwise(method):
+                slimmed = slim_layers(model, enough, method, edits, policy, step, progress)
+                surgeries += slimmed.surgeries
+                report.merge(slimmed.report)
+                enough = slimmed.batches
+                continue
             surgeries += apply_edits(model, method, edits, measured, step)
             _count_tokens(tokens, edits, measured)
             fits |= {key: fit.status for key, fit in measured.fits.items()}
@@ -178,7 +162,7 @@ def compress(
             shape_before=shape_before,
             shape_after=architecture.shape(model),
         )
-        result.modules.update(module_statuses(result.plan, shape_before, result.shape_after, tokens, fits))
+        result.modules.update(module_statuses(result.plan, shape_before, result.shape_after, tokens, fits, report))
         _prove(result)
         replaced = [item for surgery in surgeries for item in surgery.replaced]
         # What an optimizer refuses is found before any of them is changed.

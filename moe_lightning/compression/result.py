@@ -21,10 +21,16 @@ class ModuleStatus:
         status: In words, e.g. ``4 of 8 experts real, 4 novices (mean)``.
         tokens: Calibration tokens that reached each expert concerned, by original number; empty where none were
             counted.
+        matrices: How each matrix was made smaller, by name: ``3.gate_up_proj`` of the expert with that original number,
+            ``q_proj`` of attention. E.g. ``gptq damp x10``.
+        errors: Squared error of the outputs of each matrix in units of their squares, on the calibration tokens, by the
+            same names; empty where it was not measured.
     """
 
     status: str
     tokens: dict[int, int] = field(default_factory=dict)
+    matrices: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -83,7 +89,16 @@ class CompressionResult:
             "bytes_before": self.size_before.bytes,
             "bytes_after": self.size_after.bytes,
             "modules": {name: module.status for name, module in self.modules.items()},
+            **self._of_modules("tokens"),
+            **self._of_modules("matrices"),
+            **self._of_modules("errors"),
         }
+
+    def _of_modules(self, what: str) -> dict[str, Any]:
+        """Return what is known of some modules, with names as JSON has them."""
+        known = {name: getattr(module, what) for name, module in self.modules.items()}
+        found = {name: {str(key): value for key, value in values.items()} for name, values in known.items() if values}
+        return {what: found} if found else {}
 
     def __str__(self) -> str:
         before, after = self.size_before, self.size_after

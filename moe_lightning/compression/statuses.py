@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from moe_lightning.compression.layerwise import SlimmingReport
 from moe_lightning.compression.result import ModuleStatus
 from moe_lightning.plan import CompressionPlan, ExpertLayout, ModelShape, NoviceExperts
 
@@ -25,10 +26,25 @@ def _experts_status(
         parts.append(f"{len(after.merged)} merged into others")
     if after.width != before.width:
         parts.append(f"{after.width} of {before.width or whole} channels in each, and a bias")
+    if after.format is not None and after.format != before.format:
+        parts.append(str(after.format))
     fallen = [f"{expert}: {fits[expert]}" for expert in after.novices if "constant" in fits.get(expert, "")]
     if fallen:
         parts.append(f"no map for {'; '.join(fallen)}")
     return ", ".join(parts)
+
+
+def _slimmed(
+    status: str, tokens: dict[int, int], layer: int, keys: Iterable[str], report: SlimmingReport
+) -> ModuleStatus:
+    """Return a status with that of the matrices that are left, of which experts may have gone later."""
+    keys = list(keys)
+    matrices = {key: said for key, said in report.matrices.get(layer, {}).items() if key in keys}
+    errors = {key: error for key, error in report.errors.get(layer, {}).items() if key in matrices}
+    fallen = [key for key in report.fallbacks.get(layer, ()) if key in matrices]
+    if fallen:
+        status = f"{status}, {len(fallen)} of {len(matrices)} matrices without measurement"
+    return ModuleStatus(status, tokens, matrices, errors)
 
 
 def module_statuses(
@@ -37,6 +53,7 @@ def module_statuses(
     after: ModelShape,
     tokens: Mapping[int, dict[int, int]],
     fits: Mapping[tuple[int, int], str],
+    report: SlimmingReport,
 ) -> dict[str, ModuleStatus]:
     """Say what happened to every module that changed, by its name in the model before.
 
@@ -46,6 +63,7 @@ def module_statuses(
         after: Shape after.
         tokens: Calibration tokens that reached each expert, by layer and original number.
         fits: How the low-rank fit of an expert went, by (layer, expert).
+        report: How matrices were made smaller.
     """
     kinds: dict[int, dict[int, str]] = {}
     for edit in plan.edits:
@@ -56,7 +74,11 @@ def module_statuses(
         name = f"model.layers.{place}"
         if number not in after.blocks:
             found[name] = ModuleStatus("dropped, the whole layer")
-        elif number in before.moe_layers and number not in after.moe_layers:
+            continue
+        attention = after.attention_format(number)
+        if attention is not None and attention != before.attention_format(number):
+            found[f"{name}.self_attn"] = _slimmed(str(attention), {}, number, before.attention_sizes, report)
+        if number in before.moe_layers and number not in after.moe_layers:
             found[f"{name}.mlp"] = ModuleStatus("dropped with its norm")
         elif number in before.moe_layers and before.layout(number) != after.layout(number):
             of_layer = {expert: status for (layer, expert), status in fits.items() if layer == number}
@@ -67,5 +89,8 @@ def module_statuses(
                 kinds.get(number, {}),
                 of_layer,
             )
-            found[f"{name}.mlp.experts"] = ModuleStatus(status, tokens.get(number, {}))
+            layout = after.layout(number)
+            keys = [f"{expert}.{matrix}" for expert in layout.real for matrix in after.expert_sizes(layout)]
+            counted = tokens.get(number) or report.tokens.get(number, {})
+            found[f"{name}.mlp.experts"] = _slimmed(status, counted, number, keys, report)
     return found

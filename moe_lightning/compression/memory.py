@@ -1,0 +1,101 @@
+"""What a list of methods leads to and how much memory it takes, before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_lightning.compression.layerwise import measures
+from moe_lightning.compression.sensitivity import SENSITIVITY_TOKENS
+from moe_lightning.compression.walk import SlimmingEdit
+from moe_lightning.method import Method
+from moe_lightning.plan import Edit, ModelShape
+from moe_lightning.slimming.policy import SlimmingPolicy
+from moe_lightning.statistics import Statistics, statistics_bytes
+from moe_lightning.statistics.layer_inputs import MomentKind, layer_input_bytes, moment_bytes
+from moe_lightning.statistics.second_moments import MAX_BYTES, second_moment_bytes
+
+
+def trial_edits(shape: ModelShape, methods: Sequence[Method]) -> tuple[list[Edit], ModelShape]:
+    """Try a list of methods out on a shape, before anything is measured.
+
+    Args:
+        shape: Shape of the model as it is.
+        methods: The methods, in order.
+
+    Returns:
+        Edits of the right number and size (which experts they name is not known yet), and the shape that they lead to.
+
+    Raises:
+        ValueError: A method does not fit what the ones before it leave.
+    """
+    edits: list[Edit] = []
+    for method in methods:
+        proposed = method.propose(shape, Statistics.synthetic(shape))
+        for edit in proposed:
+            after = edit.apply(shape)
+            if isinstance(edit, SlimmingEdit) and after == shape:
+                raise ValueError(
+                    f"layer {edit.layer}: {method} changes nothing, because the matrices of the {edit.target} have "
+                    "that form already: leave it out, or ask for another"
+                )
+            shape = after
+        edits += proposed
+    return edits, shape
+
+
+def calibration_bytes(
+    shape: ModelShape,
+    methods: Sequence[Method],
+    tokens_per_batch: int = 0,
+    tokens: int | None = None,
+    max_moment_bytes: int = SlimmingPolicy.max_moment_bytes,
+) -> int:
+    """Say how much memory the measurements take at most, beside the model and its forward pass.
+
+    Args:
+        shape: Shape of the model as it is.
+        methods: The methods, in order.
+        tokens_per_batch: Tokens of the largest calibration batch.
+        tokens: Calibration tokens of this process, padding included; None where all are in one batch. Methods that make
+            matrices smaller keep what enters a layer for all of them.
+        max_moment_bytes: Memory for the moments of inputs that are measured at a time.
+
+    Returns:
+        Bytes of the method that needs most.
+    """
+    most = 0
+    for method in methods:
+        edits, after = trial_edits(shape, [method])
+        needed = statistics_bytes(shape, method.needs, tokens_per_batch) if method.needs else 0
+        fitted = sum(len(pairs) for pairs in method.low_rank_wants(edits).values())
+        needed += min(MAX_BYTES, second_moment_bytes(shape.hidden_size, fitted))
+        if method.measures_sensitivity:
+            needed += max(SENSITIVITY_TOKENS, tokens_per_batch) * shape.vocab_size * 4
+        if measures(method):
+            all_tokens = tokens_per_batch if tokens is None else tokens
+            needed += _slimming_bytes(shape, method, edits, all_tokens, max_moment_bytes)
+        most, shape = max(most, needed), after
+    return most
+
+
+def _slimming_bytes(
+    shape: ModelShape, method: Method, edits: Sequence[Edit], tokens: int, max_moment_bytes: int
+) -> int:
+    """Return the memory of what enters a layer, and of the moments of the largest stack."""
+    kind: MomentKind = getattr(method, "moment_kind", "full")
+    moments = [0]
+    for edit in edits:
+        experts = getattr(edit, "target", "experts") == "experts"
+        sizes = shape.expert_sizes(shape.layout(edit.layer)) if experts else shape.attention_sizes
+        slots = len(shape.layout(edit.layer).real) if experts else 1
+        for _, inputs in sizes.values():
+            one = moment_bytes(inputs, kind, shape.weight_bytes)
+            moments.append(max(one, min(slots * one, max_moment_bytes)))
+    kept = layer_input_bytes(
+        tokens,
+        shape.hidden_size,
+        shape.top_k,
+        shape.weight_bytes,
+        ahead=getattr(method, "propagate", "compressed") == "original",
+    )
+    return kept + max(moments)
