@@ -1,0 +1,117 @@
+"""int4 weights in the form that torch's own int4 product on a CPU works on, instead of the form that is stored.
+
+Only one of the two is in memory. The stored form comes back, bit for bit, when anybody asks for it: a state dict, a
+move to another device, a copy, a dense stack.
+
+Legend: P rows sorted by slot, I inputs, O outputs, S matrices (slots).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from moe_kernels import CpuMatrices, Int4Matrices, WordMatrices, from_cpu_layout, grouped_product, to_cpu_layout
+from moe_kernels.machine import this_machine
+from torch import Tensor
+
+from moe_lightning.experts.stacks.base import WeightStack
+
+_STORED = ("words", "scale", "zero")
+
+
+class CpuForm(WeightStack):
+    """The part of `Int4` that changes between the two forms.
+
+    Attributes:
+        cpu_codes: Codes as the machine's CPU wants them, uint8 ``[S, O, I / 2]``; in no state dict. There only while
+            ``words``, ``scale`` and ``zero`` are not.
+        cpu_scales: Scales and zeros, likewise.
+    """
+
+    kind = "int4"
+    cpu_codes: Tensor
+    cpu_scales: Tensor
+    # The stored form cannot be turned into the other and back: found out once, until other weights are loaded.
+    _stays_stored = False
+
+    @property
+    def in_cpu_form(self) -> bool:
+        """Whether the weights are held as the CPU wants them."""
+        return "cpu_codes" in self._buffers
+
+    @torch.compiler.disable
+    def linear(self, rows_PI: Tensor, offsets_S: Tensor) -> Tensor:
+        """Multiply each group of rows with its own matrix, ``[P, O]``; differentiable in the rows.
+
+        Weights are dequantised tile by tile, or not at all: the first rows in bf16 on a CPU, where no gradient is
+        wanted, turn the stack into the form of torch's int4 product.
+
+        Args:
+            rows_PI: Rows sorted by slot, in the type to compute in.
+            offsets_S: End of each slot's rows, int32.
+        """
+        return grouped_product(rows_PI, offsets_S, self._matrices(rows_PI))
+
+    def _matrices(self, rows_PI: Tensor) -> Int4Matrices:
+        if not self.in_cpu_form and self._gains_from(rows_PI):
+            self._take_cpu_form()
+        if self.in_cpu_form:
+            return CpuMatrices(self.cpu_codes, self.cpu_scales)
+        return WordMatrices(self.words, self.scale, self.zero, self.inputs)
+
+    def _gains_from(self, rows_PI: Tensor) -> bool:
+        return (
+            not self._stays_stored
+            and rows_PI.device.type == "cpu"
+            and rows_PI.dtype == torch.bfloat16
+            and rows_PI.shape[0] > 0
+            and not (torch.is_grad_enabled() and rows_PI.requires_grad)
+            and this_machine().int4_op
+        )
+
+    def _take_cpu_form(self) -> None:
+        matrices = to_cpu_layout(self.words, self.scale, self.zero, self.inputs)
+        if matrices is None:
+            self._stays_stored = True
+            return
+        self._symmetric, self._groups = self.zero is None, self.scale.shape[-1]
+        for name in _STORED:
+            delattr(self, name)
+        self.register_buffer("cpu_codes", matrices.packed_SOB, persistent=False)
+        self.register_buffer("cpu_scales", matrices.scales_SGO2, persistent=False)
+
+    def take_stored_form(self) -> None:
+        """Hold the weights as they are stored, if they are not."""
+        if not self.in_cpu_form:
+            return
+        stored = from_cpu_layout(CpuMatrices(self.cpu_codes, self.cpu_scales), self._groups, self._symmetric)
+        del self.cpu_codes, self.cpu_scales
+        for name, tensor in zip(_STORED, stored, strict=True):
+            self.register_buffer(name, tensor)
+
+    def __getattr__(self, name: str) -> Any:
+        # Called for what is no plain attribute: buffers, and what is not there.
+        if name in _STORED and self.__dict__.get("_buffers", {}).get("cpu_codes") is not None:
+            self.take_stored_form()
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies, and pickles that another machine may read.
+        self.take_stored_form()
+        return self.__dict__.copy()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CpuForm:
+        self.take_stored_form()
+        self._stays_stored = False
+        super()._apply(fn, recurse)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.take_stored_form()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.take_stored_form()
+        self._stays_stored = False
+        super()._load_from_state_dict(*args)
