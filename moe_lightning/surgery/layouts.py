@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moe_lightning.architectures import Architecture, MoELayer
 from moe_lightning.experts import Channels, CompressedExperts, Dense, Packed, WeightStack
 from moe_lightning.plan import ExpertLayout, ModelShape
-from moe_lightning.surgery.packed import Stacks, change_attention, expert_stacks, replace_weights
+from moe_lightning.surgery.packed import Stacks, change_attention, check_stacks, expert_stacks, replace_weights
 from moe_lightning.surgery.replaced import LayoutChange, ReplacedParameter, pick
 
 
@@ -186,6 +186,7 @@ def change_layouts(
     """
     change = LayoutChange()
     channels, stacks = channels or {}, stacks or {}
+    check_stacks(before, after, stacks)
     try:
         for layer in architecture.moe_layers(model):
             if layer.index not in after.blocks:

@@ -18,6 +18,7 @@ from transformers.utils import can_return_tuple
 
 from moe_lightning.architectures import MixtralArchitecture
 from moe_lightning.architectures.base import CONFIG_KEY
+from moe_lightning.experts import WeightStack
 from moe_lightning.experts.balancing import load_balancing_loss
 from moe_lightning.surgery.layouts import change_layouts
 from moe_lightning.surgery.packed import open_stacks
@@ -85,6 +86,18 @@ class CompressedMixtralForCausalLM(MixtralForCausalLM):
         loaded = super().from_pretrained(*args, **kwargs)
         open_stacks(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Count the parameters; of packed matrices, integers too, each weight that they stand for.
+
+        Args:
+            only_trainable: Only what an optimizer gets.
+            exclude_embeddings: Without embeddings.
+        """
+        counted = super().num_parameters(only_trainable, exclude_embeddings)
+        stacks = [module for module in self.modules() if isinstance(module, WeightStack)]
+        held = sum(parameter.numel() for stack in stacks for parameter in stack.parameters())
+        return counted if only_trainable else counted - held + sum(stack.num_weights for stack in stacks)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

@@ -59,9 +59,9 @@ def _carried_state(state: dict[str, Any], item: ReplacedParameter) -> dict[str, 
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.ndim == 0:
             carried[key] = value
-        elif value.ndim == item.old.ndim and len(value) == 1 < len(item.old):
+        elif value.ndim == item.old.ndim and len(value) == 1 < len(item.old) and item.stack is None:
             carried[key] = value  # a factor that all rows share
-        elif value.ndim == item.old.ndim and len(value) == len(item.old):
+        elif value.ndim == item.old.ndim and (len(value) == len(item.old) or (value.ndim == 2 and item.stack)):
             # Novices that are new among old ones have no moments yet: zeros.
             carried[key] = _carried_values(item, value)
         else:

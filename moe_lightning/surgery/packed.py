@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lightning.architectures import Architecture
-from moe_lightning.experts import Masked, PackedLinear, Sparse24, WeightStack
+from moe_lightning.experts import Masked, PackedLinear, WeightStack
 from moe_lightning.plan import ExpertLayout, ModelShape, WeightFormat
 from moe_lightning.surgery.replaced import LayoutChange, ReplacedParameter
 
@@ -25,6 +25,30 @@ def open_stacks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Masked):
             module.open()
+
+
+def check_stacks(before: ModelShape, after: ModelShape, given: Stacks) -> None:
+    """Make sure that every stack given has a place.
+
+    Args:
+        before: Shape of the model before.
+        after: Shape after.
+        given: Stacks that are filled already.
+
+    Raises:
+        ValueError: A stack of matrices whose format does not change.
+    """
+    places = {
+        (layout.layer, name)
+        for layout in after.layouts
+        if layout.format != before.layout(layout.layer).format
+        for name in after.expert_sizes(layout)
+    }
+    changed = [block for block in after.blocks if before.attention_format(block) != after.attention_format(block)]
+    places |= {(block, name) for block in changed for name in after.attention_sizes}
+    strangers = sorted(given.keys() - places)
+    if strangers:
+        raise ValueError(f"the plan has no place for the packed matrices {strangers}: it changes {sorted(places)}")
 
 
 def expert_stacks(
@@ -62,7 +86,8 @@ def _given_or_empty(
         if given.format != format or (given.slots, given.outputs, given.inputs) != size:
             raise ValueError(f"a stack of {given.extra_repr()} does not fit the plan, which has {format} {size}")
         return given
-    stack = WeightStack.empty(format, *size, dtype=like.dtype, device=like.device)
+    with torch.inference_mode(False):
+        stack = WeightStack.empty(format, *size, dtype=like.dtype, device=like.device)
     if opened and isinstance(stack, Masked):
         stack.open()
     return stack
@@ -92,7 +117,8 @@ def replace_weights(
     rows = torch.tensor(list(slots), dtype=torch.int64, device="cpu")
     if new is None:
         assert isinstance(old, WeightStack)
-        stack = old.select(slots)
+        with torch.inference_mode(False):
+            stack = old.select(slots)
         change.packed_weights += old.num_weights - stack.num_weights
         for (inner, before), after in zip(old.named_parameters(), stack.parameters(), strict=True):
             change.replaced.append(ReplacedParameter(f"{name}.{inner}", before, after, rows, counts=False))
@@ -111,16 +137,13 @@ def replace_weights(
         after.requires_grad_(parameter.requires_grad)
     # Values that were packed already have no state that could be spread out again.
     plain = parameter is not None and parameter.shape[-2:] == (new.outputs, new.inputs)
-    known = after.device.type != "meta"
     item = ReplacedParameter(
         f"{new_name or name}.{inner}",
         parameter,
         after,
         rows if plain else None,
-        places=new.places if isinstance(new, Sparse24) and known else None,
-        keep=new.zeros_kept() if isinstance(new, Masked) and known else None,
+        stack=new if plain else None,
         counts=False,
-        stacked=parameter is not None and parameter.ndim == 2 and plain,
     )
     change.replaced.append(item)
     return new

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lightning.experts import WeightStack
+from moe_lightning.experts import Masked, Sparse24, WeightStack
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,9 @@ class ReplacedParameter:
             is new; None where one of the two is not there.
         axis: Further axis along which entries were picked, or None.
         picks: For each row of ``new`` the entries of ``old`` along ``axis`` that it holds, int64 ``[rows, entries]``.
-        places: For each entry of ``new`` the one of its row of ``old`` along the last axis that it holds, int64 and
-            shaped like ``new``; None where all do.
-        keep: Where ``new`` may be other than zero, bool and shaped like it; None where everywhere.
+        stack: The pruned matrices that hold ``new``, where ``old`` has an entry for each of their weights: they say
+            which of those are in ``new``. They are asked only where a state follows, for their answer is large.
         counts: Whether its numbers are counted here; those of packed matrices are counted with their stack.
-        stacked: Whether ``old`` is a single matrix, and ``new`` has a stack of one of its kind.
     """
 
     name: str
@@ -38,22 +36,20 @@ class ReplacedParameter:
     rows: Tensor | None
     axis: int | None = None
     picks: Tensor | None = None
-    places: Tensor | None = None
-    keep: Tensor | None = None
+    stack: WeightStack | None = None
     counts: bool = True
-    stacked: bool = False
 
     def carried(self, value: Tensor) -> Tensor:
         """Return of a tensor shaped like ``old`` what belongs to ``new``; zeros for rows that are new."""
         assert self.rows is not None
+        if self.stack is not None and value.ndim == 2:
+            value = value[None]  # of a single matrix, which is a stack of one now
         rows = self.rows.to(value.device)
-        result = (value[None] if self.stacked else value).index_select(0, rows.clamp(min=0))
+        result = value.index_select(0, rows.clamp(min=0))
         result[rows < 0] = 0
         if self.picks is not None and self.axis is not None:
             result = pick(result, self.picks, self.axis)
-        if self.places is not None:
-            result = torch.take_along_dim(result, self.places.to(value.device), -1)
-        return result if self.keep is None else result.masked_fill(~self.keep.to(value.device), 0)
+        return result if self.stack is None else _of_pruned(result, self.stack)
 
     @property
     def numbers_gone_and_new(self) -> int:
@@ -64,6 +60,24 @@ class ReplacedParameter:
         if self.rows is not None and self.new is not None and len(self.new):
             kept = int((self.rows >= 0).sum()) * self.new[0].numel()
         return sum(parameter.numel() - kept for parameter in (self.old, self.new) if parameter is not None)
+
+
+def _of_pruned(value: Tensor, stack: WeightStack) -> Tensor:
+    """Return of a state of whole matrices ``[S, O, I]`` what belongs to the weights that pruning left.
+
+    Of a factored state, ``[S, O, 1]`` or ``[S, 1, I]``, the rows stay, and columns become means over what stands there.
+    """
+    factored = value.shape[-1] == 1 < stack.inputs
+    if factored or stack.device.type == "meta":
+        return value
+    shared = value.shape[-2] == 1 < stack.outputs
+    if isinstance(stack, Sparse24):
+        whole = value.expand(-1, stack.outputs, -1)
+        result = torch.take_along_dim(whole, stack.places.to(value.device), -1)
+        return result.mean(-2, keepdim=True) if shared else result
+    if isinstance(stack, Masked) and not shared:
+        return value.masked_fill(~stack.zeros_kept().to(value.device), 0)
+    return value
 
 
 def pick(tensor: Tensor, picks: Tensor, axis: int) -> Tensor:

@@ -66,7 +66,11 @@ class WeightStack(nn.Module):
             inputs: I.
             dtype: Type to compute in; torch's default where None.
             device: Where the tensors lie.
+
+        Raises:
+            ValueError: Matrices of this size cannot be stored so.
         """
+        format.check(outputs, inputs)
         return WeightStack._kinds[format.kind]._empty(
             format, (slots, outputs, inputs), dtype or torch.get_default_dtype(), device
         )

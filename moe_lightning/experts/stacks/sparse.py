@@ -49,7 +49,13 @@ class Sparse24(WeightStack):
 
     @classmethod
     def pack(cls, format: WeightFormat, weight: Tensor, keep: Tensor) -> Sparse24:
-        """Make a stack of weights ``[S, O, I]``, of which ``keep`` marks exactly two in every four."""
+        """Make a stack of weights ``[S, O, I]``, of which ``keep`` marks exactly two in every four.
+
+        Raises:
+            ValueError: It marks more or fewer.
+        """
+        if keep.device.type != "meta" and bool((keep.unflatten(-1, (-1, 4)).sum(-1) != 2).any()):
+            raise ValueError("the mask does not keep exactly two of every four neighbours, as the pattern 2:4 says")
         packed = pack_24_kept(weight.detach(), keep)
         return cls(format, nn.Parameter(packed.values.contiguous()), packed.metadata)
 
