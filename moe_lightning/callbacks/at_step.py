@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel
@@ -86,24 +86,40 @@ class AtStep(Callback):
     def act(self, trainer: Trainer, module: LightningModule) -> None:
         """Do what is to be done."""
 
+    @property
+    def next_step(self) -> Moment:
+        """When it acts next, for callbacks that act more than once."""
+        return self.at_step
+
+    @property
+    def last_step(self) -> Moment:
+        """When it acts for the last time."""
+        return self.at_step
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find a step that never comes, before the first batch.
 
         Raises:
-            ValueError: ``at_step`` lies beyond the end of the run, or behind the step that it is resumed from.
+            ValueError: A step lies beyond the end of the run, or behind the step that it is resumed from.
         """
         if self.at_step == "end" or self.done:
             return
         total = total_steps(trainer)
-        if self.at_step >= total and getattr(trainer, "fast_dev_run", False):
-            say(trainer, f"{type(self).__name__}: step {self.at_step} does not come in a fast_dev_run")
+        first, last = cast(int, self.next_step), cast(int, self.last_step)
+        if last >= total and getattr(trainer, "fast_dev_run", False):
+            say(trainer, f"{type(self).__name__}: step {last} does not come in a fast_dev_run")
             return
-        if self.at_step >= total:
+        if first >= total:
             raise ValueError(
                 f"{type(self).__name__}: at_step={self.at_step} lies beyond the run, which has {total:.0f} steps: "
                 "choose a smaller step or 'end'"
             )
-        if trainer.global_step > self.at_step:
+        if last >= total:
+            raise ValueError(
+                f"{type(self).__name__}: at_step={self.at_step} begins a schedule that ends at step {last}, beyond the "
+                f"run, which has {total:.0f} steps: choose a smaller step, fewer steps in the schedule, or a longer run"
+            )
+        if trainer.global_step > first:
             raise ValueError(
                 f"{type(self).__name__}: at_step={self.at_step} has passed: the run goes on at step "
                 f"{trainer.global_step} and its checkpoint knows nothing of it: choose a later step"
@@ -111,7 +127,7 @@ class AtStep(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Act when the step has come."""
-        if not self.done and self.at_step != "end" and trainer.global_step >= self.at_step:
+        if not self.done and self.at_step != "end" and trainer.global_step >= cast(int, self.next_step):
             self._act_once(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

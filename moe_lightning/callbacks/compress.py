@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from matplotlib.figure import Figure
 
 from moe_lightning.architectures import architecture_of
-from moe_lightning.callbacks.at_step import AtStep, Moment, language_model, say
+from moe_lightning.callbacks.at_step import AtStep, Moment, language_model
+from moe_lightning.callbacks.compression_log import log_compression
+from moe_lightning.callbacks.gradual import Act, acts_of, check_acts
 from moe_lightning.callbacks.strategies import check_strategy, wrap_again
-from moe_lightning.compression import CompressionResult, as_methods, check_methods, compress
-from moe_lightning.files import write_atomically
+from moe_lightning.compression import CompressionResult, as_methods, compress
 from moe_lightning.method import Method
-from moe_lightning.plan import ModelShape, plan_table
-from moe_lightning.reporting import compression_figures
+from moe_lightning.plan import ModelShape
+from moe_lightning.slimming.base import Slimming
+from moe_lightning.slimming.policy import SlimmingPolicy, Starved
 
 
 class Compress(AtStep):
@@ -31,18 +30,30 @@ class Compress(AtStep):
         synchronise the statistics' sums over ranks
         propose     each method decides, from the statistics of the model as the method before left it
         check       the edits against the shape; touched parameters against claimed ones
-        fill        the values of novices
+        fill        the values of novices, the codes and masks of matrices
         carry over  the optimizer, in place: sliced moments for sliced experts
         re-wrap     DistributedDataParallel
         extend      the module's plan, which travels in its checkpoints
-        log         plan, sizes and pictures to TensorBoard; plan and statistics to the run directory
+        log         plan, sizes, statuses of matrices and pictures to TensorBoard; all numbers to the run directory
         free        what the model was before
+
+    A pruning method whose sparsity is a schedule acts again every so many steps with more zeros; weights that are zero
+    stay zero. The other methods of the list act once, at ``at_step``. Whatever was pruned stays so while the model
+    trains on, and what is stored as integers stays as it is.
 
     Args:
         methods: Methods, in the order in which they are applied.
-        at_step: Optimizer step before which it happens, or ``end``.
+        at_step: Optimizer step before which it happens (with a schedule: begins), or ``end``.
         calibration_batches: Batches of the datamodule's calibration split; None takes all of them.
         batches: Calibration batches where the trainer has no TextDataModule (from Python only).
+        min_tokens: For methods that measure the inputs of experts' matrices: an expert that fewer calibration tokens
+            reach is starved.
+        starved: What becomes of it. warn: it is made from what there is. top_up: further batches of the calibration
+            split, behind calibration_batches, are drawn that reach it. fallback: as if no token reached it (rounding to
+            nearest, magnitudes). error: the run fails.
+        top_up: Further batches where the trainer has no TextDataModule (from Python only).
+        max_fallback: Largest share of a method's matrices that may be made without measurement, from 0 to 1.
+        max_moment_bytes: Memory for the moments of inputs that are measured at a time, in bytes.
 
     Raises:
         ValueError: Something cannot work; found before the first training step.
@@ -54,16 +65,38 @@ class Compress(AtStep):
         at_step: Moment,
         calibration_batches: int | None = None,
         batches: Any = None,
+        min_tokens: int = SlimmingPolicy.min_tokens,
+        starved: Starved = SlimmingPolicy.starved,
+        top_up: Any = None,
+        max_fallback: float = SlimmingPolicy.max_fallback,
+        max_moment_bytes: int = SlimmingPolicy.max_moment_bytes,
     ) -> None:
         super().__init__(at_step)
         self.methods = as_methods(methods)
+        self.acts = acts_of(self.methods)
+        if at_step == "end" and len(self.acts) > 1:
+            raise ValueError(
+                "Compress: a schedule of sparsities needs training between its steps: give at_step a step number, or "
+                "sparsity a number"
+            )
         if calibration_batches is not None and calibration_batches < 1:
             raise ValueError(f"Compress: calibration_batches must be 1 or more, got {calibration_batches}")
         self.calibration_batches = calibration_batches
         self.batches: Iterable[Mapping[str, Any]] | None = batches
+        try:
+            # Whether there are further batches is known when there are data.
+            SlimmingPolicy(min_tokens, starved, top_up or (), max_fallback, max_moment_bytes)
+        except ValueError as error:
+            raise ValueError(f"Compress: {error}") from None
+        self.min_tokens, self.starved, self.top_up = min_tokens, starved, top_up
+        self.max_fallback, self.max_moment_bytes = max_fallback, max_moment_bytes
+        self.acts_done = 0
+        """How many of the acts are behind."""
         self.result: CompressionResult | None = None
-        """What the compression did; None before it, and in a run that was resumed after it."""
+        """What the last act did; None before it, and in a run that was resumed after it."""
         self._applied: list[str] | None = None  # methods in words, by another process perhaps
+
+    # ------------------------------------------------------------ state
 
     @property
     def state_key(self) -> str:
@@ -72,21 +105,52 @@ class Compress(AtStep):
         return f"Compress[at_step={self.at_step},methods={names}]"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return whether it has acted, and the methods in words."""
-        return {**super().state_dict(), "methods": self._applied or list(map(repr, self.methods))}
+        """Return whether and how often it has acted, and the methods in words."""
+        methods = self._applied or list(map(repr, self.methods))
+        return {**super().state_dict(), "acts": self.acts_done, "methods": methods}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over whether it has acted, and warn where that was something else than what is asked for now."""
+        """Take over how often it has acted, and warn where that was something else than what is asked for now.
+
+        Raises:
+            ValueError: It has acted along a part of another schedule.
+        """
         super().load_state_dict(state_dict)
-        self._applied = state_dict.get("methods") if self.done else None
+        self.acts_done = int(state_dict.get("acts", len(self.acts) if self.done else 0))
+        self._applied = state_dict.get("methods") if self.acts_done else None
         now = list(map(repr, self.methods))
-        if self._applied not in (None, now):
-            warnings.warn(
-                f"Compress at step {self.at_step}: the checkpoint holds a model that was compressed by "
-                f"{', '.join(self._applied or ())}, and stays as it is: {', '.join(now)} is not applied. Start from an "
-                "earlier checkpoint, or anew, to apply it",
-                stacklevel=2,
+        if self._applied in (None, now):
+            return
+        if not self.done:
+            raise ValueError(
+                f"Compress at step {self.at_step}: the checkpoint lies in the middle of "
+                f"{', '.join(self._applied or ())}: go on with the same methods, and not with {', '.join(now)}, or "
+                "start from an earlier checkpoint"
             )
+        warnings.warn(
+            f"Compress at step {self.at_step}: the checkpoint holds a model that was compressed by "
+            f"{', '.join(self._applied or ())}, and stays as it is: {', '.join(now)} is not applied. Start from an "
+            "earlier checkpoint, or anew, to apply it",
+            stacklevel=2,
+        )
+
+    # ------------------------------------------------------------ steps
+
+    def step_of(self, act: Act) -> float:
+        """Return the optimizer step before which an act happens; infinity for the end of the run."""
+        return float("inf") if self.at_step == "end" else self.at_step + act.after_steps
+
+    @property
+    def next_step(self) -> Moment:
+        """When it acts next."""
+        return "end" if self.at_step == "end" else self.at_step + self.acts[self.acts_done].after_steps
+
+    @property
+    def last_step(self) -> Moment:
+        """When it acts for the last time."""
+        return "end" if self.at_step == "end" else self.at_step + self.acts[-1].after_steps
+
+    # ------------------------------------------------------------ before the run
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Try the methods out on the model's shape, and the calibration data, before anything is trained.
@@ -98,8 +162,9 @@ class Compress(AtStep):
             return
         check_strategy(trainer, "Compress")
         model = language_model(pl_module)
-        check_methods(self._shape_before(trainer, architecture_of(model).shape(model)), self.methods)
+        self._check_course(trainer, architecture_of(model).shape(model))
         self._calibration(trainer)
+        self._top_up(trainer)
         if not hasattr(pl_module, "set_plan"):
             warnings.warn(
                 f"{type(pl_module).__name__} has no set_plan: a checkpoint saved after the compression will not know "
@@ -107,43 +172,46 @@ class Compress(AtStep):
                 stacklevel=2,
             )
 
-    def _shape_before(self, trainer: Trainer, shape: ModelShape) -> ModelShape:
-        """Return a shape as earlier instances of this callback leave it."""
-        earlier = [
-            callback
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(callback, Compress) and not callback.done and callback is not self
-        ]
-        mine = self._order(trainer, self)
-        for callback in sorted(earlier, key=lambda other: self._order(trainer, other)):
-            if self._order(trainer, callback) < mine:
-                shape = check_methods(shape, callback.methods)
-        return shape
+    def _check_course(self, trainer: Trainer, shape: ModelShape) -> None:
+        """Try out all acts of the run up to the last of this instance, in the order in which they come."""
+        course = []
+        for place, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
+            if isinstance(callback, Compress) and not callback.done:
+                course += [(callback.step_of(act), place, act) for act in callback.acts[callback.acts_done :]]
+        course.sort(key=lambda item: item[:2])
+        place = trainer.callbacks.index(self)  # type: ignore[attr-defined]
+        last = max(number for number, item in enumerate(course) if item[1] == place)
+        check_acts(shape, ((step, act) for step, _, act in course[: last + 1]))
 
-    @staticmethod
-    def _order(trainer: Trainer, callback: Compress) -> tuple[float, int]:
-        step = float("inf") if callback.at_step == "end" else callback.at_step
-        return step, trainer.callbacks.index(callback)  # type: ignore[attr-defined]
-
-    def _number(self, trainer: Trainer) -> str:
-        """Return "" for the first instance of this callback at its step, "-2" for the second: they share a folder."""
-        same = [
-            callback
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(callback, Compress) and callback.at_step == self.at_step
-        ]
-        return f"-{same.index(self) + 1}" if same[0] is not self else ""
-
-    def _calibration(self, trainer: Trainer) -> Iterable[Mapping[str, Any]]:
+    def _calibration(self, trainer: Trainer) -> Iterable[Mapping[str, Any]] | None:
         if self.batches is not None:
             return self.batches
         datamodule: Any = getattr(trainer, "datamodule", None)
         if not hasattr(datamodule, "calibration_batches"):
+            if all(isinstance(method, Slimming) and method.moment_kind is None for method in self.methods):
+                return None
             raise ValueError("Compress needs calibration data: train with a TextDataModule, or pass batches=...")
         return datamodule.calibration_batches(self.calibration_batches)
 
+    def _top_up(self, trainer: Trainer) -> Iterable[Mapping[str, Any]] | None:
+        if self.starved != "top_up" or self.top_up is not None:
+            return self.top_up
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        if self.batches is not None or not hasattr(datamodule, "further_batches"):
+            raise ValueError(
+                "Compress: starved='top_up' draws further calibration batches: train with a TextDataModule, pass "
+                "top_up=..., or choose starved='warn'"
+            )
+        try:
+            return datamodule.further_batches(self.calibration_batches)
+        except ValueError as error:
+            raise ValueError(f"Compress: starved='top_up', but {error}") from None
+
+    # ------------------------------------------------------------ the work
+
     def act(self, trainer: Trainer, module: LightningModule) -> None:
-        """Compress; see the class."""
+        """Do what is next; see the class."""
+        act = self.acts[self.acts_done]
         model = language_model(module)
         datamodule: Any = getattr(trainer, "datamodule", None)
         origin = {"step": trainer.global_step, "calibration_batches": self.calibration_batches}
@@ -153,43 +221,38 @@ class Compress(AtStep):
             result = compress(
                 model,
                 self._calibration(trainer),
-                self.methods,
+                act.methods,
                 origin=origin,
                 optimizers=trainer.optimizers,
                 progress=trainer.is_global_zero,
+                min_tokens=self.min_tokens,
+                starved=self.starved,
+                top_up=self._top_up(trainer),
+                max_fallback=self.max_fallback,
+                max_moment_bytes=self.max_moment_bytes,
             )
         wrap_again(trainer, module)
         set_plan: Any = getattr(module, "set_plan", None)
         if set_plan is not None:
             set_plan(result.plan)
-        self._log(trainer, result)
+        note = ""
+        if len(self.acts) > 1:
+            share = "" if act.sparsity is None else f", {act.sparsity:.1%} zeros"
+            note = f"{self.acts_done + 1} of {len(self.acts)}{share}"
+        log_compression(trainer, result, act, f"compression-{self.next_step}{self._number(trainer)}", note)
         self.result = result
 
-    def _log(self, trainer: Trainer, result: CompressionResult) -> None:
-        say(trainer, f"step {trainer.global_step}: {result}")
-        if not trainer.is_global_zero:
-            return
-        numbers = {
-            "compression/parameters": float(result.size_after.parameters),
-            "compression/bytes": float(result.size_after.bytes),
-            "compression/touched_parameters": float(result.touched),
-        }
-        # Of several methods only the first saw the model as it was.
-        criterion, seed = getattr(self.methods[0], "criterion", None), getattr(self.methods[0], "seed", 0)
-        words = f"step {trainer.global_step}"
-        wanted = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
-        figures: dict[str, Figure] = {}
-        if result.statistics is not None and wanted:
-            figures = compression_figures(result.statistics, criterion, result.shape_after, words, seed)
-        for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=trainer.global_step)
-            if isinstance(logger, TensorBoardLogger):
-                table = plan_table(result.plan, result.shape_after)
-                logger.experiment.add_text("compression/plan", table, trainer.global_step)
-                for name, figure in figures.items():
-                    logger.experiment.add_figure(f"compression/{name}", figure, trainer.global_step)
-        folder = Path(trainer.default_root_dir) / "results"
-        name = f"compression-{self.at_step}{self._number(trainer)}"
-        write_atomically(folder / f"{name}.plan.json", result.plan.to_json())
-        if result.statistics is not None:
-            result.statistics.save(folder / f"{name}.statistics.safetensors")
+    def _act_once(self, trainer: Trainer, module: LightningModule) -> None:
+        self.act(trainer, module)
+        self.acts_done += 1
+        self.done = self.acts_done == len(self.acts)
+
+    def _number(self, trainer: Trainer) -> str:
+        """Return "" for the first instance of this callback that acts at a step, "-2" for the second."""
+        step = self.step_of(self.acts[self.acts_done])
+        same = [
+            callback
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, Compress) and any(callback.step_of(act) == step for act in callback.acts)
+        ]
+        return f"-{same.index(self) + 1}" if same[0] is not self else ""

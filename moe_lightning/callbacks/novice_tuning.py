@@ -61,7 +61,8 @@ class NoviceTuning(AtStep):
                 before = callback.at_step < self.at_step or (  # type: ignore[operator]
                     callback.at_step == self.at_step and place < callbacks.index(self)
                 )
-                if before and any(isinstance(edit, NoviceExperts) for edit in trial_edits(shape, callback.methods)[0]):
+                methods = [method for act in callback.acts for method in act.methods]
+                if before and any(isinstance(edit, NoviceExperts) for edit in trial_edits(shape, methods)[0]):
                     return
         raise ValueError(
             f"NoviceTuning at step {self.at_step}: there will be no novices to train: put a Compress with Novices "

@@ -9,6 +9,7 @@ from moe_lightning.reporting.decision_maps import decision_maps, dropping_order
 from moe_lightning.reporting.decisions import compression_figures, roles
 from moe_lightning.reporting.heat_maps import heat_map
 from moe_lightning.reporting.interval_plots import Curve, RankedValue, interval_curves, interval_ranking
+from moe_lightning.reporting.matrices import matrix_summary, matrix_table, module_line
 from moe_lightning.reporting.model_maps import frequency_variance, similarity_map
 from moe_lightning.reporting.style import figure_pixels, save_figure
 
@@ -24,6 +25,9 @@ __all__ = [
     "interval_curves",
     "interval_ranking",
     "layer_curves",
+    "matrix_summary",
+    "matrix_table",
+    "module_line",
     "roles",
     "save_figure",
     "similarity_map",

@@ -1,0 +1,89 @@
+"""What a compression in mid-run leaves: lines on the console, TensorBoard's pages, files in the run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
+
+from moe_lightning.callbacks.at_step import say
+from moe_lightning.callbacks.gradual import Act
+from moe_lightning.compression import CompressionResult
+from moe_lightning.files import write_atomically
+from moe_lightning.plan import plan_table
+from moe_lightning.reporting import compression_figures, matrix_summary, matrix_table
+
+
+def log_compression(trainer: Trainer, result: CompressionResult, act: Act, name: str, note: str = "") -> None:
+    """Say, log and write what was done.
+
+    Args:
+        trainer: The trainer.
+        result: What was done.
+        act: What was asked for.
+        name: Of the files, in ``RUN/results``.
+        note: Which of several acts it is, for the console.
+    """
+    step = trainer.global_step
+    say(trainer, f"step {step}: {result}{f' ({note})' if note else ''}")
+    matrices = matrix_summary(result.modules)
+    if matrices:
+        say(trainer, f"step {step}: {matrices}")
+    if not trainer.is_global_zero:
+        return
+    numbers = {
+        "compression/parameters": float(result.size_after.parameters),
+        "compression/bytes": float(result.size_after.bytes),
+        "compression/bytes_on_disk": float(result.shape_after.bytes),
+        "compression/touched_parameters": float(result.touched),
+    }
+    if act.sparsity is not None:
+        numbers["compression/sparsity"] = act.sparsity
+    # Of several methods only the first saw the model as it was.
+    criterion, seed = getattr(act.methods[0], "criterion", None), getattr(act.methods[0], "seed", 0)
+    wanted = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+    figures: dict[str, Figure] = {}
+    if result.statistics is not None and wanted:
+        figures = compression_figures(result.statistics, criterion, result.shape_after, f"step {step}", seed)
+    texts = {"plan": plan_table(result.plan, result.shape_after), "matrices": matrix_table(result.modules)}
+    for logger in trainer.loggers:
+        logger.log_metrics(numbers, step=step)
+        if isinstance(logger, TensorBoardLogger):
+            for tag, text in texts.items():
+                if text:
+                    logger.experiment.add_text(f"compression/{tag}", text, step)
+            for tag, figure in figures.items():
+                logger.experiment.add_figure(f"compression/{tag}", figure, step)
+    folder = Path(trainer.default_root_dir) / "results"
+    write_atomically(folder / f"{name}.json", json.dumps(compression_record(result, act, step), indent=2) + "\n")
+    write_atomically(folder / f"{name}.plan.json", result.plan.to_json())
+    if result.statistics is not None:
+        result.statistics.save(folder / f"{name}.statistics.safetensors")
+
+
+def compression_record(result: CompressionResult, act: Act, step: int) -> dict[str, Any]:
+    """Return everything that is known of a compression, as JSON has it.
+
+    Args:
+        result: What was done.
+        act: What was asked for.
+        step: When.
+
+    Returns:
+        Methods, sizes before and after (in memory, and as the weights are written to disk), and of each module its
+        status, tokens of its experts, statuses and relative errors of its matrices.
+    """
+    shapes = {"before": result.shape_before, "after": result.shape_after}
+    sizes = {"before": result.size_before, "after": result.size_after}
+    return {
+        "step": step,
+        "methods": list(map(str, act.methods)),
+        "sparsity": act.sparsity,
+        **{name: {**dataclasses.asdict(sizes[name]), "bytes_on_disk": shapes[name].bytes} for name in sizes},
+        **result.summary(),
+    }
