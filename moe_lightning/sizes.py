@@ -38,7 +38,9 @@ def _held_bytes(model: nn.Module) -> int:
     """Count what is in memory: parameters and the buffers that a checkpoint holds, packed or not."""
     seen: dict[int, int] = {}
     for module in model.modules():
-        buffers = (buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set)
+        # While it works, a packed matrix may hold its weights in a form that a checkpoint does not.
+        passing = set() if isinstance(module, WeightStack) else module._non_persistent_buffers_set
+        buffers = (buffer for name, buffer in module._buffers.items() if name not in passing)
         for tensor in (*module._parameters.values(), *buffers):
             if tensor is not None:
                 seen[id(tensor)] = tensor.numel() * tensor.element_size()

@@ -24,12 +24,12 @@ def zeros_by_magnitude(weight: Array, format: WeightFormat) -> Array:
     slots, outputs, inputs = weight.shape
     if format.pattern is not None:
         zeros, size = map(int, format.pattern.split(":"))
-        groups = numpy.abs(weight).reshape(-1, size)
+        groups = numpy.abs(weight).reshape(weight.size // size, size)
     elif format.scope == "row":
-        groups = numpy.abs(weight).reshape(-1, inputs)
+        groups = numpy.abs(weight).reshape(slots * outputs, inputs)
         zeros = inputs - format.kept(1, inputs)
     else:
-        groups = numpy.abs(weight).reshape(slots, -1)
+        groups = numpy.abs(weight).reshape(slots, outputs * inputs)
         zeros = outputs * inputs - format.kept(outputs, inputs)
     keep = numpy.ones_like(groups, dtype=bool)
     numpy.put_along_axis(keep, numpy.argsort(groups, -1, kind="stable")[:, :zeros], False, -1)
@@ -59,7 +59,8 @@ def packed(
         return kind.pack(format, weight.to(dtype), torch.from_numpy(keep)), dense
     assert format.bits is not None
     top, (slots, outputs, inputs) = 2**format.bits - 1, dense.shape
-    grouped = dense.reshape(slots, outputs, -1, format.group_of(inputs))
+    group = format.group_of(inputs)
+    grouped = dense.reshape(slots, outputs, inputs // group, group)
     if format.symmetric:
         scale = numpy.abs(grouped).max(-1) * 2 / top
         zero = numpy.full(scale.shape, 2 ** (format.bits - 1))

@@ -26,7 +26,10 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = stack.inputs, stack.outputs
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return ``input @ weight.T``, ``[..., outputs]``."""
-        rows_PI = input.reshape(-1, self.in_features)
+        """Return ``input @ weight.T``, ``[..., outputs]``; under autocast in its type, as of a plain linear layer."""
+        kind = input.device.type
+        if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
+            input = input.to(torch.get_autocast_dtype(kind))
+        rows_PI = input.reshape(input.shape[:-1].numel(), self.in_features)
         offsets = torch.full((1,), rows_PI.shape[0], dtype=torch.int32, device=rows_PI.device)
-        return self.stack.linear(rows_PI, offsets).unflatten(0, input.shape[:-1])
+        return self.stack.linear(rows_PI, offsets).reshape(*input.shape[:-1], self.out_features)

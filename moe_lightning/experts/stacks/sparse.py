@@ -188,10 +188,11 @@ class Masked(WeightStack):
         weight = destination.pop(f"{prefix}weight", None)
         if weight is not None:
             with torch.no_grad():
+                kept = self.format.kept(self.outputs, self.inputs)
                 if weight.device.type == "meta":
-                    values = weight.new_zeros(self.slots, self.format.kept(self.outputs, self.inputs))
+                    values = weight.new_zeros(self.slots, kept)
                 else:
-                    values = weight.detach()[self.zeros_kept()].view(self.slots, -1)
+                    values = weight.detach()[self.zeros_kept()].view(self.slots, kept)
             destination[f"{prefix}values"] = values
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
