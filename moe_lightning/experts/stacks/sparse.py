@@ -125,8 +125,12 @@ class Masked(WeightStack):
 
     @classmethod
     def _empty(cls, format: WeightFormat, size: tuple[int, int, int], dtype: torch.dtype, device: Any) -> Masked:
-        values = torch.zeros(size[0], format.kept(*size[1:]), dtype=dtype, device=device)
-        bits = torch.zeros(*size[:2], -(-size[2] // 8), dtype=torch.uint8, device=device)
+        kept = format.kept(*size[1:])
+        values = torch.zeros(size[0], kept, dtype=dtype, device=device)
+        # A mask of as many weights, until it is loaded.
+        mask = torch.zeros(size[1] * size[2], dtype=torch.bool, device=device)
+        mask[:kept] = True
+        bits = pack_mask(mask.view(size[1:])).expand(size[0], -1, -1).clone()
         return cls(format, size, bits, values=nn.Parameter(values))
 
     @classmethod
