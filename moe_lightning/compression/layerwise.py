@@ -220,10 +220,10 @@ def _slim(
     stacks = {(edit.layer, name): _stack(view, name, slimmed.matrices[name], format) for name in view.matrices}
     for (layer, name), stack in stacks.items():
         _check_stored(f"layer {layer}: {name} made by {edit}", dict(stack.state_dict()))
-    scaled = [(what, view.rescaled(what), factor) for what, factor in slimmed.rescale]
     surgery = apply_plan(walk.model, plan, stacks=stacks)
     surgeries.append(surgery)
-    for what, parameter, factor in scaled:
+    for what, factor in slimmed.rescale:
+        parameter = view.rescaled(what)  # as it is now: surgery may have put another one in its place
         surgery.rescale(parameter, factor.to(parameter.device))
         _check_stored(f"layer {edit.layer}: {what} rescaled by {edit}", {what: parameter})
     walk.changed()
@@ -276,7 +276,6 @@ def _check_fit(view: View, slimmed: SlimmedLayer, method: Any) -> None:
 def _stack(view: View, name: str, matrix: Quantized | Pruned, format: WeightFormat) -> WeightStack:
     """Pack what a method made."""
     source = view.source(name)
-    stack: WeightStack
     if isinstance(matrix, Quantized):
         if not format.quantized:
             raise RuntimeError(f"layer {view.layer}: {name} was quantised, but the edit says {format}")
@@ -289,9 +288,7 @@ def _stack(view: View, name: str, matrix: Quantized | Pruned, format: WeightForm
         raise RuntimeError(f"layer {view.layer}: {name} was pruned, but the edit says {format}")
     weight = matrix.weight.to(source.dtype)
     sparse: type[Sparse24] | type[Masked] = Sparse24 if format.kind == "sparse24" else Masked
-    stack = sparse.pack(format, weight, matrix.keep)
-    held = source.parameters() if isinstance(source, WeightStack) else [source]
-    return stack.requires_grad_(any(parameter.requires_grad for parameter in held))
+    return sparse.pack(format, weight, matrix.keep)
 
 
 def _spread(zero_SOG: Tensor, codes_SOI: Tensor) -> Tensor:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from moe_lightning.compression.layerwise import measures
 from moe_lightning.compression.sensitivity import SENSITIVITY_TOKENS
-from moe_lightning.compression.walk import SlimmingEdit
 from moe_lightning.method import Method
-from moe_lightning.plan import Edit, ModelShape
+from moe_lightning.plan import CompressionPlan, Edit, ModelShape
 from moe_lightning.slimming.policy import SlimmingPolicy
 from moe_lightning.statistics import Statistics, statistics_bytes
 from moe_lightning.statistics.layer_inputs import MomentKind, layer_input_bytes, moment_bytes
@@ -31,14 +30,7 @@ def trial_edits(shape: ModelShape, methods: Sequence[Method]) -> tuple[list[Edit
     edits: list[Edit] = []
     for method in methods:
         proposed = method.propose(shape, Statistics.synthetic(shape))
-        for edit in proposed:
-            after = edit.apply(shape)
-            if isinstance(edit, SlimmingEdit) and after == shape:
-                raise ValueError(
-                    f"layer {edit.layer}: {method} changes nothing, because the matrices of the {edit.target} have "
-                    "that form already: leave it out, or ask for another"
-                )
-            shape = after
+        shape = CompressionPlan(proposed).check(shape)
         edits += proposed
     return edits, shape
 

@@ -43,6 +43,7 @@ class Walk:
         self.architecture = architecture_of(model)
         self.place = 0
         self._inputs: LayerInputs | None = None
+        self._replaced: dict[str, Tensor] = {}
         self.memory_warned = False
 
     @property
@@ -52,7 +53,16 @@ class Walk:
         # there need not be propagated: only the original outputs are those of a model that is no longer there.
         if self._inputs is None:
             self._inputs = LayerInputs(self.model, self.batches, self.place)
+            for name, weight_SOI in self._replaced.items():
+                self._inputs.replace(name, weight_SOI)
         return self._inputs
+
+    def replace(self, name: str, weight_SOI: Tensor) -> None:
+        """Compute inputs of later stacks of the current layer with other weights, if ever they are asked for."""
+        if self._inputs is None:
+            self._replaced[name] = weight_SOI
+        else:
+            self._inputs.replace(name, weight_SOI)
 
     def go_to(self, layer: int) -> None:
         """Go to a layer, given by its original number."""
@@ -76,6 +86,7 @@ class Walk:
 
     def changed(self) -> None:
         """Take note that the current layer has the weights that stood in for its own."""
+        self._replaced.clear()
         if self._inputs is not None:
             self._inputs.changed()
 
@@ -190,7 +201,7 @@ class View:
     def replace(self, name: str, weight_SOI: Tensor) -> None:
         """Compute the inputs of later stacks with other weights."""
         if not self._walk.original and name != self.matrices[-1]:
-            self._walk.inputs.replace(name, weight_SOI)
+            self._walk.replace(name, weight_SOI)
 
     @property
     def norm_weight(self) -> Tensor:
