@@ -107,8 +107,9 @@ def filled_stacks(model: Any, edit: Edit, after: ModelShape) -> dict[tuple[int, 
     else:
         names, format = ("gate_up_proj", "down_proj"), after.layout(edit.layer).format
     assert format is not None
-    weights = live_matrices(model)
-    return {(edit.layer, name): packed(weights[edit.layer, name], format)[0] for name in names}
+    with torch.inference_mode(False), torch.no_grad():  # as the library's driver does
+        weights = {name: live_matrices(model)[edit.layer, name] for name in names}
+        return {(edit.layer, name): packed(weight, format)[0] for name, weight in weights.items()}
 
 
 def apply_filled(model: Any, edits: Sequence[Edit]) -> list[Surgery]:
