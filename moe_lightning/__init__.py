@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it.
 _HOMES = {
+    "AWQ": "slimming",
     "Angular": "trimming",
     "BlockDrop": "trimming",
     "ChannelDrop": "trimming",
@@ -24,10 +25,12 @@ _HOMES = {
     "DropBlock": "plan",
     "DropMoE": "plan",
     "ExpertDrop": "trimming",
+    "GPTQ": "slimming",
     "KeepChannels": "plan",
     "KeepExperts": "plan",
     "LayerDrop": "trimming",
     "Likelihood": "evaluation",
+    "Magnitude": "slimming",
     "Merge": "trimming",
     "MergeExperts": "plan",
     "MixtralModule": "modules",
@@ -35,8 +38,12 @@ _HOMES = {
     "ModelSize": "sizes",
     "NoviceExperts": "plan",
     "Novices": "trimming",
+    "RTN": "slimming",
+    "SparseGPT": "slimming",
+    "SparsitySchedule": "slimming",
     "Statistics": "criteria",
     "TextDataModule": "data",
+    "Wanda": "slimming",
     "build": "surgery",
     "collect": "criteria",
     "compress": "compression",
@@ -49,6 +56,9 @@ _HOMES = {
 _PACKAGES = ("callbacks",)
 
 __all__ = [
+    "AWQ",
+    "GPTQ",
+    "RTN",
     "Angular",
     "BlockDrop",
     "ChannelDrop",
@@ -61,6 +71,7 @@ __all__ = [
     "KeepExperts",
     "LayerDrop",
     "Likelihood",
+    "Magnitude",
     "Merge",
     "MergeExperts",
     "MixtralModule",
@@ -68,8 +79,11 @@ __all__ = [
     "ModelSize",
     "NoviceExperts",
     "Novices",
+    "SparseGPT",
+    "SparsitySchedule",
     "Statistics",
     "TextDataModule",
+    "Wanda",
     "__version__",
     "build",
     "callbacks",
@@ -101,6 +115,7 @@ if TYPE_CHECKING:
         NoviceExperts,
     )
     from moe_lightning.sizes import ModelSize, measure
+    from moe_lightning.slimming import AWQ, GPTQ, RTN, Magnitude, SparseGPT, SparsitySchedule, Wanda
     from moe_lightning.statistics import merge_statistics
     from moe_lightning.surgery import build
     from moe_lightning.trimming import Angular, BlockDrop, ChannelDrop, ExpertDrop, LayerDrop, Merge, Novices

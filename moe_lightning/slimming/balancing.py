@@ -40,7 +40,7 @@ from moe_lightning.slimming.base import (
     take,
     with_tokens,
 )
-from moe_lightning.slimming.hessian import work_type
+from moe_lightning.slimming.hessian import row_errors, work_type
 from moe_lightning.slimming.quantizers import Bits, Rounding, put
 from moe_lightning.slimming.rounding import GroupSize, dequantize, round_to_nearest
 from moe_lightning.slimming.view import LayerView, MomentKind, Rescaled, SlimmedLayer
@@ -63,10 +63,11 @@ class AWQ(Rounding):
             and 32 that does, or 'channel' for one scale for each output row.
         symmetric: The middle of the grid is zero, and no zero points are stored.
         clip: Search for shorter ranges as well.
-        power_of_two: Round the scales to powers of two: then norm and router are rescaled exactly in every
-            floating-point type.
+        power_of_two: Round the scales that norm and router take to powers of two: then those are rescaled exactly in
+            every floating-point type, and every token keeps its experts to the last bit.
         points: Scales to try, no scale at all among them.
-        loss: diagonal leaves out products of different inputs, which makes the search cheap; full counts them.
+        loss: What the search counts: full the whole error of the outputs, diagonal leaves out products of different
+            inputs, which is cheap where inputs are very many.
         targets: The matrices of the experts, or those of attention as well.
         propagate: Measure each layer on the outputs of the compressed layers before it, or of the original ones.
 
@@ -79,7 +80,7 @@ class AWQ(Rounding):
     clip: bool = True
     power_of_two: bool = True
     points: int = POINTS
-    loss: Loss = "diagonal"
+    loss: Loss = "full"
     targets: Targets = "experts"
     propagate: Propagate = "compressed"
 
@@ -104,7 +105,7 @@ class AWQ(Rounding):
         """Rescale and round the matrices of one edit; see :meth:`Slimming.slim`."""
         work = _Work(self, view)
         *readers, last = view.matrices
-        shared = work.search(readers, shared=True).scale
+        shared = work.search(readers, shared=True, power_of_two=self.power_of_two).scale
         for name in readers:
             work.shorten(name, shared)
         rows, own = work.between(readers[-1], last)
@@ -134,7 +135,7 @@ class _Work:
         self.statuses: dict[str, tuple[str, ...]] = {}
         self.errors: dict[str, Tensor] = {}
 
-    def search(self, names: Sequence[str], *, shared: bool) -> Balance:
+    def search(self, names: Sequence[str], *, shared: bool, power_of_two: bool) -> Balance:
         """Find the scale of a balance group, see :func:`search_scale`."""
         scheme, view = self.method.scheme, self.view
         size_ZI, square_ZI = [], []
@@ -152,7 +153,7 @@ class _Work:
         scales, ratios = candidate_scales(
             torch.stack(square_ZI).sum(0),
             torch.stack(size_ZI).sum(0),
-            power_of_two=self.method.power_of_two,
+            power_of_two=power_of_two,
             points=self.method.points,
         )
         loss = scales.new_zeros(scales.shape[:2])
@@ -186,7 +187,8 @@ class _Work:
         else:
             # Several heads of o read one head of v.
             return None, read_SOI.new_ones(len(read_SOI), columns, dtype=work_type(read_SOI))
-        return rows, self.search([last], shared=False).scale
+        # Only what is rounded takes part in it: nothing asks for powers of two.
+        return rows, self.search([last], shared=False, power_of_two=False).scale
 
     def shorten(self, name: str, scale_ZI: Tensor) -> None:
         """Search for the ranges of a stack, and measure its error."""
@@ -203,14 +205,26 @@ class _Work:
                 part, old_SOI = take(moment, places), take(weight_SOI, slots)
                 scale = scale_ZI if len(scale_ZI) == 1 else scale_ZI[slots]
                 wide_SOI = old_SOI.to(scale.dtype) * scale[:, None, :]
+                back_SOI = dequantize(round_to_nearest(wide_SOI, scheme)) / scale[:, None, :]
                 if clip:
-                    clip_SOG[slots] = search_clip(wide_SOI, scale_moment(part, scale), scheme)
-                back_SOI = dequantize(round_to_nearest(wide_SOI, scheme, clip_SOG[slots])) / scale[:, None, :]
+                    clip_SOG[slots], back_SOI = self._clipped(old_SOI, wide_SOI, scale, part, back_SOI)
                 error[slots] = relative_error(old_SOI, back_SOI, part)
                 for slot, empty in zip(slots, (diagonal_of(part) <= 0).all(1).tolist(), strict=True):
                     status[slot] = "rtn fallback: no input reached it" if empty else "awq"
         self.clips[name] = clip_SOG
         self.statuses[name], self.errors[name] = with_tokens(status, self.view), error
+
+    def _clipped(
+        self, old_SOI: Tensor, wide_SOI: Tensor, scale_ZI: Tensor, moment: Tensor, back_SOI: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return ranges and what is read back with them; rows that whole ranges serve better keep those."""
+        scheme = self.method.scheme
+        clip_SOG = search_clip(wide_SOI, scale_moment(moment, scale_ZI), scheme)
+        short_SOI = dequantize(round_to_nearest(wide_SOI, scheme, clip_SOG)) / scale_ZI[:, None, :]
+        # The search took the groups of a row one by one.
+        worse_SO = row_errors(old_SOI, short_SOI, moment) > row_errors(old_SOI, back_SOI, moment)
+        clip_SOG = torch.where(worse_SO[:, :, None], 1.0, clip_SOG)
+        return clip_SOG, torch.where(worse_SO[:, :, None], back_SOI, short_SOI)
 
     def rounded(self, name: str, scale_ZI: Tensor, divided: tuple[int, Tensor] | None) -> Any:
         """Round a stack with its scale and ranges.

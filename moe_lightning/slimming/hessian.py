@@ -213,6 +213,15 @@ def joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def row_errors(weight_SOI: Tensor, other_SOI: Tensor, moment: Tensor) -> Tensor:
+    """Return :func:`output_error` of every row, ``[S, O]``."""
+    dtype = work_type(weight_SOI)
+    change_SOI = weight_SOI.to(dtype) - other_SOI.to(dtype)
+    if moment.dim() == 2:
+        return (change_SOI.square() @ moment.to(dtype)[:, :, None])[..., 0]
+    return torch.einsum("soi,soi->so", change_SOI @ moment.to(dtype), change_SOI)
+
+
 def output_error(weight_SOI: Tensor, other_SOI: Tensor, moment: Tensor) -> Tensor:
     """Return the squared change of the outputs summed over the inputs: ``tr(D H D^T)``.
 

@@ -57,7 +57,8 @@ class Pruning(Slimming):
         """How many weights go, and among which; at the end of a schedule."""
         options: Any = self
         sparsity = options.sparsity if self.schedule is None else self.schedule.end
-        return Selection(sparsity, options.pattern, options.scope)
+        # A pattern is chosen in groups of neighbours, whatever the scope.
+        return Selection(sparsity, options.pattern, options.scope if options.pattern is None else "row")
 
     def edit(self, layer: int, target: Target) -> Edit:
         """Return what the method does to a layer; see :meth:`Slimming.edit`."""
@@ -87,8 +88,6 @@ class Pruning(Slimming):
                 f"{name}: give exactly one of sparsity and pattern, e.g. sparsity=0.5 (half of the weights become "
                 f"zero) or pattern='2:4' (two of every four neighbours); got sparsity={sparsity}, pattern={pattern}"
             )
-        if pattern is not None and options.scope != "row":
-            raise ValueError(f"{name}: a pattern is chosen in groups of neighbours: leave scope={options.scope} out")
         if pattern is None and not isinstance(sparsity, SparsitySchedule):
             number = isinstance(sparsity, int | float) and not isinstance(sparsity, bool)
             if not number or not 0 < sparsity < 1:
@@ -222,8 +221,7 @@ class SparseGPT(Pruning):
         sparsity: Share of the weights that become zero, between 0 and 1; in fit also a schedule, {start: 0, end: 0.5,
             steps: 100, every: 10}.
         pattern: '2:4', '4:8' or '1:4': so many zeros among so many neighbours along the input. Needs quotes in YAML.
-        scope: With a sparsity, weights compete within each output row, or, as in the released code, within all rows of
-            a block of columns.
+        scope: With a sparsity, weights compete within all rows of a block of columns, or within each output row.
         damping: Share of the mean of the Hessian's diagonal that is added to it; grows tenfold until it can be
             inverted.
         sequential: Measure the inputs of a matrix after the matrices before it in the layer have been pruned.
@@ -235,7 +233,7 @@ class SparseGPT(Pruning):
 
     sparsity: float | SparsitySchedule | None = None
     pattern: Pattern | None = None
-    scope: MaskScope = "row"
+    scope: MaskScope = "matrix"
     damping: float = DAMPING
     sequential: bool = True
     targets: Targets = "experts"
