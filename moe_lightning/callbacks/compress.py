@@ -14,9 +14,9 @@ from moe_lightning.callbacks.compression_log import log_compression
 from moe_lightning.callbacks.gradual import Act, acts_of, check_acts
 from moe_lightning.callbacks.strategies import check_strategy, wrap_again
 from moe_lightning.compression import CompressionResult, as_methods, compress
+from moe_lightning.compression.layerwise import is_layerwise, measures
 from moe_lightning.method import Method
 from moe_lightning.plan import ModelShape
-from moe_lightning.slimming.base import Slimming
 from moe_lightning.slimming.policy import SlimmingPolicy, Starved
 
 
@@ -186,16 +186,18 @@ class Compress(AtStep):
     def _calibration(self, trainer: Trainer) -> Iterable[Mapping[str, Any]] | None:
         if self.batches is not None:
             return self.batches
+        if all(is_layerwise(method) and not measures(method) for method in self.methods):
+            return None
         datamodule: Any = getattr(trainer, "datamodule", None)
         if not hasattr(datamodule, "calibration_batches"):
-            if all(isinstance(method, Slimming) and method.moment_kind is None for method in self.methods):
-                return None
             raise ValueError("Compress needs calibration data: train with a TextDataModule, or pass batches=...")
         return datamodule.calibration_batches(self.calibration_batches)
 
     def _top_up(self, trainer: Trainer) -> Iterable[Mapping[str, Any]] | None:
         if self.starved != "top_up" or self.top_up is not None:
             return self.top_up
+        if not any(measures(method) for method in self.methods):
+            return ()  # nothing is counted
         datamodule: Any = getattr(trainer, "datamodule", None)
         if self.batches is not None or not hasattr(datamodule, "further_batches"):
             raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from moe_lightning.plan import ModelShape, plan_table
+from moe_lightning.plan import ModelShape, formats_of, plan_table
 from moe_lightning.sizes import measure
 from moe_lightning.surgery import plan_of
 
@@ -43,7 +43,8 @@ def model_card(model: PreTrainedModel, shape: ModelShape, format: str) -> str:
         "",
         f"* base model: {base}",
         f"* parameters: {size.parameters:,} ({size.parameters / whole:.1%} of {whole:,})",
-        f"* bytes in memory: {size.bytes:,}",
+        f"* bytes: {size.bytes:,} in memory, {shape.bytes:,} on disk",
+        *(f"* weights: {words}" for words in formats_of(shape)),
         "",
         "```python",
         load + 'model = AutoModelForCausalLM.from_pretrained("this folder")',

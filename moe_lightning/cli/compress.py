@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -22,14 +23,17 @@ from moe_lightning.checkpoints import (
 )
 from moe_lightning.cli.commands import begun, check_vocabulary, device_named, dtype_named, inspected, run_command
 from moe_lightning.compression import CompressionResult, calibration_bytes, compress, trial_edits
+from moe_lightning.compression.layerwise import is_layerwise, measures
+from moe_lightning.compression.replay import replays
 from moe_lightning.data import TextDataModule
 from moe_lightning.evaluation import LikelihoodResult, evaluate, tokens_per_second
 from moe_lightning.files import check_output_folder, written_folder
 from moe_lightning.method import Method
-from moe_lightning.plan import CompressionPlan, ModelShape
+from moe_lightning.plan import CompressionPlan, ModelShape, formats_of
+from moe_lightning.reporting import matrix_summary, module_line
 from moe_lightning.sizes import ModelSize, measure
+from moe_lightning.slimming.policy import SlimmingPolicy, Starved
 from moe_lightning.surgery import apply_plan, build
-from moe_lightning.trimming import Replay
 
 
 @dataclass
@@ -46,8 +50,17 @@ class Prepared:
     plan: CompressionPlan | None
     methods: list[Method]
     data: TextDataModule
+    calibration_batches: int | None
+    policy: SlimmingPolicy
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def calibration(self) -> Any:
+        """Calibration batches; none where nothing is measured."""
+        if all(is_layerwise(method) and not measures(method) for method in self.methods):
+            return []
+        return self.data.calibration_batches(self.calibration_batches)
 
 
 def compress_checkpoint(
@@ -62,6 +75,10 @@ def compress_checkpoint(
     format: Format = "auto",
     overwrite: bool = False,
     dry_run: bool = False,
+    min_tokens: int = SlimmingPolicy.min_tokens,
+    starved: Starved = SlimmingPolicy.starved,
+    max_fallback: float = SlimmingPolicy.max_fallback,
+    max_moment_bytes: int = SlimmingPolicy.max_moment_bytes,
 ) -> dict[str, Any]:
     """Compress a checkpoint that exists already, without training.
 
@@ -72,7 +89,8 @@ def compress_checkpoint(
         model: Hugging Face folder of a Mixtral, per-expert or fused tensors, compressed before or not.
         data: Text for calibration and test. Its tokenizer is the model folder's unless one is given.
         output: Folder to write. Not needed with dry_run.
-        methods: Methods in the order in which they are applied, e.g. [{class_path: Novices, init_args: {ratio: 0.25}}].
+        methods: Methods in the order in which they are applied, e.g. [{class_path: Novices, init_args: {ratio: 0.25}}]
+            or [{class_path: GPTQ, init_args: {bits: 4}}].
         plan: Plan file (plan.json) to replay; it takes the place of methods.
         calibration_batches: Batches of the calibration split; all of them when not given.
         device: auto (a GPU where there is one), cpu, cuda, cuda:1, ...
@@ -80,6 +98,14 @@ def compress_checkpoint(
         format: auto (a plain Mixtral where whole experts were dropped uniformly), native, or transformers.
         overwrite: Replace an output folder that holds something.
         dry_run: Say what would be done, its sizes, memory and time, and do nothing.
+        min_tokens: For methods that measure the inputs of experts' matrices: an expert that fewer calibration tokens
+            reach is starved.
+        starved: What becomes of it. warn: it is made from what there is. top_up: further batches of the calibration
+            split, behind calibration_batches, are drawn that reach it. fallback: as if no token reached it (rounding to
+            nearest, magnitudes). error: nothing is written.
+        max_fallback: Largest share of a method's matrices that may be made without measurement, from 0 to 1.
+        max_moment_bytes: Memory for the moments of inputs that are measured at a time, in bytes: with less, fewer
+            experts are measured at a time.
 
     Returns:
         The numbers that are printed and written to compression.json.
@@ -89,15 +115,35 @@ def compress_checkpoint(
         FileNotFoundError: The model, the plan or the text is not there.
         FileExistsError: The output folder holds something.
     """
-    prepared = _prepare(
-        model, data, output, methods, plan, calibration_batches, device, dtype, format, overwrite, dry_run
-    )
+    if output is None and not dry_run:
+        raise ValueError("--output is missing: name the folder to write, or pass --dry_run true")
+    if output is not None:
+        check_output_folder(output, overwrite, "--overwrite true")
+    # Whether there are further batches is known when there are data.
+    policy = SlimmingPolicy(min_tokens, starved, (), max_fallback, max_moment_bytes)
+    prepared = _prepare(model, data, output, methods, plan, calibration_batches, policy, device, dtype, format)
     _print_plan(prepared)
     if dry_run:
-        return _dry_run(prepared, calibration_batches)
+        return _dry_run(prepared)
     assert prepared.output is not None
     with begun():
-        return _run(prepared, calibration_batches, overwrite)
+        return _run(prepared, overwrite)
+
+
+def _read_plan(plan: str, model: str, carried: CompressionPlan) -> CompressionPlan:
+    """Read a plan that is to be replayed on a model that carries another one, or none."""
+    if carried:
+        raise ValueError(
+            f"--plan {plan}: the model in {model} is compressed already: replay a plan on the uncompressed model "
+            "that it was made for"
+        )
+    path = Path(plan)
+    if not path.is_file():
+        raise FileNotFoundError(f"--plan {plan}: there is no such file")
+    try:
+        return CompressionPlan.from_json(path.read_text())
+    except ValueError as error:  # not text, not JSON, or no plan
+        raise ValueError(f"--plan {plan} is no plan that compress, fit or plan wrote: {error}") from None
 
 
 def _prepare(
@@ -107,36 +153,17 @@ def _prepare(
     methods: Sequence[Method],
     plan: str | None,
     calibration_batches: int | None,
+    policy: SlimmingPolicy,
     device: str,
     dtype: str,
     format: Format,
-    overwrite: bool,
-    dry_run: bool,
 ) -> Prepared:
-    if output is None and not dry_run:
-        raise ValueError("--output is missing: name the folder to write, or pass --dry_run true")
-    if output is not None:
-        check_output_folder(output, overwrite, "--overwrite true")
     if not methods and plan is None:
         raise ValueError("there is nothing to do: give --methods (see configs/compress.yaml) or --plan plan.json")
     where = device_named(device)
     shape, carried = inspected(model)
-    replayed = None
-    if plan is not None:
-        if carried:
-            raise ValueError(
-                f"--plan {plan}: the model in {model} is compressed already: replay a plan on the uncompressed model "
-                "that it was made for"
-            )
-        path = Path(plan)
-        if not path.is_file():
-            raise FileNotFoundError(f"--plan {plan}: there is no such file")
-        try:
-            replayed = CompressionPlan.from_json(path.read_text())
-        except ValueError as error:  # not text, not JSON, or no plan
-            raise ValueError(f"--plan {plan} is no plan that compress, fit or plan wrote: {error}") from None
-        methods = [Replay(replayed)]
-    chosen = list(methods)
+    replayed = None if plan is None else _read_plan(plan, model, carried)
+    chosen = list(methods) if replayed is None else replays(replayed)
     edits, after = trial_edits(shape, chosen)
     check_format(after, format)
     if not edits:
@@ -150,7 +177,11 @@ def _prepare(
             "scope=global does not promise: use scope=layer or --format auto"
         )
     check_vocabulary(data, shape, model)
-    data.calibration_batches(calibration_batches)
+    if policy.starved == "top_up" and any(measures(method) for method in chosen):
+        try:
+            policy = dataclasses.replace(policy, top_up=data.further_batches(calibration_batches))
+        except ValueError as error:
+            raise ValueError(f"--starved top_up: {error}") from None
     kind = dtype_named(dtype, model)
     default = torch.get_default_dtype()
     torch.set_default_dtype(kind)
@@ -162,10 +193,28 @@ def _prepare(
             size_after = measure(empty, data.block_size)
     finally:
         torch.set_default_dtype(default)
-    target = None if output is None else Path(output)
-    return Prepared(
-        Path(model), target, shape, after, size_before, size_after, format, replayed, chosen, data, where, kind
+    prepared = Prepared(
+        folder=Path(model),
+        output=None if output is None else Path(output),
+        shape_before=dataclasses.replace(shape, weight_bytes=kind.itemsize),
+        shape_after=dataclasses.replace(after, weight_bytes=kind.itemsize),
+        size_before=size_before,
+        size_after=size_after,
+        format=format,
+        plan=replayed,
+        methods=chosen,
+        data=data,
+        calibration_batches=calibration_batches,
+        policy=policy,
+        device=where,
+        dtype=kind,
     )
+    _ = prepared.calibration  # there are as many batches as are asked for
+    return prepared
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:,.1f} MiB"
 
 
 def _print_plan(prepared: Prepared) -> None:
@@ -180,7 +229,11 @@ def _print_plan(prepared: Prepared) -> None:
     for step in steps:
         print(f"method   {step}")
     print(f"size     {before.parameters:,} -> {after.parameters:,} parameters ({share:.1%})")
-    print(f"         {before.bytes / 2**20:,.1f} -> {after.bytes / 2**20:,.1f} MiB of weights")
+    print(f"         {_mib(before.bytes)} -> {_mib(after.bytes)} of weights in memory")
+    disk = prepared.shape_before.bytes, prepared.shape_after.bytes
+    print(f"         {_mib(disk[0])} -> {_mib(disk[1])} of weights on disk ({disk[1] / disk[0]:.1%})")
+    for words in formats_of(prepared.shape_after):
+        print(f"weights  {words}")
     likely = check_format(prepared.shape_after, prepared.format)
     note = "loads after 'import moe_lightning'" if likely == "native" else "a plain Mixtral"
     uneven = likely != "native" and any(getattr(method, "scope", "layer") != "layer" for method in prepared.methods)
@@ -203,13 +256,19 @@ def _probe_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(seconds[1:])
 
 
-def _dry_run(prepared: Prepared, calibration_batches: int | None) -> dict[str, Any]:
+def _dry_run(prepared: Prepared) -> dict[str, Any]:
     data = prepared.data
-    calibration = len(data.calibration_batches(calibration_batches)) * data.eval_batch_size  # type: ignore[arg-type]
+    calibration = len(prepared.calibration) * data.eval_batch_size
     tested = len(data.test_dataloader()) * data.eval_batch_size
     shape = prepared.shape_before
     # Beside the weights before and the slices kept of them.
-    measured_bytes = calibration_bytes(shape, prepared.methods, data.eval_batch_size * data.block_size)
+    measured_bytes = calibration_bytes(
+        shape,
+        prepared.methods,
+        data.eval_batch_size * data.block_size,
+        calibration * data.block_size,
+        prepared.policy.max_moment_bytes,
+    )
     logits_bytes = data.eval_batch_size * data.block_size * shape.vocab_size * 8
     memory = prepared.size_before.bytes + prepared.size_after.bytes + measured_bytes + logits_bytes
     # Calibration and the test before run the whole model, the test after runs what is left.
@@ -236,15 +295,20 @@ def _test(model: PreTrainedModel, data: TextDataModule) -> tuple[LikelihoodResul
     return likelihood, tokens_per_second(model, sample)
 
 
-def _run(prepared: Prepared, calibration_batches: int | None, overwrite: bool) -> dict[str, Any]:
+def _run(prepared: Prepared, overwrite: bool) -> dict[str, Any]:
     data, output = prepared.data, prepared.output
     assert output is not None
     model = from_pretrained(prepared.folder, prepared.dtype, prepared.device)
     before, speed_before = _test(model, data)
-    origin = {"data": data.describe(), "calibration_batches": calibration_batches, "base_model": str(prepared.folder)}
+    origin = {
+        "data": data.describe(),
+        "calibration_batches": prepared.calibration_batches,
+        "base_model": str(prepared.folder),
+    }
     start = time.perf_counter()
     arguments: dict[str, Any] = {"plan": prepared.plan} if prepared.plan is not None else {"methods": prepared.methods}
-    result = compress(model, data.calibration_batches(calibration_batches), origin=origin, **arguments)
+    policy = {item.name: getattr(prepared.policy, item.name) for item in dataclasses.fields(prepared.policy)}
+    result = compress(model, prepared.calibration, origin=origin, **arguments, **policy)
     seconds = time.perf_counter() - start
     after, speed_after = _test(model, data)
     tokenizer = data.options.tokenizer
@@ -298,14 +362,18 @@ def _row(likelihood: LikelihoodResult, size: ModelSize, disk: int, speed: float)
 
 def _print_result(result: CompressionResult, numbers: Mapping[str, Any], output: Path) -> None:
     for name, module in result.modules.items():
-        print(f"  {name}: {module.status}")
+        print(f"  {name}: {module_line(module)}")
     print(str(result))
-    print(f"{'':12}{'perplexity':>12}{'bits/byte':>12}{'parameters':>16}{'on disk':>14}{'tokens/s':>12}")
+    if matrices := matrix_summary(result.modules):
+        print(matrices)
+    print(
+        f"{'':8}{'perplexity':>12}{'bits/byte':>11}{'parameters':>16}{'in memory':>14}{'on disk':>14}{'tokens/s':>10}"
+    )
     for name in ("before", "after"):
         row = numbers[name]
         print(
-            f"{name:12}{row['perplexity']:12.3f}{row['bits_per_byte']:12.4f}{row['parameters']:16,}"
-            f"{row['bytes_on_disk'] / 2**20:10,.1f} MiB{row['tokens_per_second']:12,.0f}"
+            f"{name:8}{row['perplexity']:12.3f}{row['bits_per_byte']:11.4f}{row['parameters']:16,}"
+            f"{_mib(row['bytes']):>14}{_mib(row['bytes_on_disk']):>14}{row['tokens_per_second']:10,.0f}"
         )
     print(f"wrote {output}; loaded again, largest logit difference {numbers['loaded_again_max_logit_difference']:.1e}")
 

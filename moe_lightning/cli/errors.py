@@ -13,13 +13,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from moe_lightning import callbacks, trimming
+from moe_lightning import callbacks
+from moe_lightning.method import Method
 
 TRACEBACK_VARIABLE = "MOE_LIGHTNING_TRACEBACK"
 """Environment variable that, when set, shows where in the code a mistake was found."""
 
-CLASSES = (*callbacks.__all__, *trimming.__all__)
-"""Short names of classes that config files may hold."""
+
+def _children(kind: type) -> list[type]:
+    found: list[type] = []
+    for child in list[type](kind.__subclasses__()):
+        found += [child, *_children(child)]
+    return found
+
+
+def known_classes() -> list[str]:
+    """Return the short names of the classes that config files may hold."""
+    methods = [kind.__name__ for kind in _children(Method) if not inspect.isabstract(kind)]
+    return [*callbacks.__all__, *methods]
 
 
 @dataclass
@@ -57,9 +68,26 @@ def _parameters(class_path: str) -> list[str]:
     return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
 
 
+_NO_TYPE_FITS = "Does not validate against any of the Union subtypes"
+
+
+def _missing_quotes(lines: list[_Line], given: str, errors: list[_Line]) -> str:
+    """Return what to do where YAML took words like 2:4 for a number with base 60; nothing where that is not so."""
+    is_number = any(line.text == "Given value type: <class 'int'>" for line in lines) and given.isdigit()
+    if not is_number or int(given) < 60 or not any(re.search(r"Literal\['\d+:\d+'", line.text) for line in errors):
+        return ""
+    words = f"{int(given) // 60}:{int(given) % 60}"
+    return f"got the number {given}, as which YAML reads {words}: put quotes around it, '{words}'"
+
+
 def _explain(lines: list[_Line], where: str = "", class_path: str = "") -> str:
     """Return the reason that helps, behind the names of the options and classes that lead to it."""
     first = lines[0]
+    if first.text.startswith("- Expected a path but") and len(lines) > 1:
+        # What the parser tries first with a word where a dataclass may stand; the reason comes behind it.
+        return _explain([_Line(lines[1].text.removeprefix("- "), lines[1].below), *lines[2:]], where, class_path)
+    if first.text.startswith(_NO_TYPE_FITS) and first.below:
+        lines = [_Line(first.text), *first.below, *lines[1:]]
     if key := re.fullmatch(r'Parser key "(.+?)":(.*)', first.text):
         rest = [*([_Line(key[2].strip())] if key[2].strip() else []), *first.below, *lines[1:]]
         return _explain(rest, f"{where}.{key[1]}" if where else f"--{key[1]}", class_path)
@@ -72,17 +100,23 @@ def _explain(lines: list[_Line], where: str = "", class_path: str = "") -> str:
         (line.text.removeprefix("Given value: ") for line in lines if line.text.startswith("Given value: ")), ""
     )
     errors = next((line.below for line in lines if line.text == "Errors:"), [])
-    if first.text.startswith("Does not validate against any of the Union subtypes") and errors:
+    if first.text.startswith(_NO_TYPE_FITS) and errors:
         for line in errors:
             line.text = line.text.removeprefix("- ")
+        if quotes := _missing_quotes(lines, given, errors):
+            return f"{where}: {quotes}" if where else quotes
         # Of the types that an option may have, most say only that the value is none of their own.
-        helpful = [line for line in errors if not line.text.startswith(("Expected a <class", "Not a valid subclass"))]
+        useless: tuple[str, ...] = ("Expected a <class", "Not a valid subclass")
+        if any("<class 'float'>" in line.text for line in lines if line.text.startswith("Subtypes:")):
+            useless += ("Expected a dot import path",)  # a number was meant, and no class
+        helpful = [line for line in errors if not line.text.startswith(useless)]
         if helpful:
             return _explain([helpful[0]], where, class_path)
-        reasons = "; ".join(dict.fromkeys(line.text for line in errors if line.text.startswith("Expected")))
+        expected = (line.text for line in errors if line.text.startswith("Expected a <class"))
+        reasons = "; ".join(dict.fromkeys(expected))
         reason = f"{given!r} is not possible" + (f": {reasons}" if reasons else "")
     elif name := re.fullmatch(r"Expected a dot import path string: (.*)", first.text):
-        reason = f"there is no class {name[1]!r}{_near(name[1], CLASSES)}"
+        reason = f"there is no class {name[1]!r}{_near(name[1], known_classes())}"
     elif option := re.fullmatch(r"Option '(.+?)' is not accepted", first.text):
         known = _parameters(class_path) if class_path else []
         reason = f"there is no option {option[1]!r}{_near(option[1], known)}"

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from moe_lightning.cli.commands import run_command
-from moe_lightning.compression import history_step
+from moe_lightning.compression import check_methods, history_step
 from moe_lightning.files import check_writable, write_atomically
 from moe_lightning.method import Method
-from moe_lightning.plan import CompressionPlan, Edit, ModelShape
+from moe_lightning.plan import CompressionPlan, Edit, ModelShape, Quantize, Sparsify, formats_of
 from moe_lightning.statistics import Statistics, criterion_named
 from moe_lightning.sweep.agreement import agreements
-from moe_lightning.sweep.what_if import LayerPrediction, flops_of, predictions
+from moe_lightning.sweep.what_if import LayerPrediction, edit_in_words, flops_of, predictions
 
 USUAL_CRITERIA = ("mone", "residual", "reap", "soft_routing", "frequency")
 
@@ -33,6 +33,8 @@ def plan_compression(
 
     Printed are the decision and the predicted error of every layer, the size before and after, and how far criteria
     agree. One method may read the statistics, the first: a later one would decide on a model that nobody has measured.
+    Methods that make matrices smaller (pruning, integers) read none, and the error that they make is not predicted:
+    that takes the weights and what enters them.
 
     Args:
         statistics: File that collect wrote, or compress beside a compressed model.
@@ -79,7 +81,8 @@ def plan_compression(
     for place, method in enumerate(chosen):
         measured = known if place == 0 else Statistics(after, {})
         edits = method.propose(after, measured)
-        predicted += predictions(edits, known) if place == 0 else [_unpredicted(edit) for edit in edits]
+        check_methods(after, [method])  # that it changes something, too
+        predicted += predictions(edits, known) if place == 0 else [_unpredicted(edit, after) for edit in edits]
         after = CompressionPlan(edits).check(after)
         plan = plan.extended(edits, _step(method, statistics, known))
         print(f"method   {method}")
@@ -135,7 +138,9 @@ def _step(method: Method, path: str, statistics: Statistics) -> dict[str, Any]:
     return history_step(method, statistics.shape, calibration)
 
 
-def _unpredicted(edit: Edit) -> LayerPrediction:
+def _unpredicted(edit: Edit, shape: ModelShape) -> LayerPrediction:
+    if isinstance(edit, Sparsify | Quantize):
+        return LayerPrediction(edit.layer, edit_in_words(edit, shape), None, note="error not predicted")
     return LayerPrediction(edit.layer, type(edit).__name__, None, note="not measured after the first method")
 
 
@@ -158,6 +163,8 @@ def _print_layers(predicted: Sequence[LayerPrediction], before: ModelShape, afte
         "mean squared output; -: with cross terms only where the file holds pairs; an error in an early layer is "
         "carried through all later ones"
     )
+    if any(item.what.startswith(("experts: ", "attention: ")) for item in predicted):
+        print("pruning and integers: their errors take the weights and what enters them; compress measures them")
 
 
 def _share(value: float | None) -> str:
@@ -168,7 +175,12 @@ def _print_sizes(before: ModelShape, after: ModelShape, sequence_length: int, kn
     share = after.parameters / before.parameters
     flops = flops_of(before, sequence_length, known), flops_of(after, sequence_length, known)
     print(f"\nparameters {before.parameters:,} -> {after.parameters:,} ({share:.1%})")
-    print(f"bytes      {before.bytes:,} -> {after.bytes:,} ({before.weight_bytes} for each parameter)")
+    note = f"({before.weight_bytes} for each parameter)"
+    if formats_of(after):
+        note = f"({after.bytes / before.bytes:.1%}) on disk, {before.weight_bytes} for each plain parameter"
+    print(f"bytes      {before.bytes:,} -> {after.bytes:,} {note}")
+    for words in formats_of(after):
+        print(f"weights    {words}")
     print(
         f"FLOPs      {flops[0]:,} -> {flops[1]:,} ({flops[1] / flops[0]:.1%}) a sequence of {sequence_length} tokens"
         + (", with the routing that was measured" if known is not None else ", at most: tokens may go to novices")

@@ -19,7 +19,7 @@ from moe_lightning.plan.edits import (
 from moe_lightning.plan.formats import AUTO_GROUPS, MaskScope, Pattern, WeightFormat
 from moe_lightning.plan.plan import PLAN_VERSION, CompressionPlan
 from moe_lightning.plan.shape import ABSENT, ExpertLayout, ModelShape, sizes_of_model
-from moe_lightning.plan.table import plan_table
+from moe_lightning.plan.table import formats_of, plan_table
 
 __all__ = [
     "ABSENT",
@@ -40,6 +40,7 @@ __all__ = [
     "Quantize",
     "Sparsify",
     "WeightFormat",
+    "formats_of",
     "plan_table",
     "sizes_of_model",
 ]

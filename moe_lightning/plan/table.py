@@ -4,8 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from moe_lightning.plan.formats import WeightFormat
 from moe_lightning.plan.plan import CompressionPlan
 from moe_lightning.plan.shape import ModelShape
+
+
+def formats_of(shape: ModelShape) -> list[str]:
+    """Say how weights are stored that are no longer plain floating-point numbers: a line for each format.
+
+    Args:
+        shape: Shape of the model.
+
+    Returns:
+        E.g. ``int4, group 128, asymmetric: experts of layers 0 1 2 3``; nothing where all are plain.
+    """
+    found: dict[WeightFormat, dict[str, list[int]]] = {}
+    for layout in shape.layouts:
+        if layout.format is not None and layout.real:
+            found.setdefault(layout.format, {}).setdefault("experts", []).append(layout.layer)
+    for block, packed in shape.attention:
+        found.setdefault(packed, {}).setdefault("attention", []).append(block)
+    lines = []
+    for packed, places in found.items():
+        where = (f"{name} of layers {' '.join(map(str, layers))}" for name, layers in places.items())
+        lines.append(f"{packed}: {', '.join(where)}")
+    return lines
 
 
 def plan_table(plan: CompressionPlan, shape: ModelShape) -> str:

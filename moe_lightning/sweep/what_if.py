@@ -18,6 +18,8 @@ from moe_lightning.plan import (
     MergeExperts,
     ModelShape,
     NoviceExperts,
+    Quantize,
+    Sparsify,
 )
 from moe_lightning.statistics import Statistics
 from moe_lightning.trimming import novice_values
@@ -109,16 +111,27 @@ def _prediction(edit: Edit, statistics: Statistics) -> LayerPrediction:
         zeros = torch.zeros(len(gone), statistics.shape.hidden_size, dtype=torch.float64)
         note = "" if edit.router == "keep" else "approximate: their outputs as zero, without the tokens' new experts"
         return _constants(edit.layer, gone, zeros, statistics, what, output, note)
-    return LayerPrediction(edit.layer, _in_words(edit, statistics), None, output=output, note="error not predicted")
+    what = edit_in_words(edit, statistics.shape)
+    return LayerPrediction(edit.layer, what, None, output=output, note="error not predicted")
 
 
-def _in_words(edit: Edit, statistics: Statistics) -> str:
+def edit_in_words(edit: Edit, shape: ModelShape) -> str:
+    """Say what an edit does that takes no statistics to say.
+
+    Args:
+        edit: The edit.
+        shape: Shape of the model before it.
+    """
+    if isinstance(edit, Sparsify | Quantize):
+        after = edit.apply(shape)
+        experts = edit.target == "experts"
+        return f"{edit.target}: {after.layout(edit.layer).format if experts else after.attention_format(edit.layer)}"
     if isinstance(edit, MergeExperts):
         groups = ["+".join(map(str, group)) for group in edit.groups if len(group) > 1]
         return f"merged: {', '.join(groups) or 'none'}"
     if isinstance(edit, KeepChannels):
-        layout = statistics.shape.layout(edit.layer)
-        now = statistics.shape.intermediate_size if layout.width is None else layout.width
+        layout = shape.layout(edit.layer)
+        now = shape.intermediate_size if layout.width is None else layout.width
         return f"{edit.width} of {now} channels stay in each expert"
     return "the whole layer goes" if isinstance(edit, DropBlock) else edit.kind
 
