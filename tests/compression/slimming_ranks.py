@@ -1,7 +1,7 @@
 """What each process of ``test_slimming_ranks.py`` runs; a module of its own, so that a fresh process can import it."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from moe_lightning.slimming.quantizers import GPTQ
 from tests.models import random_batches
 from tests.reference import untouched
 
-SPLITS: dict[str, Sequence[Sequence[int]]] = {"uneven": ((0, 1, 2), (3,)), "one rank has nothing": ((0, 1, 2, 3), ())}
+PARTS = {"uneven": ((0, 1, 2), (3,)), "one rank has nothing": ((0, 1, 2, 3), ())}
 """Batches of each of two ranks."""
 
 METHODS: dict[str, Callable[[], list[Method]]] = {
@@ -33,10 +33,11 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 
 CASES = (
-    ("gptq", "warn"),
-    ("awq", "fallback"),
-    ("wanda, original", "top_up"),
-    ("sparsegpt, then gptq", "fallback"),
+    ("uneven", "gptq", "warn"),
+    ("uneven", "awq", "fallback"),
+    ("uneven", "wanda, original", "top_up"),
+    ("one rank has nothing", "sparsegpt, then gptq", "fallback"),
+    ("one rank has nothing", "wanda, original", "top_up"),
 )
 
 
@@ -82,12 +83,11 @@ def run_rank(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     try:
         outcome: dict[str, Any] = {}
-        for split, parts in SPLITS.items():
-            batches = [all_batches()[number] for number in parts[rank]]
-            # Each process draws from data of its own.
-            more = further()[rank::world]
-            for name, policy in CASES:
-                outcome[f"{split}, {name}, {policy}"] = slimmed(name, policy, batches, more)
+        # Each process draws from data of its own.
+        more = further()[rank::world]
+        for split, name, policy in CASES:
+            batches = [all_batches()[number] for number in PARTS[split][rank]]
+            outcome[f"{split}, {name}, {policy}"] = slimmed(name, policy, batches, more)
             outcome[f"{split}, error"] = starved_error(batches)
         torch.save(outcome, f"{folder}/slimmed.{rank}.pt")
     finally:
