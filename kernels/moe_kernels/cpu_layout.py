@@ -5,7 +5,8 @@ the vector width of the machine. How, is found by packing the numbers of the row
 form, so one form can stand for the other, and only one of them need be in memory.
 
 Legend: S matrices (slots), O outputs, I inputs, G groups along the input, W words of a row, B blocks of R rows, D half
-the rows of a block (those in the low, or in the high halves of its bytes), X inputs of a group, P rows of one slot.
+the rows of a block, H = 2 (those in the low, and those in the high halves of its bytes), X inputs of a group, P rows of
+one slot.
 """
 
 from __future__ import annotations
@@ -199,20 +200,26 @@ class CpuMatrices(Int4Matrices):
             )
             return
         rows_PI = rows_PI.to(tile_type(rows_PI))
-        for blocks, part, weight_BID in self._tiles(slot, rows_PI.dtype):
-            blocks.split(out_PO, 1)[..., part] = torch.matmul(rows_PI, weight_BID).transpose(0, 1)
+        for blocks, weight_IBHD in self._tiles(slot, rows_PI.dtype):
+            tile_PBHD = (rows_PI @ weight_IBHD.flatten(1)).unflatten(1, weight_IBHD.shape[1:])
+            out_PBR = blocks.split(out_PO, 1)
+            out_PBR[..., blocks.low], out_PBR[..., blocks.high] = tile_PBHD.unbind(2)
 
     def transposed_product(self, slot: int, grad_PO: Tensor, out_PI: Tensor) -> None:
         """See `Int4Matrices.transposed_product`."""
         total_PI = torch.zeros_like(out_PI, dtype=torch.promote_types(grad_PO.dtype, torch.float32))
         grad_PO = grad_PO.to(tile_type(grad_PO))
-        for blocks, part, weight_BID in self._tiles(slot, grad_PO.dtype):
-            grad_BPD = blocks.split(grad_PO, 1)[..., part].transpose(0, 1)
-            total_PI += torch.bmm(grad_BPD, weight_BID.transpose(1, 2)).sum(0)
+        for blocks, weight_IBHD in self._tiles(slot, grad_PO.dtype):
+            grad_PBR = blocks.split(grad_PO, 1)
+            grad_PBHD = torch.stack([grad_PBR[..., blocks.low], grad_PBR[..., blocks.high]], 2)
+            total_PI += grad_PBHD.flatten(1) @ weight_IBHD.flatten(1).T
         out_PI.copy_(total_PI)
 
-    def _tiles(self, slot: int, dtype: torch.dtype) -> Iterator[tuple[RowBlocks, slice, Tensor]]:
-        """Give half the rows of some blocks at a time, transposed as they lie: blocks, which half, ``[B, I, D]``."""
+    def _tiles(self, slot: int, dtype: torch.dtype) -> Iterator[tuple[RowBlocks, Tensor]]:
+        """Give the weights of some blocks at a time, transposed as they lie: ``[I, B, H, D]``, overwritten by the next.
+
+        Four passes over memory that stays in the cache, and is not asked for again for every tile.
+        """
         layout = cpu_layout(self.outputs)
         assert layout is not None
         wide = torch.promote_types(dtype, torch.float32)
@@ -220,19 +227,34 @@ class CpuMatrices(Int4Matrices):
         # fp32 holds the product of a scale with a code or a zero exactly, and so their difference.
         offset_GO = -_zeros(self.scales_SGO2[slot]).to(wide) * scale_GO
         for run in layout:
-            step = max(1, 2 * TILE_WEIGHTS // (run.rows * self.inputs))
-            for start in range(0, run.number, step):
-                blocks = replace(run, first=run.first + start * run.rows, number=min(step, run.number - start))
-                bytes_BID = blocks.bytes_of(self.packed_SOB[slot], self.inputs)
-                tables_GBR = [blocks.split(table_GO, 1) for table_GO in (offset_GO, scale_GO)]
-                for part, shift in ((blocks.low, 0), (blocks.high, 4)):
-                    codes_BID = bytes_BID >> 4 if shift else bytes_BID & 15
-                    offset_BG1D, scale_BG1D = (
-                        table_GBR[..., part].transpose(0, 1).contiguous()[:, :, None] for table_GBR in tables_GBR
-                    )
-                    codes_BGXD = codes_BID.to(wide).unflatten(1, (-1, self.group))
-                    weight_BID = torch.addcmul(offset_BG1D, codes_BGXD, scale_BG1D).flatten(1, 2)
-                    yield blocks, part, weight_BID.to(dtype)
+            half = run.rows // 2
+            most = min(run.number, max(1, 2 * TILE_WEIGHTS // (run.rows * self.inputs)))
+            codes = torch.empty(most, self.inputs, half, dtype=torch.uint8)
+            plain, scaled = torch.empty(2, *codes.shape, dtype=wide)
+            weight = torch.empty(self.inputs * most * run.rows, dtype=dtype)
+            bytes_BID = run.bytes_of(self.packed_SOB[slot], self.inputs)
+            low, high = (
+                [
+                    run.split(table, 1)[..., rows].transpose(0, 1).contiguous()[:, :, None]
+                    for table in (offset_GO, scale_GO)
+                ]
+                for rows in (run.low, run.high)
+            )
+            for start in range(0, run.number, most):
+                number = min(most, run.number - start)
+                part = slice(start, start + number)
+                weight_IBHD = weight[: self.inputs * number * run.rows].view(self.inputs, number, 2, half)
+                codes_BID, plain_BID, scaled_BID = codes[:number], plain[:number], scaled[:number]
+                plain_BGXD, scaled_BGXD = (t.unflatten(1, (-1, self.group)) for t in (plain_BID, scaled_BID))
+                for side, (offset_BG1D, scale_BG1D) in enumerate((low, high)):
+                    if side == 0:
+                        torch.bitwise_and(bytes_BID[part], 15, out=codes_BID)
+                    else:
+                        torch.bitwise_right_shift(bytes_BID[part], 4, out=codes_BID)
+                    plain_BID.copy_(codes_BID)
+                    torch.addcmul(offset_BG1D[part], plain_BGXD, scale_BG1D[part], out=scaled_BGXD)
+                    weight_IBHD[:, :, side].copy_(scaled_BID.transpose(0, 1))
+                yield replace(run, first=run.first + start * run.rows, number=number), weight_IBHD
 
 
 def _zeros(scales_GO2: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from moe_kernels.machine import Machine, dense_route, this_machine
 
-_TILE_WEIGHTS = 2**20  # 4 MiB in fp32: reads of memory and products are about balanced, and a cache holds it
+# A tile has 4 MiB in fp32, which a cache holds, but no fewer rows than products in fp32 need to run at full speed.
+_TILE_WEIGHTS = 2**20
+_TILE_ROWS = 256
 
 
 def upcast_pays(rows_PX: Tensor, weight_SOX: Tensor) -> bool:
@@ -42,7 +44,7 @@ def upcast_grouped_linear(
     """
     machine = machine or this_machine()
     out_PO = rows_PX.new_empty(rows_PX.shape[0], weight_SOX.shape[1])
-    step = max(16, _TILE_WEIGHTS // max(weight_SOX.shape[2], 1))
+    step = max(_TILE_ROWS, _TILE_WEIGHTS // max(weight_SOX.shape[2], 1))
     tile = torch.empty(min(step, weight_SOX.shape[1]), weight_SOX.shape[2], dtype=torch.float32)
     start = 0
     for end, weight_OX in zip(offsets_S.tolist(), weight_SOX, strict=True):

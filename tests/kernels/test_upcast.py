@@ -29,6 +29,7 @@ def in_float64(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) 
 @pytest.mark.parametrize("tile", [1, 24 * 20, 2**20])
 def test_equals_float64(monkeypatch: pytest.MonkeyPatch, ends: tuple[int, ...], tile: int) -> None:
     monkeypatch.setattr(upcast, "_TILE_WEIGHTS", tile)
+    monkeypatch.setattr(upcast, "_TILE_ROWS", 16)
     case = draw_case(ends)
     got = upcast_grouped_linear(*case, machine=EMULATED)
     assert got.dtype == torch.bfloat16
