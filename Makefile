@@ -8,7 +8,7 @@ ROOMS := $(patsubst moe_lightning/%/__init__.py,moe_lightning.%,$(wildcard moe_l
 	$(patsubst moe_lightning/%.py,moe_lightning.%,$(filter-out %/__init__.py,$(wildcard moe_lightning/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench bench-gpu docs clean
+.PHONY: help install demo test test-all lint format bench bench-gpu docs clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ demo: $(STAMP)  ## Train a small Mixtral on real text, compress it in mid-run, r
 
 test: $(STAMP)  ## Run the test suite
 	$(BIN)/python -m pytest
+
+test-all: $(STAMP)  ## Run the test suite and what takes minutes: every kernel compiled for every GPU
+	$(BIN)/python -m pytest -m ""
 
 lint: $(STAMP)  ## Check style, docstrings and types
 	$(BIN)/ruff check .

@@ -20,6 +20,10 @@ import torch
 
 torch.set_num_threads(1)
 
+# Kernels run in triton's interpreter where there is no GPU. It must be asked for before anybody imports triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:

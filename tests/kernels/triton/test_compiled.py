@@ -1,0 +1,74 @@
+"""What the kernels cost on GPUs, known from compiling them alone: bounds that hold on any machine."""
+
+import functools
+import re
+
+import pytest
+from moe_kernels.triton_kernels.compile_only import (
+    SHARED_BYTES_LIMIT,
+    Request,
+    Resources,
+    can_compile,
+    resources,
+    resources_of,
+)
+
+from tests.kernels.triton.compiled_kernels import EVERYTHING, SAMPLE, Case
+
+pytestmark = pytest.mark.skipif(can_compile() is not None, reason=f"kernels cannot be compiled: {can_compile()}")
+
+
+@functools.cache
+def compiled(everything: bool) -> dict[str, Resources]:
+    """Compile in one process: to start one takes as long as to compile a kernel."""
+    cases = EVERYTHING if everything else SAMPLE
+    return {case.name: found for case, found in zip(cases, resources_of([case.request for case in cases]), strict=True)}
+
+
+def check(case: Case, found: Resources) -> None:
+    assert found.spills <= case.spills, found
+    assert found.shared_bytes <= SHARED_BYTES_LIMIT[case.request.arch], found
+    assert found.registers <= case.registers, found
+    assert found.has_wgmma == case.wgmma, found
+    if case.products:
+        assert found.has_mma, found
+    if case.weights:
+        assert 0.5 < found.per_weight(case.request.num_warps, case.weights) <= case.per_weight, found
+
+
+# All of these in one test: with several workers, each would compile them all.
+def test_sample() -> None:
+    for case in SAMPLE:
+        check(case, compiled(False)[case.name])
+
+
+@pytest.mark.slow
+def test_everything() -> None:
+    failed = []
+    for case in EVERYTHING:
+        try:
+            check(case, compiled(True)[case.name])
+        except AssertionError as error:
+            failed.append(f"{case.name}: {str(error).splitlines()[0]}")
+    assert not failed, "\n".join(failed)
+
+
+def test_names_of_cases_are_distinct() -> None:
+    names = [case.name for case in SAMPLE + EVERYTHING]
+    assert len(set(names)) == len(names)
+
+
+def test_arguments_that_a_kernel_does_not_have() -> None:
+    sample = SAMPLE[0].request
+    wrong = Request(sample.kernel, {**sample.signature, "other_ptr": "*bf16"})
+    with pytest.raises(RuntimeError, match=re.escape("no arguments named ['other_ptr'], no types or values for")):
+        resources_of([wrong])
+
+
+def test_the_interpreter_is_no_compiler() -> None:
+    import triton
+
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("kernels were not imported for the interpreter: there is a GPU")
+    with pytest.raises(RuntimeError, match="process without it"):
+        resources(SAMPLE[0].request)
