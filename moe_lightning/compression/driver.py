@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from moe_lightning.architectures import architecture_of
 from moe_lightning.compression.filling import apply_edits, settled_edits, undo
-from moe_lightning.compression.layerwise import SlimmingReport, is_layerwise, slim_layers
+from moe_lightning.compression.layerwise import SlimmingReport, is_layerwise, measures, slim_layers
 from moe_lightning.compression.memory import trial_edits
 from moe_lightning.compression.provenance import history_step, plain
 from moe_lightning.compression.replay import replays
@@ -140,6 +140,7 @@ def compress(
             edits = settled_edits(model, batches, method, edits, measured, progress)
             step = history_step(method, shape_before, origin)
             if is_layerwise(method):
+                step |= {"policy": policy.describe()} if measures(method) else {}
                 slimmed = slim_layers(model, enough, method, edits, policy, step, progress)
                 surgeries += slimmed.surgeries
                 report.merge(slimmed.report)

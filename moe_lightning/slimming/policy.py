@@ -51,3 +51,7 @@ class SlimmingPolicy:
                 f"max_moment_bytes must be a positive number of bytes, not {self.max_moment_bytes!r}: the default is "
                 f"{4 * 2**30}"
             )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what decides about weights as plain types, for a plan's history."""
+        return {name: getattr(self, name) for name in ("min_tokens", "starved", "max_fallback")}

@@ -243,15 +243,16 @@ class LayerInputs:
             handle.remove()
         return caught
 
-    def _outputs(self) -> Iterator[Tensor]:
-        """Run the current layer on every batch and yield what leaves it."""
+    def _run(self, visit: Callable[[_Batch, Tensor], object]) -> None:
+        """Run the current layer on one batch after the other and show what leaves it."""
+        # What is shown is visited in here, not yielded: an error there must find its way out through the context.
         layer = self.decoder_layer
         with evaluation_mode(layer):
             for batch in self._batches:
-                yield layer(batch.hidden, **batch.options)
+                visit(batch, layer(batch.hidden, **batch.options))
 
-    def _inputs_of(self, module: nn.Module) -> Iterator[tuple[_Batch, tuple[Any, ...]]]:
-        """Run the current layer on every batch up to one of its modules and yield the arguments of that."""
+    def _run_to(self, module: nn.Module, visit: Callable[[_Batch, tuple[Any, ...]], object]) -> None:
+        """Run the current layer up to one of its modules and show the arguments of that."""
         seen: list[tuple[Any, ...]] = []
 
         def see(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -265,7 +266,7 @@ class LayerInputs:
                 for batch in self._batches:
                     with suppress(_Seen):
                         layer(batch.hidden, **batch.options)
-                    yield batch, seen.pop()
+                    visit(batch, seen.pop())
         finally:
             handle.remove()
 
@@ -274,14 +275,18 @@ class LayerInputs:
 
         Where the attention is changed before the experts are measured, ask for :meth:`expert_inputs` before as well.
         """
-        self._ahead = list(self._outputs())
+        ahead: list[Tensor] = []
+        self._run(lambda _, hidden: ahead.append(hidden))
+        self._ahead = ahead
 
     def advance(self) -> None:
         """Go to the next layer: run the current one as it is now, or as it was at :meth:`run_ahead`."""
         # One batch after the other: what leaves the layer takes the place of what entered it.
-        outputs = self._outputs() if self._ahead is None else iter(self._ahead)
-        for batch, hidden in zip(self._batches, outputs, strict=True):
-            batch.hidden = hidden
+        if self._ahead is None:
+            self._run(lambda batch, hidden: setattr(batch, "hidden", hidden))
+        else:
+            for batch, hidden in zip(self._batches, self._ahead, strict=True):
+                batch.hidden = hidden
         self._ahead = self._experts = None
         self._replaced.clear()
         self.place += 1
@@ -289,10 +294,12 @@ class LayerInputs:
     def expert_inputs(self) -> list[ExpertInputs]:
         """Return what enters the current layer's experts, one entry for each batch; kept until the next layer."""
         if self._experts is None:
-            self._experts = [
-                ExpertInputs(*map(batch.counted, arguments))
-                for batch, arguments in self._inputs_of(self.moe_layer.experts)
-            ]
+            found: list[ExpertInputs] = []
+            self._run_to(
+                self.moe_layer.experts,
+                lambda batch, arguments: found.append(ExpertInputs(*map(batch.counted, arguments))),
+            )
+            self._experts = found
         return self._experts
 
     def replace(self, name: str, weight_SOI: Tensor) -> None:
@@ -374,17 +381,11 @@ class LayerInputs:
             ValueError: The sums are not finite.
         """
         linears = self.architecture.attention_linears(self.decoder_layer)
-        weights = {
-            other: weight_SOI[0].to(next(self.model.parameters()).dtype) for other, weight_SOI in self._replaced.items()
-        }
-        total: Tensor | None = None
-        with _stand_ins(linears, {other: weight for other, weight in weights.items() if other in linears}):
-            for batch, arguments in self._inputs_of(linears[name]):
-                x_NI = batch.counted(arguments[0])
-                total = self._zeros(1, x_NI.shape[1], kind) if total is None else total
-                _add(total[0], x_NI, None)
-        if total is None:  # a rank without batches of its own
-            total = self._zeros(1, linears[name].in_features, kind)
+        dtype = next(self.model.parameters()).dtype
+        weights = {other: weight[0].to(dtype) for other, weight in self._replaced.items() if other in linears}
+        total = self._zeros(1, linears[name].in_features, kind)
+        with _stand_ins(linears, weights):
+            self._run_to(linears[name], lambda batch, arguments: _add(total[0], batch.counted(arguments[0]), None))
         return self._finished(total, name)
 
     def _zeros(self, slots: int, size: int, kind: MomentKind) -> Tensor:

@@ -283,6 +283,26 @@ def test_the_model_is_left_as_it_was(model: Any) -> None:
     check()
 
 
+def test_an_error_between_the_batches_leaves_nothing_behind(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = copy.deepcopy(model).train()
+    inputs = LayerInputs(live, random_batches(2, 2, 5))
+
+    def fail(*_arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moe_lightning.statistics.layer_inputs._add", fail)
+    inputs.replace("q_proj", live.model.layers[0].self_attn.q_proj.weight[None])
+    # The error itself keeps every frame alive that it came through.
+    for measure in (
+        lambda: inputs.attention_moments("o_proj", "full"),
+        lambda: inputs.expert_moments("gate_up_proj", "full", ALL),
+    ):
+        with pytest.raises(KeyboardInterrupt) as caught:
+            measure()
+        assert torch.is_grad_enabled() and not hooks(live) and caught
+        assert all(module.training for module in live.modules())
+
+
 def test_no_batches_and_no_tokens_are_errors(model: Any) -> None:
     with pytest.raises(ValueError, match="no calibration batches"):
         LayerInputs(model, [])
