@@ -16,7 +16,7 @@ from moe_lightning.callbacks.gradual import Act
 from moe_lightning.compression import CompressionResult
 from moe_lightning.files import write_atomically
 from moe_lightning.plan import plan_table
-from moe_lightning.reporting import compression_figures, matrix_summary, matrix_table
+from moe_lightning.reporting import compression_figures, matrix_summary, matrix_table, slimming_figures
 
 
 def log_compression(trainer: Trainer, result: CompressionResult, act: Act, name: str, note: str = "") -> None:
@@ -50,6 +50,8 @@ def log_compression(trainer: Trainer, result: CompressionResult, act: Act, name:
     figures: dict[str, Figure] = {}
     if result.statistics is not None and wanted:
         figures = compression_figures(result.statistics, criterion, result.shape_after, f"step {step}", seed)
+    if wanted:
+        figures |= slimming_figures(result.modules, f"step {step}", result.shape_before.blocks)
     texts = {"plan": plan_table(result.plan, result.shape_after), "matrices": matrix_table(result.modules)}
     for logger in trainer.loggers:
         logger.log_metrics(numbers, step=step)

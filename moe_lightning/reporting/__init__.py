@@ -11,6 +11,7 @@ from moe_lightning.reporting.heat_maps import heat_map
 from moe_lightning.reporting.interval_plots import Curve, RankedValue, interval_curves, interval_ranking
 from moe_lightning.reporting.matrices import matrix_summary, matrix_table, module_line
 from moe_lightning.reporting.model_maps import frequency_variance, similarity_map
+from moe_lightning.reporting.slimming_maps import slimming_figures
 from moe_lightning.reporting.style import figure_pixels, save_figure
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "roles",
     "save_figure",
     "similarity_map",
+    "slimming_figures",
     "step_curves",
 ]

@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy
 from matplotlib import patheffects
-from matplotlib.colors import Normalize
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.path import Path
 from numpy.typing import ArrayLike, NDArray
 
+from moe_lightning.reporting.interval_plots import log_axis
 from moe_lightning.reporting.style import (
+    CATEGORICAL,
     EMPTY,
     FAINT,
     FONT_POINTS,
@@ -45,6 +48,12 @@ def heat_map(
     limits: tuple[float | None, float | None] = (None, None),
     reference: tuple[float, str] | None = None,
     number_format: str | None = None,
+    columns: Sequence[str] | None = None,
+    column_label: str = "expert",
+    marked: ArrayLike | None = None,
+    marked_label: str = "marked",
+    dropped_label: str = "not there (dropped)",
+    logarithmic: bool = False,
 ) -> Figure:
     """Draw values of each layer and expert as colours.
 
@@ -63,6 +72,12 @@ def heat_map(
         reference: A value that is marked on the colour bar, and its name.
         number_format: Format of the numbers in the cells, e.g. ``.2f``; chosen from the values when None. Numbers are
             left out where there are too many cells.
+        columns: Names of the columns, where they are no experts.
+        column_label: What the columns are.
+        marked: Bool ``[L, E]``: cells with a coloured corner.
+        marked_label: What that says, for the legend.
+        dropped_label: Meaning of a crossed-out cell, for the legend.
+        logarithmic: Even steps of colour for even ratios; what is zero has the colour of the smallest.
 
     Returns:
         The figure.
@@ -75,10 +90,13 @@ def heat_map(
         raise ValueError(f"a heat-map needs values [layers, experts], not an array of shape {values_LE.shape}")
     num_layers, num_experts = values_LE.shape
     layers = row_numbers("layers", layers, num_layers)
-    experts = row_numbers("experts", experts, num_experts)
+    names = columns if columns is not None else list(map(str, row_numbers("experts", experts, num_experts)))
+    if len(names) != num_experts:
+        raise ValueError(f"{len(names)} names of columns for values of {num_experts} columns")
     missing_LE = ~numpy.isfinite(values_LE)
     dropped_LE = missing_LE if dropped is None else _marks("dropped", dropped, values_LE.shape)
     novices_LE = numpy.zeros_like(missing_LE) if novices is None else _marks("novices", novices, values_LE.shape)
+    marked_LE = numpy.zeros_like(missing_LE) if marked is None else _marks("marked", marked, values_LE.shape)
     undefined_LE = missing_LE & ~dropped_LE
 
     numbered = num_experts <= MAX_NUMBERED_COLUMNS and values_LE.size <= MAX_NUMBERED_CELLS
@@ -86,28 +104,34 @@ def heat_map(
     height = min(11.0, max(2.6, 1.7 + (0.34 if numbered else 0.2) * num_layers))
     figure, axes = new_figure(width, height, title)
     shown_LE = numpy.ma.masked_array(values_LE, mask=missing_LE | dropped_LE)
-    norm = _norm(shown_LE, limits)
-    image = axes.imshow(shown_LE, cmap=SEQUENTIAL, norm=norm, aspect="auto", interpolation="nearest")
+    norm = _norm(shown_LE, limits, logarithmic)
+    coloured_LE = numpy.ma.maximum(shown_LE, norm.vmin or 0.0) if logarithmic else shown_LE
+    image = axes.imshow(coloured_LE, cmap=SEQUENTIAL, norm=norm, aspect="auto", interpolation="nearest")
     for row, column in numpy.argwhere(dropped_LE):
         _cross_out(axes, column, row)
     for row, column in numpy.argwhere(undefined_LE):
         axes.add_patch(_cell(column, row, facecolor=EMPTY, edgecolor="none"))
     for row, column in numpy.argwhere(novices_LE & ~dropped_LE):
-        ink = _contrast(image, shown_LE[row, column])
+        ink = _contrast(image, coloured_LE[row, column])
         axes.add_patch(_cell(column, row, facecolor="none", edgecolor=ink, hatch="////", linewidth=0.0, alpha=0.55))
     if numbered:
         form = number_format or _number_format(shown_LE)
         for row, column in numpy.argwhere(~shown_LE.mask):
-            _write_number(axes, image, column, row, float(values_LE[row, column]), form)
+            text = format(float(values_LE[row, column]), form)
+            _write_number(axes, image, column, row, float(coloured_LE[row, column]), text)
+    if marked_LE.any():
+        _mark_corners(axes, numpy.argwhere(marked_LE), 0.55 if numbered else 0.16)
     _cell_borders(axes, num_layers, num_experts)
-    _number_axis(axes.xaxis, experts)
-    _number_axis(axes.yaxis, layers)
-    axes.set_xlabel("expert", fontsize=FONT_POINTS)
+    _number_axis(axes.xaxis, names)
+    _number_axis(axes.yaxis, list(map(str, layers)))
+    axes.set_xlabel(column_label, fontsize=FONT_POINTS)
     axes.set_ylabel("layer", fontsize=FONT_POINTS)
 
     bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.06)
     bar.set_label(axis_label(value_label, unit), fontsize=FONT_POINTS)
     bar.ax.tick_params(labelsize=SMALL_POINTS)
+    if logarithmic:
+        log_axis(bar.ax, "y")
     bar.outline.set_visible(False)
     if reference is not None and 0.0 <= float(norm(reference[0])) <= 1.0:
         _mark_reference(bar, *reference)
@@ -115,9 +139,11 @@ def heat_map(
     if (novices_LE & ~dropped_LE).any():
         handles.append(Patch(facecolor="white", edgecolor=INK, hatch="////", linewidth=0.5, label="novice"))
     if dropped_LE.any():
-        handles.append(_CrossedPatch(label="not there (dropped)"))
+        handles.append(_CrossedPatch(label=dropped_label))
     if undefined_LE.any():
         handles.append(Patch(facecolor=EMPTY, edgecolor="none", label=undefined_label))
+    if marked_LE.any():
+        handles.append(Patch(facecolor=CATEGORICAL[1], edgecolor="white", label=marked_label))
     if handles:
         _legend_below(figure, handles)
     return figure
@@ -137,12 +163,16 @@ def _marks(name: str, marks: ArrayLike, shape: tuple[int, ...]) -> NDArray[numpy
     return result
 
 
-def _norm(shown_LE: Any, limits: tuple[float | None, float | None]) -> Normalize:
+def _norm(shown_LE: Any, limits: tuple[float | None, float | None], logarithmic: bool) -> Normalize:
     shown = shown_LE.compressed()
+    if logarithmic:
+        shown = shown[shown > 0] if (shown > 0).any() else numpy.ones(1)
     low = float(shown.min()) if shown.size else 0.0
     high = float(shown.max()) if shown.size else 1.0
     low = low if limits[0] is None else limits[0]
     high = high if limits[1] is None else limits[1]
+    if logarithmic:
+        return LogNorm(low, high if high > low else 2 * low)
     return Normalize(low, high if high > low else low + 1.0)
 
 
@@ -163,6 +193,24 @@ def _cross_out(axes: Any, column: int, row: int) -> None:
         )
 
 
+def _mark_corners(axes: Any, cells: NDArray[numpy.int_], cell_inches: float) -> None:
+    points = min(8.0, 0.4 * 72 * cell_inches)
+    corner = Path([(0, 0), (-1, 0), (0, -1), (0, 0)])
+    # Twice the size: matplotlib takes the longest side of a path as half a marker.
+    axes.scatter(
+        cells[:, 1] + 0.5,
+        cells[:, 0] - 0.5,
+        s=(2 * points) ** 2,
+        marker=corner,
+        facecolor=CATEGORICAL[1],
+        edgecolor="white",
+        linewidth=0.1 * points,
+        zorder=3,
+    )
+    # A point on the edge must not move the limits.
+    axes.autoscale(False)
+
+
 def _contrast(image: Any, value: Any) -> str:
     """Return black or white, whichever is easier to read on the colour of a value."""
     if not numpy.isfinite(numpy.ma.filled(value, numpy.nan)):
@@ -171,11 +219,11 @@ def _contrast(image: Any, value: Any) -> str:
     return "white" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.45 else "black"
 
 
-def _write_number(axes: Any, image: Any, column: int, row: int, value: float, form: str) -> None:
+def _write_number(axes: Any, image: Any, column: int, row: int, value: float, number: str) -> None:
     text = axes.text(
         column,
         row,
-        format(value, form),
+        number,
         ha="center",
         va="center",
         fontsize=SMALL_POINTS,
@@ -200,12 +248,12 @@ def _cell_borders(axes: Any, num_layers: int, num_experts: int) -> None:
     axes.tick_params(which="minor", length=0)
 
 
-def _number_axis(axis: Any, numbers: list[int]) -> None:
-    every = 1 + (len(numbers) - 1) // 20
+def _number_axis(axis: Any, names: Sequence[str]) -> None:
+    every = 1 + (len(names) - 1) // 20
     # Steps that people count in.
     every = next(step for step in (1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, every) if step >= every)
-    places = list(range(0, len(numbers), every))
-    axis.set_ticks(places, labels=[str(numbers[place]) for place in places])
+    places = list(range(0, len(names), every))
+    axis.set_ticks(places, labels=[names[place] for place in places])
 
 
 def _mark_reference(bar: Any, value: float, name: str) -> None:
