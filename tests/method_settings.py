@@ -76,4 +76,27 @@ SETTINGS: dict[str, Setting] = {
     "everything": Setting(
         lambda: [ml.BlockDrop(count=1), ml.Novices(keep=4, novice="low_rank", rank=2), ml.ChannelDrop(ratio=0.5)]
     ),
+    "magnitude": Setting(lambda: [ml.Magnitude(sparsity=0.5)]),
+    "magnitude 2:4": Setting(lambda: [ml.Magnitude(pattern="2:4")]),
+    "wanda": Setting(lambda: [ml.Wanda(sparsity=0.4, scope="matrix")]),
+    "router-weighted wanda": Setting(lambda: [ml.Wanda(pattern="4:8", router_weighted=True)]),
+    "sparsegpt": Setting(lambda: [ml.SparseGPT(sparsity=0.5)]),
+    "sparsegpt, attention too": Setting(lambda: [ml.SparseGPT(pattern="2:4", targets="experts+attention")]),
+    "rtn": Setting(lambda: [ml.RTN(group_size="channel")]),
+    "rtn int8, attention too": Setting(
+        lambda: [ml.RTN(bits=8, group_size=16, symmetric=True, targets="experts+attention")]
+    ),
+    "gptq": Setting(lambda: [ml.GPTQ(group_size=16, desc_act=True)]),
+    "gptq, attention too": Setting(lambda: [ml.GPTQ(group_size=8, symmetric=True, targets="experts+attention")]),
+    "awq": Setting(lambda: [ml.AWQ(group_size=16)]),
+    "awq, attention too": Setting(lambda: [ml.AWQ(group_size="channel", targets="experts+attention", loss="diagonal")]),
+    "int4, then expert drop": Setting(lambda: [ml.RTN(group_size=16), ml.ExpertDrop(keep=4)]),
+    "expert drop, then int4": Setting(lambda: [ml.ExpertDrop(keep=4), ml.GPTQ(group_size=16)]),
+    "novices, int4 and block drop": Setting(
+        lambda: [ml.BlockDrop(count=1), ml.Novices(ratio=0.5, novice="low_rank", rank=2), ml.AWQ(group_size=8)]
+    ),
+    "int4, then novices": Setting(lambda: [ml.GPTQ(group_size=16), ml.Novices(ratio=0.5), ml.BlockDrop(count=1)]),
+    "2:4, then rtn": Setting(lambda: [ml.Wanda(pattern="2:4"), ml.RTN(group_size=16)]),
+    "sparsity twice": Setting(lambda: [ml.SparseGPT(sparsity=0.3), ml.SparseGPT(sparsity=0.6)]),
+    "channel drop, then 2:4": Setting(lambda: [ml.ChannelDrop(ratio=0.5), ml.Magnitude(sparsity=0.3)]),
 }
