@@ -24,7 +24,7 @@ class KeepWeights(Callback):
 
 
 def main(folder: Path) -> None:
-    """Train, compress twice and tune the novices on two processes.
+    """Train, trim twice, prune gradually, quantise, and tune the novices on two processes.
 
     Args:
         folder: Where the texts lie and the weights go.
@@ -42,10 +42,24 @@ def main(folder: Path) -> None:
     callbacks: list[Callback] = [
         ml.callbacks.Compress([ml.Novices(ratio=0.5)], at_step=2, calibration_batches=3),
         ml.callbacks.Compress([ml.ExpertDrop(keep=5)], at_step=4, calibration_batches=3),
-        ml.callbacks.NoviceTuning(at_step=6),
+        ml.callbacks.Compress(
+            [ml.Wanda(sparsity=ml.SparsitySchedule(0.0, 0.5, steps=2, every=1), targets="experts+attention")],
+            at_step=4,
+            calibration_batches=3,
+            max_fallback=1.0,
+        ),
+        ml.callbacks.NoviceTuning(at_step=8),
+        ml.callbacks.Compress(
+            [ml.GPTQ(group_size=16)],
+            at_step=9,
+            calibration_batches=2,
+            starved="top_up",
+            min_tokens=4,
+            max_fallback=1.0,
+        ),
     ]
     trainer = Trainer(
-        max_steps=9,
+        max_steps=11,
         accelerator="cpu",
         devices=2,
         strategy="ddp",

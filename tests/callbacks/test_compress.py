@@ -120,7 +120,7 @@ def test_several_at_one_step_and_at_the_end(tmp_path: Path) -> None:
     assert names == {
         f"compression-{place}.{what}"
         for place in ("3", "3-2", "end")
-        for what in ("plan.json", "statistics.safetensors")
+        for what in ("json", "plan.json", "statistics.safetensors")
     }
     plan = CompressionPlan.from_json((tmp_path / "results" / "compression-end.plan.json").read_text())
     assert plan == plan_of(module.model)
@@ -276,6 +276,7 @@ def test_two_processes_stay_equal(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first.keys() == second.keys() and any("novices" in name for name in first)
+    assert {name.rpartition(".")[2] for name in first} >= {"words", "scale", "zero", "values", "bits"}
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

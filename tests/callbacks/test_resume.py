@@ -20,11 +20,16 @@ from tests.small_runs import small_options, write_config
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def compress_at(step: int, *methods: dict[str, Any]) -> dict[str, Any]:
+def compress_at(step: int, *methods: dict[str, Any], **options: Any) -> dict[str, Any]:
     return {
         "class_path": "Compress",
-        "init_args": {"methods": list(methods), "at_step": step, "calibration_batches": 2},
+        "init_args": {"methods": list(methods), "at_step": step, "calibration_batches": 2, **options},
     }
+
+
+def slim_at(step: int, *methods: dict[str, Any]) -> dict[str, Any]:
+    # Some of the few experts see no token at all.
+    return compress_at(step, *methods, min_tokens=1, max_fallback=1.0)
 
 
 # Saves happen after steps 4, 8 and 12 (the last), validations after 3, 6, 9 and 12.
@@ -57,6 +62,48 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
                     10,
                     {"class_path": "LayerDrop", "init_args": {"count": 1}},
                     {"class_path": "BlockDrop", "init_args": {"count": 1}},
+                ),
+            ]
+        }
+    },
+    # What is packed is no parameter any more, beside novices, a layer less.
+    "quantized": {
+        "trainer": {
+            "callbacks": [
+                {"class_path": "LastCheckpoint", "init_args": {"every_n_train_steps": 4}},
+                slim_at(
+                    6,
+                    {"class_path": "BlockDrop", "init_args": {"count": 1}},
+                    {"class_path": "Novices", "init_args": {"ratio": 0.5, "novice": "low_rank", "rank": 2}},
+                    {"class_path": "GPTQ", "init_args": {"group_size": 16, "targets": "experts+attention"}},
+                ),
+            ]
+        }
+    },
+    # Before steps 2, 5, 8 and 10 more weights become zero.
+    "pruned": {
+        "trainer": {
+            "callbacks": [
+                {"class_path": "LastCheckpoint", "init_args": {"every_n_train_steps": 4}},
+                slim_at(
+                    2,
+                    {
+                        "class_path": "Wanda",
+                        "init_args": {
+                            "sparsity": {"start": 0.1, "end": 0.6, "steps": 8, "every": 3, "shape": "cubic"},
+                            "targets": "experts+attention",
+                        },
+                    },
+                ),
+            ]
+        }
+    },
+    "two_of_four": {
+        "trainer": {
+            "callbacks": [
+                {"class_path": "LastCheckpoint", "init_args": {"every_n_train_steps": 4}},
+                slim_at(
+                    6, {"class_path": "SparseGPT", "init_args": {"pattern": "2:4", "targets": "experts+attention"}}
                 ),
             ]
         }
@@ -100,6 +147,9 @@ SCENARIOS = {
     "tuning_saved": Scenario("tuning", (("batch_end", 10),), 8),
     "trimmed_but_not_saved": Scenario("trimming", (("batch_start", 7),), 4),
     "trimmed_twice": Scenario("trimming", (("batch_start", 9), ("batch_end", 11)), 8),
+    "quantized_twice": Scenario("quantized", (("batch_start", 7), ("batch_end", 9)), 8),
+    "pruned_in_part": Scenario("pruned", (("batch_end", 7), ("batch_start", 9)), 8),
+    "two_of_four": Scenario("two_of_four", (("batch_start", 9),), 8),
     "compressed_twice": Scenario("compressing", (("batch_start", 9), ("batch_end", 11)), 8),
 }
 
@@ -188,9 +238,26 @@ def test_killed_and_resumed_equals_uninterrupted(name: str, runs: tuple[Path, di
     assert whole["global_step"] == resumed["global_step"] > scenario.resumes_from
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "hyper_parameters"):
         assert not differences(whole[part], resumed[part], part)
-    assert bool(whole["hyper_parameters"]["plan"]["edits"]) == (scenario.kind in ("compressing", "tuning", "trimming"))
+    plain = ("one_epoch", "epochs", "accumulating")
+    assert bool(whole["hyper_parameters"]["plan"]["edits"]) == (scenario.kind not in plain)
+    for key in (key for key in whole["callbacks"] if key.startswith("Compress")):
+        assert not differences(whole["callbacks"][key], resumed["callbacks"][key], key)
     # The random numbers went on in the same place too.
     assert not differences(whole["callbacks"]["RandomState"], resumed["callbacks"]["RandomState"])
+
+
+def test_what_was_packed_is_packed_in_checkpoints(runs: tuple[Path, dict[str, int]]) -> None:
+    folder, _ = runs
+    for kind, expected in (
+        ("quantized", {"words", "scale", "zero"}),
+        ("pruned", {"values", "bits"}),
+        ("two_of_four", {"values", "metadata"}),
+    ):
+        saved = checkpoint(folder / f"whole-{kind}")
+        names = [name for name in saved["state_dict"] if "experts.storage" in name or "self_attn" in name]
+        assert {name.rpartition(".")[2] for name in names} == expected
+    acts = [state["acts"] for key, state in checkpoint(folder / "whole-pruned")["callbacks"].items() if "Wanda" in key]
+    assert acts == [4]
 
 
 def test_uninterrupted_runs_of_different_kinds_differ(runs: tuple[Path, dict[str, int]]) -> None:
