@@ -24,7 +24,7 @@ from moe_lightning.compression.starved import REMEDIES, enough_batches, in_words
 from moe_lightning.compression.walk import SlimmingEdit, View, Walk
 from moe_lightning.experts.stacks import Int4, Int8, Masked, Sparse24, WeightStack
 from moe_lightning.plan import CompressionPlan, Edit, ExpertLayout, ModelShape, WeightFormat
-from moe_lightning.slimming.policy import SlimmingPolicy
+from moe_lightning.slimming.policy import SlimmingPolicy, TooFewTokens
 from moe_lightning.slimming.pruning import Pruned
 from moe_lightning.slimming.rounding import Quantized
 from moe_lightning.slimming.view import FALLBACKS, SlimmedLayer
@@ -247,7 +247,7 @@ def _look_for_starved(view: View, walk: Walk, named: frozenset[tuple[int, int]],
         message = f"fewer calibration tokens reach {in_words(owners, view.tokens[few].tolist())}"
     message = f"min_tokens={policy.min_tokens}, but {message}: {REMEDIES}"
     if policy.starved == "error":
-        raise ValueError(message)
+        raise TooFewTokens(message)
     warnings.warn(message, stacklevel=2)
 
 
@@ -309,7 +309,7 @@ def _check_fallbacks(report: SlimmingReport, total: int, method: Any, policy: Sl
     if number <= policy.max_fallback * total:
         return
     where = "; ".join(f"layer {layer}: {', '.join(keys)}" for layer, keys in found.items())
-    raise RuntimeError(
+    raise TooFewTokens(
         f"{method}: {number} of {total} matrices ({number / total:.1%}) fell back to what needs no calibration data, "
         f"more than max_fallback={policy.max_fallback} allows ({where}): give more calibration data, let "
         "starved='top_up' draw more, set a lower min_tokens, or allow a larger max_fallback"

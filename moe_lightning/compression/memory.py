@@ -10,7 +10,7 @@ from moe_lightning.method import Method
 from moe_lightning.plan import CompressionPlan, Edit, ModelShape
 from moe_lightning.slimming.policy import SlimmingPolicy
 from moe_lightning.statistics import Statistics, statistics_bytes
-from moe_lightning.statistics.layer_inputs import MomentKind, layer_input_bytes, moment_bytes
+from moe_lightning.statistics.moment_memory import MomentKind, layer_input_bytes, moment_bytes
 from moe_lightning.statistics.second_moments import MAX_BYTES, second_moment_bytes
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from moe_lightning.architectures import MoELayer, architecture_of
 from moe_lightning.architectures.modes import evaluation_mode
-from moe_lightning.slimming.policy import SlimmingPolicy
+from moe_lightning.slimming.policy import SlimmingPolicy, TooFewTokens
 from moe_lightning.statistics.batches import Batches, checked_counts, inputs_and_mask, over_all_ranks
 
 REMEDIES = (
@@ -151,7 +151,7 @@ def enough_batches(
             return batches, frozenset()
         if policy.starved == "error":
             short = _short(counter, count_X, policy)
-            raise ValueError(f"fewer than min_tokens={policy.min_tokens} calibration tokens reach {short}: {REMEDIES}")
+            raise TooFewTokens(f"fewer than min_tokens={policy.min_tokens} calibration tokens reach {short}: {REMEDIES}")
         drawn = _draw(counter, count_X, policy, hidden)
     few = (count_X < policy.min_tokens).nonzero().flatten().tolist()
     if few:

@@ -17,7 +17,8 @@ from moe_lightning.experts.stacks import PackedLinear, WeightStack
 from moe_lightning.plan import ExpertLayout, Quantize, Sparsify
 from moe_lightning.slimming.policy import SlimmingPolicy
 from moe_lightning.statistics.batches import Batches, size_in_words
-from moe_lightning.statistics.layer_inputs import LayerInputs, MomentKind, moment_bytes, slot_groups
+from moe_lightning.statistics.layer_inputs import LayerInputs
+from moe_lightning.statistics.moment_memory import MomentKind, moment_bytes, slot_groups
 
 SlimmingEdit = Sparsify | Quantize
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_lightning.plan.edits import Target
 from moe_lightning.slimming.pruning import Pruned
 from moe_lightning.slimming.rounding import Quantized
-from moe_lightning.statistics.layer_inputs import MomentKind
+from moe_lightning.statistics.moment_memory import MomentKind
 
 Rescaled = Literal["norm", "router", "novice_in"]
 """Parameters beside the matrices that a method may multiply: what makes their input, and the other readers of it."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,57 +21,12 @@ from torch import Tensor, nn
 from moe_lightning.architectures import Architecture, MoELayer, architecture_of
 from moe_lightning.architectures.modes import evaluation_mode
 from moe_lightning.statistics.batches import Batches, checked_counts, inputs_and_mask, over_all_ranks
+from moe_lightning.statistics.moment_memory import MomentKind
 from moe_lightning.statistics.observer import override_forward
-
-MomentKind = Literal["diagonal", "full"]
-"""``sum x_j^2``, or ``sum x x^T``."""
 
 
 class _Seen(Exception):
     """What was waited for has come: no error, but the way out of a pass that has nothing more to give."""
-
-
-def layer_input_bytes(
-    tokens: int, hidden_size: int, top_k: int, weight_bytes: int, *, ahead: bool = False, experts: bool = True
-) -> int:
-    """Return the memory that :class:`LayerInputs` takes, attention masks left out.
-
-    Args:
-        tokens: Calibration tokens of this process, padding included.
-        hidden_size: H.
-        top_k: K.
-        weight_bytes: Bytes of a number in the model's type.
-        ahead: Outputs are computed before a layer is changed, and so kept beside the inputs.
-        experts: The inputs of experts are asked for: hidden states, and K rows and routing weights a token.
-
-    Returns:
-        Bytes.
-    """
-    streams = 1 + experts + ahead
-    return tokens * (streams * hidden_size * weight_bytes + (top_k * (8 + 4) if experts else 0))
-
-
-def moment_bytes(inputs: int, kind: MomentKind, weight_bytes: int = 4) -> int:
-    """Return the memory of the moments of one matrix: ``I`` or ``I^2`` numbers in fp32, or float64 where weights are.
-
-    Args:
-        inputs: I.
-        kind: Which moments.
-        weight_bytes: Bytes of a number in the model's type.
-    """
-    return (inputs if kind == "diagonal" else inputs**2) * max(4, weight_bytes)
-
-
-def slot_groups(slots: int, one_bytes: int, max_bytes: int) -> list[list[int]]:
-    """Cut slots into lists whose moments fit into memory, or of one slot where not even one fits.
-
-    Args:
-        slots: S.
-        one_bytes: Memory of one slot's moments.
-        max_bytes: Memory for those of a list.
-    """
-    size = max(1, max_bytes // one_bytes)
-    return [list(range(start, min(start + size, slots))) for start in range(0, slots, size)]
 
 
 @dataclass

@@ -22,7 +22,7 @@ from moe_lightning.slimming.quantizers import GPTQ, RTN
 from moe_lightning.slimming.rounding import Quantized, Scheme, dequantize, round_to_nearest
 from moe_lightning.slimming.view import LayerView, SlimmedLayer
 from moe_lightning.statistics import Statistics
-from moe_lightning.statistics.layer_inputs import layer_input_bytes
+from moe_lightning.statistics.moment_memory import layer_input_bytes
 from moe_lightning.surgery import plan_of
 from tests.compression.test_compress import Snapshot
 from tests.layer_reference import HIDDEN, Seen, close, expected, moments

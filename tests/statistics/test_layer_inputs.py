@@ -11,7 +11,8 @@ from torch import Tensor
 
 import moe_lightning as ml
 from moe_lightning.architectures import architecture_of
-from moe_lightning.statistics.layer_inputs import LayerInputs, layer_input_bytes, moment_bytes, slot_groups
+from moe_lightning.statistics.layer_inputs import LayerInputs
+from moe_lightning.statistics.moment_memory import layer_input_bytes, moment_bytes, slot_groups
 from tests.layer_reference import CHANNELS, EXPERTS, HIDDEN, Seen, close, expected, moments, padded
 from tests.models import random_batches, tiny_mixtral
 from tests.reference import untouched
