@@ -130,7 +130,7 @@ SAMPLE = [
 ]
 
 # Tokens, rows of a tile, bounds for gate-up and down.
-_SHAPES = ((8, 64, 2.1, 2.4), (16, 64, 2.5, 3.0), (32, 32, 3.2, 4.3))
+_SHAPES = ((8, 64, 2.1, 2.4), (16, 64, 2.5, 3.0), (32, 32, 3.2, 4.9))
 
 EVERYTHING = [
     case
