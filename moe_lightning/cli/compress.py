@@ -6,14 +6,13 @@ import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from moe_lightning.architectures import architecture_of
 from moe_lightning.checkpoints import (
     Format,
     check_format,
@@ -21,46 +20,17 @@ from moe_lightning.checkpoints import (
     save_pretrained,
     stored_bytes,
 )
-from moe_lightning.cli.commands import begun, check_vocabulary, device_named, dtype_named, inspected, run_command
-from moe_lightning.compression import CompressionResult, calibration_bytes, compress, trial_edits
-from moe_lightning.compression.layerwise import is_layerwise, measures
-from moe_lightning.compression.replay import replays
+from moe_lightning.cli.commands import WorkFailed, begun, run_command
+from moe_lightning.cli.prepared import Prepared, prepare
+from moe_lightning.compression import CompressionResult, calibration_bytes, compress
 from moe_lightning.data import TextDataModule
 from moe_lightning.evaluation import LikelihoodResult, evaluate, tokens_per_second
 from moe_lightning.files import check_output_folder, written_folder
 from moe_lightning.method import Method
-from moe_lightning.plan import CompressionPlan, ModelShape, formats_of
+from moe_lightning.plan import formats_of
 from moe_lightning.reporting import matrix_summary, module_line
 from moe_lightning.sizes import ModelSize, measure
-from moe_lightning.slimming.policy import SlimmingPolicy, Starved
-from moe_lightning.surgery import apply_plan, build
-
-
-@dataclass
-class Prepared:
-    """Everything that was checked before the work begins."""
-
-    folder: Path
-    output: Path | None
-    shape_before: ModelShape
-    shape_after: ModelShape
-    size_before: ModelSize
-    size_after: ModelSize
-    format: Format
-    plan: CompressionPlan | None
-    methods: list[Method]
-    data: TextDataModule
-    calibration_batches: int | None
-    policy: SlimmingPolicy
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def calibration(self) -> Any:
-        """Calibration batches; none where nothing is measured."""
-        if all(is_layerwise(method) and not measures(method) for method in self.methods):
-            return []
-        return self.data.calibration_batches(self.calibration_batches)
+from moe_lightning.slimming.policy import SlimmingPolicy, Starved, TooFewTokens
 
 
 def compress_checkpoint(
@@ -121,96 +91,13 @@ def compress_checkpoint(
         check_output_folder(output, overwrite, "--overwrite true")
     # Whether there are further batches is known when there are data.
     policy = SlimmingPolicy(min_tokens, starved, (), max_fallback, max_moment_bytes)
-    prepared = _prepare(model, data, output, methods, plan, calibration_batches, policy, device, dtype, format)
+    prepared = prepare(model, data, output, methods, plan, calibration_batches, policy, device, dtype, format)
     _print_plan(prepared)
     if dry_run:
         return _dry_run(prepared)
     assert prepared.output is not None
     with begun():
         return _run(prepared, overwrite)
-
-
-def _read_plan(plan: str, model: str, carried: CompressionPlan) -> CompressionPlan:
-    """Read a plan that is to be replayed on a model that carries another one, or none."""
-    if carried:
-        raise ValueError(
-            f"--plan {plan}: the model in {model} is compressed already: replay a plan on the uncompressed model "
-            "that it was made for"
-        )
-    path = Path(plan)
-    if not path.is_file():
-        raise FileNotFoundError(f"--plan {plan}: there is no such file")
-    try:
-        return CompressionPlan.from_json(path.read_text())
-    except ValueError as error:  # not text, not JSON, or no plan
-        raise ValueError(f"--plan {plan} is no plan that compress, fit or plan wrote: {error}") from None
-
-
-def _prepare(
-    model: str,
-    data: TextDataModule,
-    output: str | None,
-    methods: Sequence[Method],
-    plan: str | None,
-    calibration_batches: int | None,
-    policy: SlimmingPolicy,
-    device: str,
-    dtype: str,
-    format: Format,
-) -> Prepared:
-    if not methods and plan is None:
-        raise ValueError("there is nothing to do: give --methods (see configs/compress.yaml) or --plan plan.json")
-    where = device_named(device)
-    shape, carried = inspected(model)
-    replayed = None if plan is None else _read_plan(plan, model, carried)
-    chosen = list(methods) if replayed is None else replays(replayed)
-    edits, after = trial_edits(shape, chosen)
-    check_format(after, format)
-    if not edits:
-        raise ValueError(
-            f"nothing would go: {', '.join(map(str, chosen))} rounds to no change on this model: ask for more"
-        )
-    uneven = [type(method).__name__ for method in chosen if getattr(method, "scope", "layer") != "layer"]
-    if format == "transformers" and uneven:
-        raise ValueError(
-            f"--format transformers needs the same number of experts in every layer, which {', '.join(uneven)} with "
-            "scope=global does not promise: use scope=layer or --format auto"
-        )
-    check_vocabulary(data, shape, model)
-    if policy.starved == "top_up" and any(measures(method) for method in chosen):
-        try:
-            policy = dataclasses.replace(policy, top_up=data.further_batches(calibration_batches))
-        except ValueError as error:
-            raise ValueError(f"--starved top_up: {error}") from None
-    kind = dtype_named(dtype, model)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(kind)
-    try:
-        with torch.device("meta"):
-            empty = build(AutoConfig.from_pretrained(model))
-            size_before = measure(empty, data.block_size)
-            apply_plan(empty, architecture_of(empty).plan_of_config(empty.config).extended(edits))
-            size_after = measure(empty, data.block_size)
-    finally:
-        torch.set_default_dtype(default)
-    prepared = Prepared(
-        folder=Path(model),
-        output=None if output is None else Path(output),
-        shape_before=dataclasses.replace(shape, weight_bytes=kind.itemsize),
-        shape_after=dataclasses.replace(after, weight_bytes=kind.itemsize),
-        size_before=size_before,
-        size_after=size_after,
-        format=format,
-        plan=replayed,
-        methods=chosen,
-        data=data,
-        calibration_batches=calibration_batches,
-        policy=policy,
-        device=where,
-        dtype=kind,
-    )
-    _ = prepared.calibration  # there are as many batches as are asked for
-    return prepared
 
 
 def _mib(count: float) -> str:
@@ -308,7 +195,10 @@ def _run(prepared: Prepared, overwrite: bool) -> dict[str, Any]:
     start = time.perf_counter()
     arguments: dict[str, Any] = {"plan": prepared.plan} if prepared.plan is not None else {"methods": prepared.methods}
     policy = {item.name: getattr(prepared.policy, item.name) for item in dataclasses.fields(prepared.policy)}
-    result = compress(model, prepared.calibration, origin=origin, **arguments, **policy)
+    try:
+        result = compress(model, prepared.calibration, origin=origin, **arguments, **policy)
+    except TooFewTokens as error:
+        raise WorkFailed(f"{error}. Nothing was written") from None
     seconds = time.perf_counter() - start
     after, speed_after = _test(model, data)
     tokenizer = data.options.tokenizer

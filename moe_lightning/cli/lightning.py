@@ -39,6 +39,7 @@ from moe_lightning.cli.run_directory import RunDirectory
 from moe_lightning.data import TextDataModule, holds_tokenizer
 from moe_lightning.files import write_atomically
 from moe_lightning.modules import MixtralModule
+from moe_lightning.slimming.policy import TooFewTokens
 
 DEFAULT_SEED = 1234
 
@@ -268,13 +269,25 @@ class MoELightningCLI(LightningCLI):
         except SystemExit:
             # Lightning leaves so after Ctrl-C.
             self._undo()
-            if subcommand == "fit" and last_checkpoint(self.run_dir).is_file() and self.trainer.is_global_zero:
+            if subcommand == "fit" and self._can_go_on:
                 print(
                     f"stopped at step {self.trainer.global_step}; to go on from the last checkpoint, repeat the "
                     "command with --ckpt_path last",
                     file=sys.stderr,
                 )
             raise
+        except TooFewTokens as error:
+            # No fault, but what the run was told to do then.
+            self._undo()
+            if os.environ.get(TRACEBACK_VARIABLE):
+                raise
+            if self.trainer.is_global_zero:
+                hint = (
+                    "; change that and go on from the last checkpoint with --ckpt_path last" if self._can_go_on else ""
+                )
+                where = f"stopped at step {self.trainer.global_step}"
+                print(f"moe-lightning {subcommand}: {where}: {error}{hint}", file=sys.stderr)
+            raise SystemExit(1) from error
         except (ValueError, OSError, MisconfigurationException) as error:
             # What Lightning or we find wrong with the options once data and model meet. Later errors keep their
             # traceback.
@@ -286,6 +299,10 @@ class MoELightningCLI(LightningCLI):
         except BaseException:
             self._undo()
             raise
+
+    @property
+    def _can_go_on(self) -> bool:
+        return last_checkpoint(self.run_dir).is_file() and self.trainer.is_global_zero
 
     def _undo(self) -> None:
         """Leave no trace of a run that never began."""

@@ -150,8 +150,8 @@ def enough_batches(
         if not bool((count_X < policy.min_tokens).any()):
             return batches, frozenset()
         if policy.starved == "error":
-            short = _short(counter, count_X, policy)
-            raise TooFewTokens(f"fewer than min_tokens={policy.min_tokens} calibration tokens reach {short}: {REMEDIES}")
+            short = f"min_tokens={policy.min_tokens} calibration tokens reach {_short(counter, count_X, policy)}"
+            raise TooFewTokens(f"fewer than {short}: {REMEDIES}")
         drawn = _draw(counter, count_X, policy, hidden)
     few = (count_X < policy.min_tokens).nonzero().flatten().tolist()
     if few:

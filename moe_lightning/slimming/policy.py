@@ -10,6 +10,10 @@ Starved = Literal["warn", "top_up", "fallback", "error"]
 """What becomes of an expert that too few calibration tokens reach."""
 
 
+class TooFewTokens(ValueError, RuntimeError):
+    """Fewer calibration tokens reach experts than the policy allows: no fault, but an outcome. The message says all."""
+
+
 @dataclass(frozen=True)
 class SlimmingPolicy:
     """Options of ``ml.compress`` for methods that measure what enters each matrix.

@@ -1,0 +1,153 @@
+"""What ``moe-lightning compress`` finds out before the work begins."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from moe_lightning.architectures import architecture_of
+from moe_lightning.checkpoints import Format, check_format
+from moe_lightning.cli.commands import check_vocabulary, device_named, dtype_named, inspected
+from moe_lightning.compression import trial_edits
+from moe_lightning.compression.layerwise import is_layerwise, measures
+from moe_lightning.compression.replay import replays
+from moe_lightning.data import TextDataModule
+from moe_lightning.method import Method
+from moe_lightning.plan import CompressionPlan, ModelShape
+from moe_lightning.sizes import ModelSize, measure
+from moe_lightning.slimming.policy import SlimmingPolicy
+from moe_lightning.surgery import apply_plan, build
+
+
+@dataclass
+class Prepared:
+    """Everything that was checked before the work begins."""
+
+    folder: Path
+    output: Path | None
+    shape_before: ModelShape
+    shape_after: ModelShape
+    size_before: ModelSize
+    size_after: ModelSize
+    format: Format
+    plan: CompressionPlan | None
+    methods: list[Method]
+    data: TextDataModule
+    calibration_batches: int | None
+    policy: SlimmingPolicy
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def calibration(self) -> Any:
+        """Calibration batches; none where nothing is measured."""
+        if all(is_layerwise(method) and not measures(method) for method in self.methods):
+            return []
+        return self.data.calibration_batches(self.calibration_batches)
+
+
+def _read_plan(plan: str, model: str, carried: CompressionPlan) -> CompressionPlan:
+    """Read a plan that is to be replayed on a model that carries another one, or none."""
+    if carried:
+        raise ValueError(
+            f"--plan {plan}: the model in {model} is compressed already: replay a plan on the uncompressed model "
+            "that it was made for"
+        )
+    path = Path(plan)
+    if not path.is_file():
+        raise FileNotFoundError(f"--plan {plan}: there is no such file")
+    try:
+        return CompressionPlan.from_json(path.read_text())
+    except ValueError as error:  # not text, not JSON, or no plan
+        raise ValueError(f"--plan {plan} is no plan that compress, fit or plan wrote: {error}") from None
+
+
+def prepare(
+    model: str,
+    data: TextDataModule,
+    output: str | None,
+    methods: Sequence[Method],
+    plan: str | None,
+    calibration_batches: int | None,
+    policy: SlimmingPolicy,
+    device: str,
+    dtype: str,
+    format: Format,
+) -> Prepared:
+    """Find everything that can be wrong, before any work.
+
+    Args:
+        model: Folder of the model.
+        data: Text for calibration and test.
+        output: Folder to write, or None.
+        methods: Methods in order.
+        plan: Plan file to replay in their place, or None.
+        calibration_batches: Batches of the calibration split; all of them when None.
+        policy: What holds for measurements; further batches are added where it asks for them.
+        device: Name of the device.
+        dtype: Name of the type of the weights.
+        format: What is written.
+
+    Raises:
+        ValueError: Something does not fit.
+        FileNotFoundError: The model, the plan or the text is not there.
+    """
+    if not methods and plan is None:
+        raise ValueError("there is nothing to do: give --methods (see configs/compress.yaml) or --plan plan.json")
+    where = device_named(device)
+    shape, carried = inspected(model)
+    replayed = None if plan is None else _read_plan(plan, model, carried)
+    chosen = list(methods) if replayed is None else replays(replayed)
+    edits, after = trial_edits(shape, chosen)
+    check_format(after, format)
+    if not edits:
+        raise ValueError(
+            f"nothing would go: {', '.join(map(str, chosen))} rounds to no change on this model: ask for more"
+        )
+    uneven = [type(method).__name__ for method in chosen if getattr(method, "scope", "layer") != "layer"]
+    if format == "transformers" and uneven:
+        raise ValueError(
+            f"--format transformers needs the same number of experts in every layer, which {', '.join(uneven)} with "
+            "scope=global does not promise: use scope=layer or --format auto"
+        )
+    check_vocabulary(data, shape, model)
+    if policy.starved == "top_up" and any(measures(method) for method in chosen):
+        try:
+            policy = dataclasses.replace(policy, top_up=data.further_batches(calibration_batches))
+        except ValueError as error:
+            raise ValueError(f"--starved top_up: {error}") from None
+    kind = dtype_named(dtype, model)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(kind)
+    try:
+        with torch.device("meta"):
+            empty = build(AutoConfig.from_pretrained(model))
+            size_before = measure(empty, data.block_size)
+            apply_plan(empty, architecture_of(empty).plan_of_config(empty.config).extended(edits))
+            size_after = measure(empty, data.block_size)
+    finally:
+        torch.set_default_dtype(default)
+    prepared = Prepared(
+        folder=Path(model),
+        output=None if output is None else Path(output),
+        shape_before=dataclasses.replace(shape, weight_bytes=kind.itemsize),
+        shape_after=dataclasses.replace(after, weight_bytes=kind.itemsize),
+        size_before=size_before,
+        size_after=size_after,
+        format=format,
+        plan=replayed,
+        methods=chosen,
+        data=data,
+        calibration_batches=calibration_batches,
+        policy=policy,
+        device=where,
+        dtype=kind,
+    )
+    _ = prepared.calibration  # there are as many batches as are asked for
+    return prepared
