@@ -11,7 +11,7 @@ MomentKind = Literal["diagonal", "full"]
 def layer_input_bytes(
     tokens: int, hidden_size: int, top_k: int, weight_bytes: int, *, ahead: bool = False, experts: bool = True
 ) -> int:
-    """Return the memory that :class:`moe_lightning.statistics.layer_inputs.LayerInputs` takes, attention masks left out.
+    """Return the memory that the inputs of one layer after another take (``LayerInputs``), attention masks left out.
 
     Args:
         tokens: Calibration tokens of this process, padding included.
