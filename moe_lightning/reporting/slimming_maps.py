@@ -15,9 +15,7 @@ from numpy.typing import NDArray
 
 from moe_lightning.compression import ModuleStatus
 from moe_lightning.reporting.heat_maps import heat_map
-
-_FALLBACKS = ("rtn fallback", "magnitude fallback")
-"""How the status of a matrix begins whose method had nothing to measure it by."""
+from moe_lightning.slimming.view import FALLBACKS
 
 
 def slimming_figures(
@@ -121,7 +119,7 @@ def _numbers(modules: Mapping[int, ModuleStatus], layers: Sequence[int] | None) 
 
 
 def _fell_back(status: str) -> bool:
-    return status.startswith(_FALLBACKS)
+    return status.startswith(FALLBACKS)
 
 
 def _of_experts(
