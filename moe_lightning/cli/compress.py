@@ -21,7 +21,7 @@ from moe_lightning.checkpoints import (
     stored_bytes,
 )
 from moe_lightning.cli.commands import WorkFailed, begun, run_command
-from moe_lightning.cli.prepared import Prepared, prepare
+from moe_lightning.cli.prepared import Prepared, may_be_uneven, prepare
 from moe_lightning.compression import CompressionResult, calibration_bytes, compress
 from moe_lightning.data import TextDataModule
 from moe_lightning.evaluation import LikelihoodResult, evaluate, tokens_per_second
@@ -123,7 +123,7 @@ def _print_plan(prepared: Prepared) -> None:
         print(f"weights  {words}")
     likely = check_format(prepared.shape_after, prepared.format)
     note = "loads after 'import moe_lightning'" if likely == "native" else "a plain Mixtral"
-    uneven = likely != "native" and any(getattr(method, "scope", "layer") != "layer" for method in prepared.methods)
+    uneven = likely != "native" and any(map(may_be_uneven, prepared.methods))
     if uneven and prepared.format == "auto":
         note = "a plain Mixtral if all layers keep the same number of experts, otherwise native"
     print(f"format   {note}")

@@ -52,6 +52,11 @@ class Prepared:
         return self.data.calibration_batches(self.calibration_batches)
 
 
+def may_be_uneven(method: Method) -> bool:
+    """Say whether a method may leave layers with different numbers of experts."""
+    return not is_layerwise(method) and getattr(method, "scope", "layer") != "layer"
+
+
 def _read_plan(plan: str, model: str, carried: CompressionPlan) -> CompressionPlan:
     """Read a plan that is to be replayed on a model that carries another one, or none."""
     if carried:
@@ -110,7 +115,7 @@ def prepare(
         raise ValueError(
             f"nothing would go: {', '.join(map(str, chosen))} rounds to no change on this model: ask for more"
         )
-    uneven = [type(method).__name__ for method in chosen if getattr(method, "scope", "layer") != "layer"]
+    uneven = [type(method).__name__ for method in chosen if may_be_uneven(method)]
     if format == "transformers" and uneven:
         raise ValueError(
             f"--format transformers needs the same number of experts in every layer, which {', '.join(uneven)} with "

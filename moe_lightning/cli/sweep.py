@@ -262,11 +262,8 @@ def _read_statistics(folder: SweepFolder) -> Statistics | None:
 def _report(prepared: Prepared, baseline: Baseline, level: float, resamples: int) -> None:
     folder, cells = prepared.folder, prepared.cells
     results = results_of(folder, cells)
-    experts = {
-        key: sum(len(layout.real) for layout in result.plan.check(prepared.shape).layouts)
-        for key, result in results.items()
-    }
-    rows = rows_of(cells, results, experts, baseline, level=level, resamples=resamples)
+    shapes = {key: result.plan.check(prepared.shape) for key, result in results.items()}
+    rows = rows_of(cells, results, shapes, baseline, level=level, resamples=resamples)
     calibration = sum(batch["input_ids"].numel() for batch in prepared.calibration)
     facts = {
         "Model": f"`{prepared.model}`, {str(prepared.dtype).removeprefix('torch.')}",
