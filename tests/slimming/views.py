@@ -82,6 +82,7 @@ class LayerInMemory:
             x = tokens[slot] * self.gates[slot][:, None] if gated else tokens[slot]
             if self.use_fallback and bool(self.starved[slot]):
                 x = x[:0]
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
             found.append(x.mT @ x if kind == "full" else x.square().sum(0))
         return torch.stack(found)
 
