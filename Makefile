@@ -47,6 +47,7 @@ format: $(STAMP)  ## Rewrite the sources in the project's style
 
 bench: $(STAMP)  ## Time a MoE layer and the statistics pass on the CPU
 	$(BIN)/python benchmarks/moe_layer.py --device cpu
+	$(BIN)/python benchmarks/moe_layer_cpu.py
 	$(BIN)/python benchmarks/statistics_pass.py
 
 bench-gpu: $(STAMP)  ## Time a MoE layer on the GPU

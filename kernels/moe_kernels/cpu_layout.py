@@ -105,7 +105,7 @@ def _read_layout(outputs: int, inputs: int) -> Layout:
     while first < outputs:
         start = first * inputs // 2
         # Bytes of one input, then of the next: the first row returns after half the rows of a block.
-        again = (low[start + 1 :] == low[start]).nonzero()
+        again = (low[start + 1 : start + 1 + outputs] == low[start]).nonzero()
         half = int(again[0]) + 1 if again.numel() else 0
         in_low, in_high = (_as_slice(part[start : start + half] - first) for part in (low, high))
         found = RowBlocks(first, 1, 2 * half, in_low, in_high)
