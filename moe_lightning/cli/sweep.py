@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import time
 from collections.abc import Sequence
@@ -262,7 +263,8 @@ def _read_statistics(folder: SweepFolder) -> Statistics | None:
 def _report(prepared: Prepared, baseline: Baseline, level: float, resamples: int) -> None:
     folder, cells = prepared.folder, prepared.cells
     results = results_of(folder, cells)
-    shapes = {key: result.plan.check(prepared.shape) for key, result in results.items()}
+    before = dataclasses.replace(prepared.shape, weight_bytes=prepared.dtype.itemsize)
+    shapes = {key: result.plan.check(before) for key, result in results.items()}
     rows = rows_of(cells, results, shapes, baseline, level=level, resamples=resamples)
     calibration = sum(batch["input_ids"].numel() for batch in prepared.calibration)
     facts = {

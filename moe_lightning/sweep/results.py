@@ -16,6 +16,7 @@ from moe_lightning.evaluation.intervals import (
     perplexity_interval,
     perplexity_ratio_interval,
 )
+from moe_lightning.plan import ModelShape
 from moe_lightning.sweep.grid import RANDOM, Cell
 from moe_lightning.sweep.store import ORIGINAL, CellResult
 
@@ -50,6 +51,7 @@ class Row:
         cell: The cell; None for the uncompressed model.
         result: What came out.
         experts: Experts with weights of their own that are left.
+        stored_bytes: Bytes of the weights as they are written to disk.
         perplexity: On the held-out text.
         to_original: Perplexity divided by the uncompressed model's.
         divergence: KL of the uncompressed model to this one, nats per token.
@@ -60,6 +62,7 @@ class Row:
     cell: Cell | None
     result: CellResult
     experts: int
+    stored_bytes: int
     perplexity: Interval
     to_original: Interval
     divergence: Interval
@@ -76,7 +79,7 @@ class Row:
 def rows_of(
     cells: Sequence[Cell],
     results: Mapping[str, CellResult],
-    experts: Mapping[str, int],
+    shapes: Mapping[str, ModelShape],
     baseline: Baseline,
     *,
     level: float = 0.95,
@@ -87,7 +90,7 @@ def rows_of(
     Args:
         cells: The cells, those that are not done left out of the rows.
         results: What is done, by key, the uncompressed model among them.
-        experts: Experts left, by key.
+        shapes: Shapes of the models, by key.
         baseline: The cell to compare with.
         level: Confidence of the intervals.
         resamples: Draws of blocks.
@@ -111,7 +114,8 @@ def rows_of(
             Row(
                 cell,
                 result,
-                experts[key],
+                sum(len(layout.real) for layout in shapes[key].layouts),
+                shapes[key].bytes,
                 perplexity_interval(likelihood, **options),  # type: ignore[arg-type]
                 perplexity_ratio_interval(likelihood, base, **options),  # type: ignore[arg-type]
                 mean_interval(scores.divergence, scores.tokens, **options),  # type: ignore[arg-type]
@@ -152,6 +156,7 @@ def csv_text(rows: Sequence[Row]) -> str:
             "parameters_share": size.parameters / original,
             "parameter_budget": cell.parameters if cell and cell.parameters is not None else "",
             "bytes": size.bytes,
+            "bytes_on_disk": row.stored_bytes,
             "flops_per_sequence": size.flops,
             "tokens": likelihood.num_tokens,
             "bits_per_byte": likelihood.bits_per_byte,
@@ -309,6 +314,7 @@ def _table(chosen: Sequence[Summary], baseline: Baseline) -> list[str]:
         "scope",
         "experts",
         "parameters",
+        "MB on disk",
         "perplexity",
         "to uncompressed",
         "to best",
@@ -327,6 +333,7 @@ def _table(chosen: Sequence[Summary], baseline: Baseline) -> list[str]:
             cell.scope or "-",
             f"{_mean(row.experts for row in summary.rows):g}",
             f"{summary.parameters:,.0f}",
+            f"{_mean(row.stored_bytes for row in summary.rows) / 1e6:,.4g}",
             _number(summary.perplexity),
             f"{_number(summary.to_original)} [{_number(low)}, {_number(high)}]",
             _interval(row.to_best) if alone else "",
