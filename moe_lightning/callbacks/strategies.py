@@ -5,6 +5,8 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
+from moe_lightning.modules.packed import ignore_packed_buffers
+
 REFUSED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 
 
@@ -36,5 +38,6 @@ def wrap_again(trainer: Trainer, module: LightningModule) -> None:
     strategy = trainer.strategy
     if isinstance(strategy, DDPStrategy) and strategy.model is not module:
         strategy.model = None  # the old wrapper's hooks go with it
+        ignore_packed_buffers(module)
         strategy.model = module
         strategy.configure_ddp()  # communication hooks included

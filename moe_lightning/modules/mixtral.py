@@ -31,6 +31,7 @@ from moe_lightning.modules.checks import (
     check_options,
 )
 from moe_lightning.modules.losses import next_token_loss
+from moe_lightning.modules.packed import ignore_packed_buffers
 from moe_lightning.plan import CompressionPlan
 from moe_lightning.surgery import GROUP_NAMES, parameter_groups, plan_of, rebuild
 
@@ -163,6 +164,7 @@ class MixtralModule(LightningModule):
             model.set_experts_implementation(self.experts_implementation)
         # transformers returns loaded models in eval mode, and Lightning does not change that.
         self.model = model.train()
+        ignore_packed_buffers(self)
 
     def _complete_fields(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Add to the fields of a new model what its tokenizer decides."""
@@ -221,6 +223,7 @@ class MixtralModule(LightningModule):
         plan = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY].get("plan")
         if plan is not None:
             rebuild(self.model, CompressionPlan.from_dict(plan))
+            ignore_packed_buffers(self)
             self.hparams["plan"] = plan
 
     # ------------------------------------------------------------ training

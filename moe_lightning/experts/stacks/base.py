@@ -140,3 +140,13 @@ class WeightStack(nn.Module):
 def slot_index(slots: Sequence[int], device: torch.device) -> Tensor:
     """Return slots as an index tensor."""
     return torch.tensor(list(slots), dtype=torch.int64, device=device)
+
+
+def packed_buffers(module: nn.Module) -> list[str]:
+    """Return the names of the buffers that hold packed weights, anywhere in a module."""
+    return [
+        f"{path}.{name}" if path else name
+        for path, inner in module.named_modules()
+        if isinstance(inner, WeightStack)
+        for name, _ in inner.named_buffers(recurse=False)
+    ]

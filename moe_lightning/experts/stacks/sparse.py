@@ -82,6 +82,23 @@ class Sparse24(WeightStack):
         return Sparse24(self.format, values, self.metadata[index])
 
 
+class _OnlyKept(torch.autograd.Function):
+    """Weights as they are, whose gradient is zero where they were pruned: no second copy of them, as a product with a
+    mask would keep for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight_SOI: Tensor, bits: Tensor) -> Tensor:
+        ctx.save_for_backward(bits)
+        return weight_SOI.view_as(weight_SOI)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient_SOI,) = gradients
+        (bits,) = ctx.saved_tensors
+        return gradient_SOI.masked_fill(~unpack_mask(bits, gradient_SOI.shape[-1]), 0), None
+
+
 class Masked(WeightStack):
     """Weights with zeros anywhere: compressed on disk, plain in memory, where no product gains from the zeros.
 
@@ -172,7 +189,7 @@ class Masked(WeightStack):
         if self.weight is None:
             weight = self._expanded()
         elif torch.is_grad_enabled() and self.weight.requires_grad:
-            weight = torch.where(self.zeros_kept(), self.weight, 0.0)
+            weight = _OnlyKept.apply(self.weight, self.bits)
         else:
             weight = self.weight
         return weight.to(dtype or self.dtype)
