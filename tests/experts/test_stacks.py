@@ -254,6 +254,8 @@ def test_zeros_stay_zeros_through_training(name: str) -> None:
         optimizer.step()
     kept = stack.zeros_kept()
     assert kept is not None
+    if isinstance(stack, Masked):
+        assert stack.weight is not None and stack.dense().data_ptr() == stack.weight.data_ptr()  # no copy to train on
     dense = stack.dense().detach()
     assert not dense[~kept].any()
     assert (dense != torch.from_numpy(exact).float())[kept].all()

@@ -83,8 +83,9 @@ class Sparse24(WeightStack):
 
 
 class _OnlyKept(torch.autograd.Function):
-    """Weights as they are, whose gradient is zero where they were pruned: no second copy of them, as a product with a
-    mask would keep for the backward pass.
+    """Weights as they are, whose gradient is zero where they were pruned.
+
+    No second copy of them is made, as a product with a mask would keep for the backward pass.
     """
 
     @staticmethod
