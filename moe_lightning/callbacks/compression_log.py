@@ -33,7 +33,9 @@ def log_compression(trainer: Trainer, result: CompressionResult, act: Act, name:
     say(trainer, f"step {step}: {result}{f' ({note})' if note else ''}")
     matrices = matrix_summary(result.modules)
     if matrices:
-        say(trainer, f"step {step}: {matrices}")
+        # Zeros take no bytes there, and weigh as much as other weights in memory.
+        disk = (f"{shape.bytes / 2**20:,.1f}" for shape in (result.shape_before, result.shape_after))
+        say(trainer, f"step {step}: {matrices}; {' -> '.join(disk)} MiB on disk")
     if not trainer.is_global_zero:
         return
     numbers = {

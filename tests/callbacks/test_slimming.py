@@ -25,7 +25,7 @@ from tests.models import random_batches
 
 ROOT = Path(__file__).resolve().parents[2]
 CALIBRATION = random_batches(4, batch=2, sequence=16, seed=5)
-INT4 = {"group_size": 16, "symmetric": False}
+INT4: dict[str, Any] = {"group_size": 16, "symmetric": False}
 
 
 def compress(at_step: Any, *methods: Any, **options: Any) -> Compress:
@@ -200,6 +200,9 @@ def test_narrow_types(precision: str, tmp_path: Path) -> None:
     assert results[0][0]["test/loss"] == results[1][0]["test/loss"] > 0
     exported = ml.from_pretrained(tmp_path / "models" / "final")
     assert exported.dtype == expected
+    loaded = ml.MixtralModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    kept, given = loaded.model.state_dict(), module.model.state_dict()
+    assert kept.keys() == given.keys() and all(torch.equal(kept[name].to(given[name]), given[name]) for name in given)
     batch = batches(1)[0]["input_ids"]
     with torch.no_grad():
         assert torch.equal(exported(batch).logits, module.model.eval()(batch).logits)
@@ -412,4 +415,10 @@ def test_exported_folders_give_the_same_logits_in_a_fresh_process(tmp_path: Path
     mine = module.model.state_dict()
     assert state.keys() == mine.keys() and all(torch.equal(mine[name], value) for name, value in state.items())
     assert any(name.endswith("values") for name in results["sparse"][0])
+    again, watch = ml.MixtralModule(checkpoint=str(tmp_path / "models" / "sparse"), warmup_steps=1), Watch()
+    fit(again, tmp_path / "again", [watch], steps=3)
+    assert len(watch.masks[0]) == 2 * 2 + 2 * 4
+    for name, mask in watch.masks[0].items():
+        assert torch.equal(watch.masks[-1][name], mask) and not watch.dense[-1][name][~mask].any()
+        assert not torch.equal(watch.dense[0][name], watch.dense[-1][name])
     assert {type(edit) for edit in plan_of(module.model).edits} >= {NoviceExperts, Sparsify, Quantize}
