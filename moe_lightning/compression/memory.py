@@ -10,7 +10,7 @@ from moe_lightning.method import Method
 from moe_lightning.plan import CompressionPlan, Edit, ModelShape
 from moe_lightning.slimming.policy import SlimmingPolicy
 from moe_lightning.statistics import Statistics, statistics_bytes
-from moe_lightning.statistics.moment_memory import MomentKind, layer_input_bytes, moment_bytes
+from moe_lightning.statistics.moment_memory import MomentKind, layer_input_bytes, moment_bytes, solving_bytes
 from moe_lightning.statistics.second_moments import MAX_BYTES, second_moment_bytes
 
 
@@ -73,7 +73,7 @@ def calibration_bytes(
 def _slimming_bytes(
     shape: ModelShape, method: Method, edits: Sequence[Edit], tokens: int, max_moment_bytes: int
 ) -> int:
-    """Return the memory of what enters a layer, and of the moments of the largest stack."""
+    """Return the memory of what enters a layer, and of the moments of the largest stack with what solving takes."""
     kind: MomentKind = getattr(method, "moment_kind", "full")
     moments = [0]
     for edit in edits:
@@ -82,7 +82,8 @@ def _slimming_bytes(
         slots = len(shape.layout(edit.layer).real) if experts else 1
         for _, inputs in sizes.values():
             one = moment_bytes(inputs, kind, shape.weight_bytes)
-            moments.append(max(one, min(slots * one, max_moment_bytes)))
+            beside = solving_bytes(inputs, kind, shape.weight_bytes)
+            moments.append(max(one + beside, min(slots * one + beside, max_moment_bytes)))
     kept = layer_input_bytes(
         tokens,
         shape.hidden_size,

@@ -18,7 +18,7 @@ from moe_lightning.plan import ExpertLayout, Quantize, Sparsify
 from moe_lightning.slimming.policy import SlimmingPolicy
 from moe_lightning.statistics.batches import Batches, size_in_words
 from moe_lightning.statistics.layer_inputs import LayerInputs
-from moe_lightning.statistics.moment_memory import MomentKind, moment_bytes, slot_groups
+from moe_lightning.statistics.moment_memory import MomentKind, moment_bytes, slot_groups, solving_bytes
 
 SlimmingEdit = Sparsify | Quantize
 
@@ -173,15 +173,17 @@ class View:
     def groups(self, name: str, kind: MomentKind) -> list[list[int]]:
         """Return lists of slots whose moments fit into memory."""
         limit = self._walk.policy.max_moment_bytes
-        one = moment_bytes(self.weight_inputs(name), kind, self._shape.weight_bytes)
-        if one > limit and not self._walk.memory_warned:
+        inputs, weight_bytes = self.weight_inputs(name), self._shape.weight_bytes
+        one, beside = moment_bytes(inputs, kind, weight_bytes), solving_bytes(inputs, kind, weight_bytes)
+        if one + beside > limit and not self._walk.memory_warned:
             self._walk.memory_warned = True
             warnings.warn(
-                f"the moments of one matrix of {name} take {size_in_words(one)}, more than max_moment_bytes="
+                f"the moments of one matrix of {name} and what is solved with them take {size_in_words(one + beside)}, "
+                f"more than max_moment_bytes="
                 f"{limit} ({size_in_words(limit)}) allows: they are measured one matrix at a time and take that much",
                 stacklevel=2,
             )
-        return slot_groups(self.slots, one, limit)
+        return slot_groups(self.slots, one, limit - beside)
 
     def weight_inputs(self, name: str) -> int:
         """Return the inputs of the matrices of a stack."""

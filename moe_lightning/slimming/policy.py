@@ -24,7 +24,8 @@ class SlimmingPolicy:
             ``fallback``: treat it as if no token reached it (rounding to nearest, magnitudes). ``error``: fail.
         top_up: Further calibration batches, for ``starved="top_up"``.
         max_fallback: Largest share of a method's matrices that may be made without measurement, in [0, 1].
-        max_moment_bytes: Memory for the moments of the inputs that are measured at a time, in bytes.
+        max_moment_bytes: Memory for the moments of the inputs that are measured at a time, and for what is solved with
+            them, in bytes.
 
     Raises:
         ValueError: An option that has no meaning, or ``top_up`` without batches.

@@ -7,6 +7,9 @@ from typing import Literal
 MomentKind = Literal["diagonal", "full"]
 """``sum x_j^2``, or ``sum x x^T``."""
 
+SOLVING = 4
+"""Matrices of the size of a full moment that solving with it takes beside it, for one matrix at a time."""
+
 
 def layer_input_bytes(
     tokens: int, hidden_size: int, top_k: int, weight_bytes: int, *, ahead: bool = False, experts: bool = True
@@ -37,6 +40,17 @@ def moment_bytes(inputs: int, kind: MomentKind, weight_bytes: int = 4) -> int:
         weight_bytes: Bytes of a number in the model's type.
     """
     return (inputs if kind == "diagonal" else inputs**2) * max(4, weight_bytes)
+
+
+def solving_bytes(inputs: int, kind: MomentKind, weight_bytes: int = 4) -> int:
+    """Return the memory that a method takes beside the moments to solve with those of one matrix.
+
+    Args:
+        inputs: I.
+        kind: Which moments; nothing is solved with diagonals.
+        weight_bytes: Bytes of a number in the model's type.
+    """
+    return 0 if kind == "diagonal" else SOLVING * moment_bytes(inputs, kind, weight_bytes)
 
 
 def slot_groups(slots: int, one_bytes: int, max_bytes: int) -> list[list[int]]:

@@ -22,7 +22,7 @@ from moe_lightning.slimming.quantizers import GPTQ, RTN
 from moe_lightning.slimming.rounding import Quantized, Scheme, dequantize, round_to_nearest
 from moe_lightning.slimming.view import LayerView, SlimmedLayer
 from moe_lightning.statistics import Statistics
-from moe_lightning.statistics.moment_memory import layer_input_bytes
+from moe_lightning.statistics.moment_memory import SOLVING, layer_input_bytes
 from moe_lightning.surgery import plan_of
 from tests.compression.test_compress import Snapshot
 from tests.layer_reference import HIDDEN, Seen, close, expected, moments
@@ -151,7 +151,7 @@ def test_every_matrix_is_measured_as_those_before_it_leave_it(targets: str, prop
         assert torch.equal(stack.dense(), rounded(layer.mlp.experts.down_proj.data))
 
 
-@pytest.mark.parametrize("limit", [1, HIDDEN * HIDDEN * 8 * 2, 2**40])
+@pytest.mark.parametrize("limit", [1, HIDDEN * HIDDEN * 8 * (2 + SOLVING), 2**40])
 def test_the_memory_for_moments_does_not_change_them(limit: int) -> None:
     methods = [Rounding(), Rounding()]
     compress(untouched(), methods[0])
@@ -165,7 +165,7 @@ def test_the_memory_for_moments_does_not_change_them(limit: int) -> None:
     assert len(said) == (1 if limit < 2**40 else 0)
     assert all("one matrix at a time" in message for message in said)
     sizes = {name: [len(slots) for slots in methods[1].views[0].groups(name, "full")] for name in ("gate_up_proj",)}
-    assert sizes["gate_up_proj"] == {1: [1] * 6, HIDDEN * HIDDEN * 16: [2, 2, 2], 2**40: [6]}[limit]
+    assert sizes["gate_up_proj"] == {1: [1] * 6, HIDDEN * HIDDEN * 8 * (2 + SOLVING): [2, 2, 2], 2**40: [6]}[limit]
 
 
 def test_methods_that_measure_nothing_neither_need_batches_nor_run_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -493,9 +493,9 @@ def test_the_memory_stated_covers_what_is_kept(original: bool) -> None:
     tokens = sum(batch["input_ids"].numel() for batch in BATCHES)
     kept = layer_input_bytes(tokens, HIDDEN, 2, 4, ahead=original)
     method = Rounding(propagate="original" if original else "compressed")
-    assert calibration_bytes(shape, [method], 18, tokens) == kept + 6 * 48 * 48 * 4
-    assert calibration_bytes(shape, [method], 18, tokens, max_moment_bytes=20_000) == kept + 20_000
-    assert calibration_bytes(shape, [method], 18, tokens, max_moment_bytes=5) == kept + 48 * 48 * 4
+    assert calibration_bytes(shape, [method], 18, tokens) == kept + (6 + SOLVING) * 48 * 48 * 4
+    assert calibration_bytes(shape, [method], 18, tokens, max_moment_bytes=60_000) == kept + 60_000
+    assert calibration_bytes(shape, [method], 18, tokens, max_moment_bytes=5) == kept + (1 + SOLVING) * 48 * 48 * 4
     assert calibration_bytes(shape, [RTN(group_size=16)], 18, tokens) == 0
     diagonal = Rounding("diagonal")
     assert calibration_bytes(shape, [RTN(group_size=16), ml.Novices(keep=3)], 18, tokens) > 0
