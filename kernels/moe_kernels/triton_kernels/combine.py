@@ -1,7 +1,7 @@
 """Sum over the chosen experts of every token: parts of real experts, novices, bias and residual.
 
-``y = residual + sum_k (sum_d parts_dk + w_k bias) + sum_{k novice} w_k (vector + map(x))``, always in the same order and
-without atomics, in fp32; cast once at the end.
+``y = residual + sum_k (sum_d parts_dk + w_k bias) + sum_{k novice} w_k (vector + map(x))``, always in the same order
+and without atomics, in fp32; cast once at the end.
 
 Legend: N tokens, H hidden, K top-k, D splits, S slots, V novices, R ranks of all novices' maps together, T tokens of a
 tile, O outputs of a tile.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import inspect
 import json
 import os
 import re
@@ -100,6 +101,7 @@ def resources(request: Request) -> Resources:
         What the result takes.
 
     Raises:
+        ValueError: The request does not fit the kernel's arguments.
         RuntimeError: The kernel was imported for the interpreter: use :func:`resources_of` there.
     """
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -109,22 +111,21 @@ def resources(request: Request) -> Resources:
 
     module, _, name = request.kernel.partition(":")
     kernel = getattr(importlib.import_module(module), name)
-    if not isinstance(kernel, triton.JITFunction):
-        raise RuntimeError(f"{name} was imported under TRITON_INTERPRET=1: compile it in a process without it")
-    unknown = [given for given in (*request.signature, *request.constants) if given not in kernel.arg_names]
-    missing = [
-        wanted for wanted in kernel.arg_names if wanted not in request.signature and wanted not in request.constants
-    ]
+    names = list(inspect.signature(kernel.fn).parameters)
+    unknown = [given for given in (*request.signature, *request.constants) if given not in names]
+    missing = [wanted for wanted in names if wanted not in request.signature and wanted not in request.constants]
     if unknown or missing:
         raise ValueError(f"{name}: no arguments named {unknown}, no types or values for {missing}")
-    signature = {place: request.signature.get(place, "constexpr") for place in kernel.arg_names}
-    constants = {(kernel.arg_names.index(given),): _value(value) for given, value in request.constants.items()}
+    if not isinstance(kernel, triton.JITFunction):
+        raise RuntimeError(f"{name} was imported under TRITON_INTERPRET=1: compile it in a process without it")
+    signature = {place: request.signature.get(place, "constexpr") for place in names}
+    constants = {(names.index(given),): _value(value) for given, value in request.constants.items()}
     aligned = [place for place, kind in signature.items() if kind.startswith("*") or place in request.aligned]
     source = ASTSource(
         fn=kernel,
         signature=signature,
         constexprs=constants,
-        attrs={(kernel.arg_names.index(place),): [["tt.divisibility", 16]] for place in aligned},
+        attrs={(names.index(place),): [["tt.divisibility", 16]] for place in aligned},
     )
     options = {"num_warps": request.num_warps, "num_stages": request.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", request.arch, 32), options=options)

@@ -119,29 +119,30 @@ def int4_down(
     _, num_tokens, inner_size = inner_SNI.shape
     top_k = routing.slot_NK.shape[1]
     parts_DNKH = torch.empty(splits, num_tokens, top_k, down.outputs, dtype=torch.float32, device=inner_SNI.device)
-    int4_down_kernel[(down.outputs // block_out, splits, down.slots)](
-        inner_SNI,
-        sums_SNB,
-        down.words_SGOW,
-        down.pairs_SGO,
-        routing.slot_NK,
-        routing.weight_NK,
-        routing.reached_S,
-        parts_DNKH,
-        num_tokens,
-        HIDDEN=down.outputs,
-        INNER=inner_size,
-        TOP_K=top_k,
-        GROUP=down.group,
-        SPLITS=splits,
-        BLOCK_OUT=block_out,
-        BLOCK_TOKENS=block_tokens,
-        SUM_OVER=inner_size // sums_SNB.shape[2],
-        STAGES=num_stages,
-        COMPUTE=compute_type(inner_SNI.dtype),
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+    if inner_SNI.numel():
+        int4_down_kernel[(down.outputs // block_out, splits, down.slots)](
+            inner_SNI,
+            sums_SNB,
+            down.words_SGOW,
+            down.pairs_SGO,
+            routing.slot_NK,
+            routing.weight_NK,
+            routing.reached_S,
+            parts_DNKH,
+            num_tokens,
+            HIDDEN=down.outputs,
+            INNER=inner_size,
+            TOP_K=top_k,
+            GROUP=down.group,
+            SPLITS=splits,
+            BLOCK_OUT=block_out,
+            BLOCK_TOKENS=block_tokens,
+            SUM_OVER=inner_size // sums_SNB.shape[2],
+            STAGES=num_stages,
+            COMPUTE=compute_type(inner_SNI.dtype),
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
     return parts_DNKH
 
 

@@ -123,28 +123,29 @@ def int4_gate_up(
     sums_SNB = torch.empty(
         gate_up.slots, num_tokens, inner_size // sum_over, dtype=torch.float32, device=hidden_NH.device
     )
-    int4_gate_up_kernel[(inner_size // block_out, gate_up.slots)](
-        hidden_NH,
-        sums_NG,
-        gate_up.words_SGOW,
-        gate_up.pairs_SGO,
-        routing.slot_NK,
-        routing.reached_S,
-        inner_SNI,
-        sums_SNB,
-        num_tokens,
-        HIDDEN=hidden_size,
-        INNER=inner_size,
-        TOP_K=routing.slot_NK.shape[1],
-        GROUP=gate_up.group,
-        BLOCK_OUT=block_out,
-        BLOCK_TOKENS=block_tokens,
-        SUM_OVER=sum_over,
-        STAGES=num_stages,
-        COMPUTE=compute_type(hidden_NH.dtype),
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+    if inner_SNI.numel():
+        int4_gate_up_kernel[(inner_size // block_out, gate_up.slots)](
+            hidden_NH,
+            sums_NG,
+            gate_up.words_SGOW,
+            gate_up.pairs_SGO,
+            routing.slot_NK,
+            routing.reached_S,
+            inner_SNI,
+            sums_SNB,
+            num_tokens,
+            HIDDEN=hidden_size,
+            INNER=inner_size,
+            TOP_K=routing.slot_NK.shape[1],
+            GROUP=gate_up.group,
+            BLOCK_OUT=block_out,
+            BLOCK_TOKENS=block_tokens,
+            SUM_OVER=sum_over,
+            STAGES=num_stages,
+            COMPUTE=compute_type(hidden_NH.dtype),
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
     return inner_SNI, sums_SNB
 
 

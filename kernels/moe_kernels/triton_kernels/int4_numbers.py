@@ -66,3 +66,9 @@ def zeros_of(pairs, dtype: tl.constexpr):
 def group_product(product_OT, pairs_O, sums_T, dtype: tl.constexpr):
     """Turn the product of one group with bare codes into that with weights: scale and zero come after it."""
     return (product_OT - zeros_of(pairs_O, dtype)[:, None] * sums_T[None, :]) * scales_of(pairs_O)[:, None]
+
+
+@triton.jit
+def exact_weights(codes_OX, pairs_O):
+    """Turn codes without an offset, in fp32, into weights."""
+    return (codes_OX - zeros_of(pairs_O, tl.float32)[:, None]) * scales_of(pairs_O)[:, None]

@@ -1,8 +1,14 @@
-"""The kernels as models of known sizes use them, and what each may cost once it is compiled."""
+"""The kernels as models of known sizes use them, with every shipped size of tiles, and what each may cost."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 from moe_kernels.triton_kernels.compile_only import Request
+from moe_kernels.triton_kernels.dispatch import Choice, Device, choose
+
+ROOM = "moe_kernels.triton_kernels."
+COMPUTE = {"bf16": "tl.bfloat16", "fp16": "tl.float16"}
 
 
 @dataclass(frozen=True)
@@ -14,8 +20,6 @@ class Case:
         request: What to compile.
         weights: Weights that one pass of the loop reads; 0 where nobody counts.
         per_weight: Most instructions a weight.
-        registers: Most registers of a thread.
-        spills: Most loads and stores of registers that did not fit.
         products: It multiplies on tensor cores.
         wgmma: With whole groups of warps.
     """
@@ -24,123 +28,226 @@ class Case:
     request: Request
     weights: int = 0
     per_weight: float = 0.0
-    registers: int = 255
-    spills: int = 0
     products: bool = True
     wgmma: bool = False
 
 
-# Hidden and intermediate size, experts a token chooses, group.
-MIXTRAL, OLMOE = (4096, 14336, 2, 128), (2048, 1024, 8, 128)
+@dataclass(frozen=True)
+class Sizes:
+    """Hidden and intermediate size of a model, experts that a token chooses, and all experts."""
+
+    hidden: int
+    inner: int
+    top_k: int
+    experts: int
+    group: int = 128
 
 
-def int4_gate_up(
-    sizes: tuple[int, int, int, int],
-    arch: int,
-    tokens: int = 16,
-    block_out: int = 64,
-    warps: int = 2,
-    stages: int = 4,
-    per_weight: float = 3.0,
-    dtype: str = "bf16",
-) -> Case:
-    hidden, inner, top_k, group = sizes
+MIXTRAL, OLMOE = Sizes(4096, 14336, 2, 8), Sizes(2048, 1024, 8, 64)
+
+# Instructions a weight, a little above what was found, by tokens of a tile. Gate-up at 16 tokens on sm_90: 1.98.
+INT4_GATE_UP = {8: 2.1, 16: 2.1, 32: 3.2, 64: 5.0}
+INT4_DOWN = {8: 2.4, 16: 3.0, 32: 4.9, 64: 6.9}
+
+
+def int4_gate_up(sizes: Sizes, arch: int, choice: Choice, dtype: str = "bf16") -> Case:
+    tiles = choice.gate_up
     request = Request(
-        "moe_kernels.triton_kernels.int4_gate_up:int4_gate_up_kernel",
+        ROOM + "int4_gate_up:int4_gate_up_kernel",
+        types(
+            "hidden:T sums:fp32 words:i32 pairs:i32 slot:i32 reached:i32 inner:T inner_sums:fp32", dtype, "num_tokens"
+        ),
         {
-            "hidden_ptr": f"*{dtype}",
-            "sums_ptr": "*fp32",
-            "words_ptr": "*i32",
-            "pairs_ptr": "*i32",
-            "slot_ptr": "*i32",
-            "reached_ptr": "*i32",
-            "inner_ptr": f"*{dtype}",
-            "inner_sums_ptr": "*fp32",
-            "num_tokens": "i32",
+            "HIDDEN": sizes.hidden,
+            "INNER": sizes.inner,
+            "TOP_K": sizes.top_k,
+            "GROUP": sizes.group,
+            "BLOCK_OUT": tiles.block_out,
+            "BLOCK_TOKENS": choice.block_tokens,
+            "SUM_OVER": min(tiles.block_out, sizes.group),
+            "STAGES": tiles.num_stages,
+            "COMPUTE": COMPUTE[dtype],
         },
-        {
-            "HIDDEN": hidden,
-            "INNER": inner,
-            "TOP_K": top_k,
-            "GROUP": group,
-            "BLOCK_OUT": block_out,
-            "BLOCK_TOKENS": tokens,
-            "SUM_OVER": min(block_out, group),
-            "STAGES": stages,
-            "COMPUTE": {"bf16": "tl.bfloat16", "fp16": "tl.float16"}[dtype],
-        },
-        warps,
-        stages,
+        tiles.num_warps,
+        tiles.num_stages,
         arch,
     )
-    name = f"int4 gate-up {hidden}x{inner} {tokens} tokens {block_out} rows {warps} warps sm_{arch} {dtype}"
-    return Case(name, request, 2 * block_out * group, per_weight, wgmma=arch == 90 and warps == 4)
+    bound = INT4_GATE_UP[choice.block_tokens]
+    return Case("int4 gate-up", request, 2 * tiles.block_out * sizes.group, bound)
 
 
-def int4_down(
-    sizes: tuple[int, int, int, int],
-    arch: int,
-    tokens: int = 16,
-    block_out: int = 64,
-    warps: int = 2,
-    stages: int = 4,
-    per_weight: float = 3.0,
-    dtype: str = "bf16",
-) -> Case:
-    hidden, inner, top_k, group = sizes
+def int4_down(sizes: Sizes, arch: int, choice: Choice, dtype: str = "bf16") -> Case:
+    tiles = choice.down
     request = Request(
-        "moe_kernels.triton_kernels.int4_down:int4_down_kernel",
+        ROOM + "int4_down:int4_down_kernel",
+        types(
+            "inner:T inner_sums:fp32 words:i32 pairs:i32 slot:i32 weight:fp32 reached:i32 parts:fp32",
+            dtype,
+            "num_tokens",
+        ),
         {
-            "inner_ptr": f"*{dtype}",
-            "inner_sums_ptr": "*fp32",
-            "words_ptr": "*i32",
-            "pairs_ptr": "*i32",
-            "slot_ptr": "*i32",
-            "weight_ptr": "*fp32",
-            "reached_ptr": "*i32",
-            "parts_ptr": "*fp32",
-            "num_tokens": "i32",
+            "HIDDEN": sizes.hidden,
+            "INNER": sizes.inner,
+            "TOP_K": sizes.top_k,
+            "GROUP": sizes.group,
+            "SPLITS": tiles.splits,
+            "BLOCK_OUT": tiles.block_out,
+            "BLOCK_TOKENS": choice.block_tokens,
+            "SUM_OVER": min(choice.gate_up.block_out, sizes.group),
+            "STAGES": tiles.num_stages,
+            "COMPUTE": COMPUTE[dtype],
         },
-        {
-            "HIDDEN": hidden,
-            "INNER": inner,
-            "TOP_K": top_k,
-            "GROUP": group,
-            "SPLITS": 4,
-            "BLOCK_OUT": block_out,
-            "BLOCK_TOKENS": tokens,
-            "SUM_OVER": 64,
-            "STAGES": stages,
-            "COMPUTE": {"bf16": "tl.bfloat16", "fp16": "tl.float16"}[dtype],
-        },
-        warps,
-        stages,
+        tiles.num_warps,
+        tiles.num_stages,
         arch,
     )
-    name = f"int4 down {hidden}x{inner} {tokens} tokens {block_out} rows {warps} warps sm_{arch} {dtype}"
-    return Case(name, request, block_out * group, per_weight, wgmma=arch == 90 and warps == 4)
+    return Case("int4 down", request, tiles.block_out * sizes.group, INT4_DOWN[choice.block_tokens])
 
 
-# In the ordinary suite: about two seconds each. Bounds are a little above what was found: 1.98 instructions a weight
-# for gate-up and 2.34 for down, 2.63 and 3.67 with products of whole groups of warps.
-SAMPLE = [
-    int4_gate_up(MIXTRAL, 90, per_weight=2.1),
-    int4_gate_up(MIXTRAL, 90, warps=4, stages=3, per_weight=2.8),
-    int4_down(MIXTRAL, 90, per_weight=2.5),
-]
+def dense_decode(sizes: Sizes, arch: int, choice: Choice, dtype: str = "bf16") -> Iterator[Case]:
+    for name, tiles, arguments, constants in (
+        ("dense_gate_up", choice.gate_up, "hidden:T weight:T slot:i32 reached:i32 inner:T", {}),
+        (
+            "dense_down",
+            choice.down,
+            "inner:T weight:T slot:i32 share:fp32 reached:i32 parts:fp32",
+            {"SPLITS": choice.down.splits},
+        ),
+    ):
+        constants = {
+            **constants,
+            "HIDDEN": sizes.hidden,
+            "INNER": sizes.inner,
+            "TOP_K": sizes.top_k,
+            "BLOCK_OUT": tiles.block_out,
+            "BLOCK_IN": tiles.block_in,
+            "BLOCK_TOKENS": choice.block_tokens,
+            "STAGES": tiles.num_stages,
+            "COMPUTE": COMPUTE[dtype],
+        }
+        signature = types(arguments, dtype, "num_tokens")
+        request = Request(f"{ROOM}{name}:{name}_kernel", signature, constants, tiles.num_warps, tiles.num_stages, arch)
+        yield Case(name, request, wgmma=arch == 90)
 
-# Tokens, rows of a tile, bounds for gate-up and down.
-_SHAPES = ((8, 64, 2.1, 2.4), (16, 64, 2.5, 3.0), (32, 32, 3.2, 4.9))
 
-EVERYTHING = [
-    case
-    for arch in (80, 90, 100)
-    for sizes in (MIXTRAL, OLMOE)
-    for tokens, rows, gate_up, down in _SHAPES
-    for dtype in ("bf16", "fp16")
-    for case in (
-        int4_gate_up(sizes, arch, tokens, rows, per_weight=gate_up, dtype=dtype),
-        int4_down(sizes, arch, tokens, rows, per_weight=down, dtype=dtype),
-    )
-    if case.request not in [sample.request for sample in SAMPLE]
-]
+def grouped(sizes: Sizes, arch: int, choice: Choice, dtype: str = "bf16") -> Iterator[Case]:
+    for name, tiles, first, last, constants in (
+        ("grouped_gate_up", choice.gate_up, "hidden:T", "inner:T", {"TOP_K": sizes.top_k}),
+        ("grouped_down", choice.down, "inner:T share:fp32", "parts:fp32", {}),
+    ):
+        signature = types(f"{first} order:i32 ends:i32 tile_slot:i32 tile_first:i32 num_tiles:i32 {last}", dtype)
+        described = f"tensordesc<{dtype}[{tiles.block_out},{tiles.block_in}]>"
+        signature["weights"] = described if arch >= 90 else f"*{dtype}"
+        constants = {
+            **constants,
+            "HIDDEN": sizes.hidden,
+            "INNER": sizes.inner,
+            "BLOCK_ROWS": choice.block_tokens,
+            "BLOCK_OUT": tiles.block_out,
+            "BLOCK_IN": tiles.block_in,
+            "TILES_TOGETHER": 16,
+            "STAGES": tiles.num_stages,
+            "DESCRIPTORS": arch >= 90,
+            "COMPUTE": COMPUTE[dtype],
+        }
+        request = Request(f"{ROOM}{name}:{name}_kernel", signature, constants, tiles.num_warps, tiles.num_stages, arch)
+        yield Case(name, request, wgmma=arch == 90)
+
+
+def around(sizes: Sizes, arch: int) -> Iterator[Case]:
+    """Give the kernels before and after the products."""
+    slots = {"BLOCK_SLOTS": sizes.experts}
+    for name, kernel, arguments, numbers, constants in (
+        (
+            "router",
+            "router",
+            "logits:bf16 index:i64 weight:fp32",
+            "num_tokens",
+            {"EXPERTS": sizes.experts, "RENORMALIZE": True, "BLOCK_TOKENS": 16, "BLOCK_EXPERTS": sizes.experts}
+            | {"TOP_K": sizes.top_k, "BLOCK_K": sizes.top_k},
+        ),
+        (
+            "routing",
+            "routing",
+            "hidden:bf16 index:i64 slot_map:i64 slot:i32 reached:i32 sums:fp32",
+            "num_tokens num_slots num_experts",
+            {"TOP_K": sizes.top_k, "ABSENT_SLOT": -(2**31), "HIDDEN": sizes.hidden, "GROUP": sizes.group}
+            | {"BLOCK_PAIRS": 64 * sizes.top_k, "BLOCK_SLOTS": 16, "BLOCK_GROUPS": 16},
+        ),
+        (
+            "schedule",
+            "count",
+            "index:i64 slot_map:i64 slot:i32 counts:i32",
+            "num_pairs num_experts",
+            {**slots, "ABSENT_SLOT": -(2**31), "BLOCK_PAIRS": 256},
+        ),
+        (
+            "schedule",
+            "plan",
+            "counts:i32 ends:i32 tile_slot:i32 tile_first:i32 num_tiles:i32",
+            "num_blocks num_slots most_tiles",
+            {**slots, "TILE_ROWS": 128, "BLOCK_TILES": 64},
+        ),
+        ("schedule", "place", "slot:i32 places:i32 order:i32", "num_pairs num_slots", {**slots, "BLOCK_PAIRS": 256}),
+        (
+            "int4_dequantize",
+            "int4_dequantize",
+            "words:i32 pairs:i32 dense:bf16",
+            "",
+            {"OUTPUTS": 2 * sizes.inner, "INPUTS": sizes.hidden, "GROUP": sizes.group, "BLOCK_OUT": 64},
+        ),
+    ):
+        request = Request(f"{ROOM}{name}:{kernel}_kernel", types(arguments, "", numbers), constants, arch=arch)
+        yield Case(kernel, request, products=False)
+    arguments = "parts:fp32 slot:i32 weight:fp32 bias:bf16 vectors:bf16 reads:bf16 novice:i64 gives:bf16 residual:bf16"
+    constants = {"HIDDEN": sizes.hidden, "TOP_K": sizes.top_k, "SPLITS": 4, "NOVICES": 4, "RANKS": 64}
+    constants |= {"BLOCK_TOKENS": 16, "BLOCK_OUT": 128, "BLOCK_RANKS": 16, "COMPUTE": "tl.bfloat16"}
+    constants |= {"HAS_BIAS": True, "HAS_RESIDUAL": True}
+    signature = types(f"{arguments} mixed:bf16", "", "num_tokens")
+    yield Case("combine", Request(f"{ROOM}combine:combine_kernel", signature, constants, arch=arch))
+
+
+def types(pointers: str, dtype: str, numbers: str = "") -> dict[str, Any]:
+    """Write types of arguments from ``name:type`` (``T`` is the type of the activations) and names of integers."""
+    pairs = (pointer.split(":") for pointer in pointers.split())
+    found = {f"{name}_ptr": "*" + (dtype if kind == "T" else kind) for name, kind in pairs}
+    return found | dict.fromkeys(numbers.split(), "i32")
+
+
+def choice_of(tokens: int, form: str, sizes: Sizes, arch: int) -> Choice:
+    return choose(tokens, form, sizes.hidden, sizes.inner, Device(arch))  # type: ignore[arg-type]
+
+
+def all_cases() -> Iterator[Case]:
+    for arch in (80, 90, 100):
+        for sizes in (MIXTRAL, OLMOE):
+            for tokens in (8, 16, 32, 64):
+                choice = choice_of(tokens, "int4", sizes, arch)
+                for dtype in ("bf16", "fp16"):
+                    yield int4_gate_up(sizes, arch, choice, dtype)
+                    yield int4_down(sizes, arch, choice, dtype)
+            for tokens in (16, 64):
+                yield from dense_decode(sizes, arch, choice_of(tokens, "dense", sizes, arch))
+            yield from grouped(sizes, arch, choice_of(65, "dense", sizes, arch))
+            yield from around(sizes, arch)
+
+
+def sample() -> Iterator[Case]:
+    choice = choice_of(16, "int4", MIXTRAL, 90)
+    yield int4_gate_up(MIXTRAL, 90, choice)
+    yield int4_down(MIXTRAL, 90, choice)
+    yield from grouped(MIXTRAL, 90, choice_of(65, "dense", MIXTRAL, 90))
+
+
+def named(cases: Iterator[Case]) -> dict[str, Case]:
+    """Give every case a name of its own; the same request twice is one case."""
+    found = {}
+    for case in cases:
+        request = case.request
+        sizes = [f"{name}={value}" for name, value in request.constants.items()]
+        found[f"{case.name} sm_{request.arch} {' '.join(sizes)}"] = case
+    return {name: replace(case, name=name) for name, case in found.items()}
+
+
+SAMPLE = list(named(sample()).values())
+EVERYTHING = [case for name, case in named(all_cases()).items() if name not in named(sample())]

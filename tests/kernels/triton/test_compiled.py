@@ -26,9 +26,8 @@ def compiled(everything: bool) -> dict[str, Resources]:
 
 
 def check(case: Case, found: Resources) -> None:
-    assert found.spills <= case.spills, found
+    assert found.spills == 0, found
     assert found.shared_bytes <= SHARED_BYTES_LIMIT[case.request.arch], found
-    assert found.registers <= case.registers, found
     assert found.has_wgmma == case.wgmma, found
     if case.products:
         assert found.has_mma, found
@@ -53,16 +52,11 @@ def test_everything() -> None:
     assert not failed, "\n".join(failed)
 
 
-def test_names_of_cases_are_distinct() -> None:
-    names = [case.name for case in SAMPLE + EVERYTHING]
-    assert len(set(names)) == len(names)
-
-
 def test_arguments_that_a_kernel_does_not_have() -> None:
     sample = SAMPLE[0].request
     wrong = Request(sample.kernel, {**sample.signature, "other_ptr": "*bf16"})
-    with pytest.raises(RuntimeError, match=re.escape("no arguments named ['other_ptr'], no types or values for")):
-        resources_of([wrong])
+    with pytest.raises(ValueError, match=re.escape("no arguments named ['other_ptr'], no types or values for []")):
+        resources(wrong)
 
 
 def test_the_interpreter_is_no_compiler() -> None:

@@ -1,0 +1,263 @@
+"""The sum over experts, and the whole block with its router, as one operation each, for inference.
+
+torch sees one opaque operation with a known shape of result: it is traced by ``torch.compile(fullgraph=True)`` with any
+number of tokens, and nothing in it waits for the GPU.
+
+Legend: N tokens, H hidden, I intermediate, E experts, K top-k, S slots, V novices, R ranks of their maps.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+from moe_kernels.experts import NoviceMaps, add_novices, combine_pairs, expert_outputs, sort_pairs
+from moe_kernels.triton_kernels.combine import combine
+from moe_kernels.triton_kernels.dense_down import dense_down
+from moe_kernels.triton_kernels.dense_gate_up import dense_gate_up
+from moe_kernels.triton_kernels.dispatch import Choice, Device, choose
+from moe_kernels.triton_kernels.grouped_down import grouped_down
+from moe_kernels.triton_kernels.grouped_gate_up import grouped_gate_up
+from moe_kernels.triton_kernels.int4_dequantize import int4_dequantize
+from moe_kernels.triton_kernels.int4_down import int4_down
+from moe_kernels.triton_kernels.int4_gate_up import int4_gate_up
+from moe_kernels.triton_kernels.int4_layout import Int4Tiles, dequantize_tiles
+from moe_kernels.triton_kernels.router import choose_experts
+from moe_kernels.triton_kernels.routing import decode_routing
+from moe_kernels.triton_kernels.schedule import make_schedule
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@torch.library.custom_op("moe_kernels::mix_experts", mutates_args=())
+def mix_experts_op(
+    hidden_NH: Tensor,
+    index_NK: Tensor,
+    weight_NK: Tensor,
+    slot_map_E: Tensor,
+    gate_up: list[Tensor],
+    down: list[Tensor],
+    novices: list[Tensor],
+    bias_SH: Tensor | None = None,
+    residual_NH: Tensor | None = None,
+) -> Tensor:
+    """Compute the whole sum over real experts and novices.
+
+    Args:
+        hidden_NH: Input of the block after its norm, ``[N, H]``.
+        index_NK: Experts chosen by the router, int64 ``[N, K]``; numbers outside ``[0, E)`` mean nobody.
+        weight_NK: Their routing weights.
+        slot_map_E: Slot (``>= 0``), novice (``-1 - number``) or ``ABSENT`` of each expert, int64 ``[E]``.
+        gate_up: ``[S, 2I, H]`` in the type of the input, alone; or words and pairs of `Int4Tiles`.
+        down: ``[S, H, I]`` in the same form.
+        novices: Nothing; or vectors ``[V, H]``; or those and the fields of `NoviceMaps`.
+        bias_SH: Bias of each slot, or None.
+        residual_NH: Added to everything, or None.
+
+    Returns:
+        ``[N, H]`` in the type of the input. Not differentiable.
+
+    Raises:
+        ValueError: Sizes or types that the kernels do not know; see :func:`why_not`.
+    """
+    reason = why_not(hidden_NH, gate_up, down)
+    if reason is not None:
+        raise ValueError(f"the kernels cannot compute this: {reason}")
+    hidden_NH, index_NK = hidden_NH.contiguous(), index_NK.contiguous()
+    num_tokens, hidden_size = hidden_NH.shape
+    vectors_VH = novices[0].contiguous() if novices else None
+    maps = NoviceMaps(*(tensor.contiguous() for tensor in novices[1:])) if len(novices) > 1 else None
+    weight_NK = weight_NK.float().contiguous()
+    slots = gate_up[0].shape[0]
+    tiles = (Int4Tiles(*gate_up), Int4Tiles(*down)) if len(gate_up) == 2 else None
+    inner_size = (tiles[0].outputs if tiles else gate_up[0].shape[1]) // 2
+    device = device_of(hidden_NH.device)
+    choice = choose(num_tokens, "int4" if tiles else "dense", hidden_size, inner_size, device)
+    if choice.path == "decode":
+        parts, slot_NK = _decode(hidden_NH, index_NK, weight_NK, slot_map_E, tiles, gate_up[0], down[0], slots, choice)
+    else:
+        dense = [int4_dequantize(tile, hidden_NH.dtype) for tile in tiles] if tiles else [gate_up[0], down[0]]
+        schedule = make_schedule(index_NK, slot_map_E, max(slots, 1), choice.block_tokens)
+        first, second = choice.gate_up, choice.down
+        inner_PI = grouped_gate_up(
+            hidden_NH,
+            dense[0],
+            schedule,
+            first.block_out,
+            first.block_in,
+            num_warps=first.num_warps,
+            num_stages=first.num_stages,
+        )
+        parts = grouped_down(
+            inner_PI,
+            dense[1],
+            weight_NK,
+            schedule,
+            second.block_out,
+            second.block_in,
+            num_warps=second.num_warps,
+            num_stages=second.num_stages,
+        )
+        slot_NK = schedule.slot_NK
+    residual_NH = None if residual_NH is None else residual_NH.contiguous()
+    bias_SH = None if bias_SH is None else bias_SH.contiguous()
+    return combine(parts, slot_NK, weight_NK, hidden_NH, vectors_VH, maps, bias_SH, residual_NH)
+
+
+def _decode(
+    hidden_NH: Tensor,
+    index_NK: Tensor,
+    weight_NK: Tensor,
+    slot_map_E: Tensor,
+    tiles: tuple[Int4Tiles, Int4Tiles] | None,
+    gate_up_S2IH: Tensor,
+    down_SHI: Tensor,
+    slots: int,
+    choice: Choice,
+) -> tuple[Tensor, Tensor]:
+    """Return the parts of real experts and the table of slots, for few tokens."""
+    first, second = choice.gate_up, choice.down
+    common = {"block_tokens": choice.block_tokens}
+    gate_up_options = {"block_out": first.block_out, "num_warps": first.num_warps, "num_stages": first.num_stages}
+    down_options = {
+        "splits": second.splits,
+        "block_out": second.block_out,
+        "num_warps": second.num_warps,
+        "num_stages": second.num_stages,
+    }
+    group = tiles[0].group if tiles else None
+    routing = decode_routing(hidden_NH, index_NK, weight_NK, slot_map_E, slots, group)
+    if tiles:
+        assert routing.sums_NG is not None
+        sum_over = min(first.block_out, tiles[1].group)
+        inner_SNI, sums_SNB = int4_gate_up(
+            hidden_NH, routing.sums_NG, tiles[0], routing, sum_over, **gate_up_options, **common
+        )
+        parts = int4_down(inner_SNI, sums_SNB, tiles[1], routing, **down_options, **common)
+    else:
+        inner_SNI = dense_gate_up(
+            hidden_NH, gate_up_S2IH, routing, block_in=first.block_in, **gate_up_options, **common
+        )
+        parts = dense_down(inner_SNI, down_SHI, routing, block_in=second.block_in, **down_options, **common)
+    return parts, routing.slot_NK
+
+
+@mix_experts_op.register_fake
+def _(hidden_NH, index_NK, weight_NK, slot_map_E, gate_up, down, novices, bias_SH=None, residual_NH=None):
+    return torch.empty(hidden_NH.shape, dtype=hidden_NH.dtype, device=hidden_NH.device)
+
+
+@torch.library.custom_op("moe_kernels::moe_block", mutates_args=())
+def moe_block_op(
+    hidden_NH: Tensor,
+    router_EH: Tensor,
+    top_k: int,
+    renormalize: bool,
+    slot_map_E: Tensor,
+    gate_up: list[Tensor],
+    down: list[Tensor],
+    novices: list[Tensor],
+    bias_SH: Tensor | None = None,
+    residual_NH: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute a whole mixture-of-experts block: router, experts, sum and residual.
+
+    Args:
+        hidden_NH: Input of the block after its norm, ``[N, H]``.
+        router_EH: Weight of the router.
+        top_k: K.
+        renormalize: Make the routing weights of a token add up to one.
+        slot_map_E: See :func:`mix_experts_op` for this and what follows.
+        gate_up: Weights.
+        down: Weights.
+        novices: Weights.
+        bias_SH: Bias of each slot, or None.
+        residual_NH: Added to everything, or None.
+
+    Returns:
+        ``[N, H]`` in the type of the input, and the router's logits ``[N, E]``. Not differentiable.
+    """
+    logits_NE = torch.nn.functional.linear(hidden_NH, router_EH)
+    index_NK, weight_NK = choose_experts(logits_NE, top_k, renormalize)
+    mixed_NH = mix_experts_op(hidden_NH, index_NK, weight_NK, slot_map_E, gate_up, down, novices, bias_SH, residual_NH)
+    return mixed_NH, logits_NE
+
+
+@moe_block_op.register_fake
+def _(
+    hidden_NH,
+    router_EH,
+    top_k,
+    renormalize,
+    slot_map_E,
+    gate_up,
+    down,
+    novices,
+    bias_SH=None,
+    residual_NH=None,
+):
+    logits_NE = hidden_NH.new_empty(hidden_NH.shape[0], router_EH.shape[0])
+    return torch.empty(hidden_NH.shape, dtype=hidden_NH.dtype, device=hidden_NH.device), logits_NE
+
+
+def mix_experts_twin(
+    hidden_NH: Tensor,
+    index_NK: Tensor,
+    weight_NK: Tensor,
+    slot_map_E: Tensor,
+    gate_up: list[Tensor],
+    down: list[Tensor],
+    novices: list[Tensor],
+    bias_SH: Tensor | None = None,
+    residual_NH: Tensor | None = None,
+) -> Tensor:
+    """Say the same as :func:`mix_experts_op` in plain torch, in fp32 or wider."""
+    wide = torch.promote_types(hidden_NH.dtype, torch.float32)
+    gate_up_S2IH, down_SHI = (
+        dequantize_tiles(Int4Tiles(*form), wide) if len(form) == 2 else form[0].to(wide) for form in (gate_up, down)
+    )
+    hidden_NH = hidden_NH.to(wide)
+    pairs = sort_pairs(index_NK, slot_map_E, gate_up_S2IH.shape[0])
+    bias_SH = None if bias_SH is None else bias_SH.to(wide)
+    outputs_PH = expert_outputs(hidden_NH, pairs, gate_up_S2IH, down_SHI, torch.nn.functional.silu, bias_SH)
+    mixed_NH = combine_pairs(outputs_PH, pairs, weight_NK)
+    vectors_VH = novices[0].to(wide) if novices else None
+    maps = NoviceMaps(novices[1].to(wide), novices[2].to(wide), novices[3]) if len(novices) > 1 else None
+    mixed_NH = add_novices(mixed_NH, index_NK, weight_NK, slot_map_E, vectors_VH, hidden_NH, maps)
+    return mixed_NH if residual_NH is None else mixed_NH + residual_NH.to(wide)
+
+
+def why_not(hidden_NH: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> str | None:
+    """Say why the kernels cannot compute a sum over experts; None where they can.
+
+    Args:
+        hidden_NH: Input.
+        gate_up: See :func:`mix_experts_op`.
+        down: See there.
+    """
+    if hidden_NH.dtype not in _DTYPES:
+        return f"numbers are {hidden_NH.dtype}, and the kernels know {', '.join(map(str, _DTYPES))}"
+    if len(gate_up) not in (1, 2) or len(gate_up) != len(down):
+        return f"weights come as {len(gate_up)} and {len(down)} tensors: one each for dense, two each for int4"
+    if len(gate_up) == 1 and any(weight.dtype != hidden_NH.dtype for weight in (*gate_up, *down)):
+        return f"weights are {gate_up[0].dtype} and {down[0].dtype}, the input is {hidden_NH.dtype}"
+    if any(not tensor.is_contiguous() for tensor in (*gate_up, *down)):
+        return "weights are not contiguous"
+    if any(tensor.device != hidden_NH.device for tensor in (*gate_up, *down)):
+        return f"weights are on {gate_up[0].device} and {down[0].device}, the input is on {hidden_NH.device}"
+    if hidden_NH.device.type == "cpu" and not triton.knobs.runtime.interpret:
+        return "there is no GPU, and kernels were not imported for the interpreter (TRITON_INTERPRET=1)"
+    return None
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """Say what `dispatch` must know of a device."""
+    version = ".".join(triton.__version__.split(".")[:2])
+    if device.type != "cuda":
+        return Device(0, triton=version)
+    major, minor = torch.cuda.get_device_capability(device)
+    return Device(10 * major + minor, torch.cuda.get_device_name(device), version)
