@@ -114,5 +114,7 @@ def test_wheel_holds_packages_and_configs(tmp_path: Path) -> None:
     for package, folder in (("moe_lightning", ROOT), ("moe_kernels", ROOT / "kernels")):
         for path in (folder / package).rglob("*.py"):
             assert path.relative_to(folder).as_posix() in names
+    tables = (ROOT / "kernels").rglob("*.json")
+    assert {table.relative_to(ROOT / "kernels").as_posix() for table in tables} <= names
     assert "moe_lightning/py.typed" in names
     assert not [name for name in names if name.startswith(("kernels/", "configs/", "tests/"))]

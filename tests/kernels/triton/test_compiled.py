@@ -2,11 +2,11 @@
 
 import functools
 import re
+from dataclasses import replace
 
 import pytest
 from moe_kernels.triton_kernels.compile_only import (
     SHARED_BYTES_LIMIT,
-    Request,
     Resources,
     can_compile,
     resources,
@@ -54,7 +54,7 @@ def test_everything() -> None:
 
 def test_arguments_that_a_kernel_does_not_have() -> None:
     sample = SAMPLE[0].request
-    wrong = Request(sample.kernel, {**sample.signature, "other_ptr": "*bf16"})
+    wrong = replace(sample, signature={**sample.signature, "other_ptr": "*bf16"})
     with pytest.raises(ValueError, match=re.escape("no arguments named ['other_ptr'], no types or values for []")):
         resources(wrong)
 
