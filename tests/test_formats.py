@@ -262,3 +262,13 @@ def test_the_table_names_formats(shape: ModelShape) -> None:
     assert "Attention of layers 0: 2:4" in table and "Attention of layers 1: 0.3 zeros" in table
     assert "| 0 | 0 1 2 3 4 5 (int4, group 16, asymmetric) | - | - |" in table
     assert "| 1 | 0 1 2 3 4 5 | - | - |" in table
+
+
+def test_pruned_weights_do_not_come_back() -> None:
+    pruned = Sparsify(0, sparsity=0.5).apply(shape())
+    with pytest.raises(ValueError, match="layer 0: 0.3 zeros asks for fewer zeros than there are in its experts"):
+        Sparsify(0, sparsity=0.3).apply(pruned)
+    with pytest.raises(ValueError, match="ask for more"):
+        Sparsify(0, pattern="1:4").apply(pruned)
+    Sparsify(0, sparsity=0.6).apply(pruned)
+    assert Quantize(0, group_size="channel").apply(pruned).layout(0).format.sparsity == 0.5

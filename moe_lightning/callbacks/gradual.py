@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from moe_lightning.compression import check_methods
 from moe_lightning.method import Method
-from moe_lightning.plan import ModelShape, Quantize, WeightFormat
+from moe_lightning.plan import ModelShape, Quantize
 from moe_lightning.slimming.base import Slimming
 from moe_lightning.slimming.schedule import SparsitySchedule
 
@@ -89,33 +89,8 @@ def check_acts(shape: ModelShape, acts: Iterable[tuple[int | float, Act]]) -> Mo
         ValueError: A method does not fit what the acts before it leave, or weights that were pruned would come back.
     """
     for step, act in acts:
-        for method in act.methods:
-            after = check_methods(shape, [method])
-            where = _returning(shape, after)
-            if where is not None:
-                raise ValueError(
-                    f"Compress at step {step}: {method} asks for fewer zeros than there are in {where}, and pruned "
-                    "weights do not come back: ask for more, or let the schedule start where the pruning before it "
-                    "ended"
-                )
-            shape = after
+        try:
+            shape = check_methods(shape, act.methods)
+        except ValueError as error:
+            raise ValueError(f"Compress at step {step}: {error}") from None
     return shape
-
-
-def _returning(before: ModelShape, after: ModelShape) -> str | None:
-    """Name a place where fewer weights are zero after an edit than before it, or return None."""
-    for layout in after.layouts:
-        old = before.layout(layout.layer)
-        if layout.real and _fewer_zeros(old.format, layout.format, after.expert_sizes(layout).values()):
-            return f"the experts of layer {layout.layer} ({old.format})"
-    for block in after.blocks:
-        old_format = before.attention_format(block)
-        if _fewer_zeros(old_format, after.attention_format(block), after.attention_sizes.values()):
-            return f"the attention of layer {block} ({old_format})"
-    return None
-
-
-def _fewer_zeros(old: WeightFormat | None, new: WeightFormat | None, sizes: Iterable[tuple[int, int]]) -> bool:
-    if old is None or new is None or old == new:
-        return False
-    return any(new.kept(*size) > old.kept(*size) for size in sizes)

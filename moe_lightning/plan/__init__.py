@@ -13,9 +13,8 @@ from moe_lightning.plan.edits import (
     KeepExperts,
     MergeExperts,
     NoviceExperts,
-    Quantize,
-    Sparsify,
 )
+from moe_lightning.plan.format_edits import Quantize, Sparsify
 from moe_lightning.plan.formats import AUTO_GROUPS, MaskScope, Pattern, WeightFormat
 from moe_lightning.plan.plan import PLAN_VERSION, CompressionPlan
 from moe_lightning.plan.shape import ABSENT, ExpertLayout, ModelShape, sizes_of_model
