@@ -18,7 +18,7 @@ from moe_kernels.experts import NoviceMaps, add_novices, combine_pairs, expert_o
 from moe_kernels.triton_kernels.combine import combine
 from moe_kernels.triton_kernels.dense_down import dense_down
 from moe_kernels.triton_kernels.dense_gate_up import dense_gate_up
-from moe_kernels.triton_kernels.dispatch import Choice, Device, choose
+from moe_kernels.triton_kernels.dispatch import Choice, Device, Format, choose
 from moe_kernels.triton_kernels.grouped_down import grouped_down
 from moe_kernels.triton_kernels.grouped_gate_up import grouped_gate_up
 from moe_kernels.triton_kernels.int4_dequantize import int4_dequantize
@@ -75,7 +75,10 @@ def mix_experts_op(
     tiles = (Int4Tiles(*gate_up), Int4Tiles(*down)) if len(gate_up) == 2 else None
     inner_size = (tiles[0].outputs if tiles else gate_up[0].shape[1]) // 2
     device = device_of(hidden_NH.device)
-    choice = choose(num_tokens, "int4" if tiles else "dense", hidden_size, inner_size, device)
+    form: Format = "int4" if tiles else "dense"
+    if hidden_NH.dtype == torch.float32:
+        form = "int4 fp32" if tiles else "dense fp32"
+    choice = choose(num_tokens, form, hidden_size, inner_size, device)
     if choice.path == "decode":
         parts, slot_NK = _decode(hidden_NH, index_NK, weight_NK, slot_map_E, tiles, gate_up[0], down[0], slots, choice)
     else:

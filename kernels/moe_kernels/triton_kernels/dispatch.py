@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 FOLDER = Path(__file__).parent / "configs"
 
-Format = Literal["dense", "int4"]
+Format = Literal["dense", "int4", "dense fp32", "int4 fp32"]
+"""Of the weights; fp32 where the activations are, which have no tensor cores and take twice the memory."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def choose(tokens: int, form: Format, hidden_size: int, inner_size: int, device:
 
     Args:
         tokens: N.
-        form: ``dense`` or ``int4``.
+        form: Format of the weights and activations.
         hidden_size: H.
         inner_size: I.
         device: From `device_of`.
@@ -88,7 +89,7 @@ def choose(tokens: int, form: Format, hidden_size: int, inner_size: int, device:
     """
     row = next(row for row in _table(device)[form] if row["up_to_tokens"] is None or tokens <= row["up_to_tokens"])
     choice = Choice(row["path"], row["block_tokens"], Tiles(**row["gate_up"]), Tiles(**row["down"]))
-    if form == "dense":
+    if not form.startswith("int4"):
         return choice
     return replace(
         choice,

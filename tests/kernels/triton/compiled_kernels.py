@@ -8,7 +8,7 @@ from moe_kernels.triton_kernels.compile_only import Request
 from moe_kernels.triton_kernels.dispatch import Choice, Device, choose
 
 ROOM = "moe_kernels.triton_kernels."
-COMPUTE = {"bf16": "tl.bfloat16", "fp16": "tl.float16"}
+COMPUTE = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
 
 
 @dataclass(frozen=True)
@@ -218,8 +218,20 @@ def choice_of(tokens: int, form: str, sizes: Sizes, arch: int) -> Choice:
     return choose(tokens, form, sizes.hidden, sizes.inner, Device(arch))  # type: ignore[arg-type]
 
 
+def in_fp32(arch: int) -> Iterator[Case]:
+    """Give the products of fp32 numbers: no tensor cores."""
+    few = choice_of(16, "int4 fp32", MIXTRAL, arch)
+    cases = [int4_gate_up(MIXTRAL, arch, few, "fp32"), int4_down(MIXTRAL, arch, few, "fp32")]
+    for tokens in (16, 64):
+        cases += dense_decode(MIXTRAL, arch, choice_of(tokens, "dense fp32", MIXTRAL, arch), "fp32")
+    cases += grouped(MIXTRAL, arch, choice_of(65, "dense fp32", MIXTRAL, arch), "fp32")
+    for case in cases:
+        yield replace(case, weights=0, products=False, wgmma=False)
+
+
 def all_cases() -> Iterator[Case]:
     for arch in (80, 90, 100):
+        yield from in_fp32(arch)
         for sizes in (MIXTRAL, OLMOE):
             for tokens in (8, 16, 32, 64):
                 choice = choice_of(tokens, "int4", sizes, arch)

@@ -7,12 +7,12 @@ from moe_kernels.triton_kernels import dispatch
 from moe_kernels.triton_kernels.dispatch import FOLDER, Device, Tiles, choose, slug
 
 
-@pytest.mark.parametrize("form", ["dense", "int4"])
+@pytest.mark.parametrize("form", ["dense", "int4", "dense fp32", "int4 fp32"])
 @pytest.mark.parametrize("arch", [0, 80, 86, 89, 90, 100, 120])
 def test_every_number_of_tokens_has_a_choice(form: str, arch: int) -> None:
     for tokens in (0, 1, 8, 9, 16, 17, 64, 65, 8192):
         choice = choose(tokens, form, 4096, 14336, Device(arch))
-        assert choice.path == ("decode" if tokens <= 64 else "grouped")
+        assert choice.path == ("decode" if tokens <= (16 if form == "int4 fp32" else 64) else "grouped")
         if choice.path == "decode":
             assert choice.block_tokens >= tokens
 
