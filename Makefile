@@ -45,13 +45,15 @@ format: $(STAMP)  ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## Time a MoE layer and the statistics pass on the CPU
+bench: $(STAMP)  ## Time a MoE layer, the statistics pass and slimming on the CPU
 	$(BIN)/python benchmarks/moe_layer.py --device cpu
 	$(BIN)/python benchmarks/moe_layer_cpu.py
 	$(BIN)/python benchmarks/statistics_pass.py
+	$(BIN)/python benchmarks/slimming_speed.py
 
-bench-gpu: $(STAMP)  ## Time a MoE layer on the GPU
+bench-gpu: $(STAMP)  ## Time a MoE layer and slimming on the GPU
 	$(BIN)/python benchmarks/moe_layer.py --device cuda
+	$(BIN)/python benchmarks/slimming_speed.py --device cuda
 
 docs: $(STAMP)  ## Write the API reference to build/docs
 	$(BIN)/pdoc --docformat google --output-directory build/docs moe_lightning $(ROOMS) moe_kernels

@@ -21,7 +21,7 @@ MAX_GROWTHS = 8
 """How often the damping grows tenfold before a matrix does without its Hessian."""
 
 SMALL = 1 << 22
-"""Weights of a portion on a CPU: matrices much larger keep its caches and threads busy one by one."""
+"""Weights, or entries of Hessians, of a portion on a CPU: matrices as large keep it busy one by one."""
 
 _LEAF = 8
 """Columns between two products in a walk; a multiple of every n:m group."""
@@ -202,7 +202,7 @@ def portions(weight_SOI: Tensor, at_once: int | None) -> list[slice]:
     """
     slots, outputs, columns = weight_SOI.shape
     if at_once is None:
-        at_once = max(1, SMALL // (outputs * columns)) if weight_SOI.device.type == "cpu" else slots
+        at_once = max(1, SMALL // (max(outputs, columns) * columns)) if weight_SOI.device.type == "cpu" else slots
     if at_once < 1:
         raise ValueError(f"at_once is a number of matrices, at least 1, got {at_once}")
     return [slice(first, first + at_once) for first in range(0, slots, at_once)]
