@@ -65,7 +65,8 @@ def dense_down_kernel(
             part_OX = tl.load(weight_OX + first, mask=inside_X[None, :], other=0.0).to(COMPUTE)
         total_OT = tl.dot(part_OX, part_XT, total_OT, input_precision="ieee")
 
-    for place in tl.static_range(TOP_K):
+    # A true loop: the registers of all stores at once would be too many.
+    for place in tl.range(0, TOP_K, num_stages=1):
         pair_T = token_T * TOP_K + place
         mine_T = tl.load(slot_ptr + pair_T, mask=token_T < num_tokens, other=-1) == slot
         share_T = tl.load(share_ptr + pair_T, mask=mine_T, other=0.0)

@@ -81,7 +81,8 @@ def int4_down_kernel(
             part_OT = tl.dot(numbers, part_XT, part_OT, input_precision="ieee")
         total_OT += group_product(part_OT, tile_pairs_O, sums_T, COMPUTE)
 
-    for place in tl.static_range(TOP_K):
+    # A true loop: the registers of all stores at once would be too many.
+    for place in tl.range(0, TOP_K, num_stages=1):
         pair_T = token_T * TOP_K + place
         mine_T = tl.load(slot_ptr + pair_T, mask=token_T < num_tokens, other=-1) == slot
         weight_T = tl.load(weight_ptr + pair_T, mask=mine_T, other=0.0)

@@ -26,7 +26,9 @@ def compiled(everything: bool) -> dict[str, Resources]:
 
 
 def check(case: Case, found: Resources) -> None:
-    assert found.spills == 0, found
+    # One register may be parked in memory before the loop and fetched behind it; in the loop, none.
+    assert found.spills <= case.spills, found
+    assert not {"STL", "LDL"} & found.opcodes.keys() or not found.loop_instructions, found
     assert found.shared_bytes <= SHARED_BYTES_LIMIT[case.request.arch], found
     assert found.has_wgmma == case.wgmma, found
     assert found.has_mma >= case.products, found
