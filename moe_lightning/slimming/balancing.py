@@ -112,8 +112,8 @@ class AWQ(Rounding):
         work.shorten(last, own)
         matrices: dict[str, Any] = {last: work.rounded(last, own, None)}
         for name in readers:
-            divided = own if name == readers[-1] and rows is not None else None
-            matrices[name] = work.rounded(name, shared, None if divided is None else (rows or 0, divided))
+            divided = None if rows is None or name != readers[-1] else (rows, own)
+            matrices[name] = work.rounded(name, shared, divided)
         factor_H = shared[0]
         rescale: list[tuple[Rescaled, Tensor]] = [("norm", 1 / factor_H)]
         if view.router_weight is not None:

@@ -10,8 +10,11 @@ Starved = Literal["warn", "top_up", "fallback", "error"]
 """What becomes of an expert that too few calibration tokens reach."""
 
 
-class TooFewTokens(ValueError, RuntimeError):
-    """Fewer calibration tokens reach experts than the policy allows: no fault, but an outcome. The message says all."""
+class TooFewTokens(RuntimeError):
+    """Fewer calibration tokens reach experts than the policy allows: no fault, but an outcome. The message says all.
+
+    No ``ValueError``: every option was right, and whether there are enough tokens is known when they are counted.
+    """
 
 
 @dataclass(frozen=True)

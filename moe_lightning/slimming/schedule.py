@@ -34,6 +34,13 @@ class SparsitySchedule:
 
     def __post_init__(self) -> None:
         """Check the options."""
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(
+                    f"SparsitySchedule: {name} must be a number, a share of zeros from 0 to 1, got {value!r}: write "
+                    "it without quotes, e.g. 0.5"
+                )
         if not 0 <= self.start < self.end < 1:
             raise ValueError(
                 f"SparsitySchedule: start={self.start} and end={self.end} must satisfy 0 <= start < end < 1: "
