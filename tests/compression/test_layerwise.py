@@ -1,9 +1,8 @@
-"""Slimming layer by layer: what methods see, what is stored, and that nothing is left of a failure."""
+"""Slimming layer by layer: what methods see, what is stored, and what is said of it."""
 
 import copy
 import dataclasses
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,95 +12,16 @@ from torch import Tensor
 import moe_lightning as ml
 from moe_lightning.architectures import architecture_of
 from moe_lightning.compression import calibration_bytes, check_methods
-from moe_lightning.method import Method
-from moe_lightning.plan import CompressionPlan, Edit, ModelShape, Quantize, Sparsify
-from moe_lightning.slimming.balancing import AWQ
-from moe_lightning.slimming.pruners import Magnitude, SparseGPT, Wanda
-from moe_lightning.slimming.pruning import Pruned
+from moe_lightning.plan import Edit
+from moe_lightning.slimming.pruners import Magnitude, Wanda
 from moe_lightning.slimming.quantizers import GPTQ, RTN
-from moe_lightning.slimming.rounding import Quantized, Scheme, dequantize, round_to_nearest
 from moe_lightning.slimming.view import LayerView, SlimmedLayer
-from moe_lightning.statistics import Statistics
 from moe_lightning.statistics.moment_memory import SOLVING, layer_input_bytes
-from moe_lightning.surgery import plan_of
+from tests.compression.rounding_method import BATCHES, LAYERS, Rounding, compress, rounded
 from tests.compression.test_compress import Snapshot
 from tests.layer_reference import HIDDEN, Seen, close, expected, moments
-from tests.models import random_batches, tiny_mixtral
+from tests.models import tiny_mixtral
 from tests.reference import untouched
-
-LAYERS = 3
-BATCHES = random_batches(3, 2, 9)
-SCHEME = Scheme(bits=8, group_size="channel", scale_dtype=torch.bfloat16)
-
-
-def compress(model: Any, methods: Any = None, batches: Any = BATCHES, **options: Any) -> ml.CompressionResult:
-    with warnings.catch_warnings():
-        if not options.pop("warn", False):
-            warnings.simplefilter("ignore")
-        return ml.compress(model, batches, methods, **{"progress": False, "max_fallback": 1.0, **options})
-
-
-@dataclasses.dataclass
-class Rounding(Method):
-    """Rounds to 8 bits and asks for whatever a test wants to know."""
-
-    moment_kind: str | None = "full"
-    targets: str = "experts"
-    propagate: str = "compressed"
-    gated: bool = False
-    status: str = "rounded"
-    factor: float = 1.0
-    fail_in: int | None = None
-    seen: dict[tuple[int, str], Tensor] = dataclasses.field(default_factory=dict, repr=False, compare=False)
-    views: list[Any] = dataclasses.field(default_factory=list, repr=False, compare=False)
-
-    granularity = "layer"
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset()
-
-    def propose(self, shape: ModelShape, statistics: Statistics) -> tuple[Edit, ...]:
-        edits: list[Edit] = []
-        for block in shape.blocks:
-            if "attention" in self.targets:
-                edits.append(Quantize(block, "attention", 8, "channel", method="rtn"))
-            if "experts" in self.targets and block in shape.moe_layers and shape.layout(block).real:
-                edits.append(Quantize(block, "experts", 8, "channel", method="rtn"))
-        return tuple(edits)
-
-    def describe(self) -> dict[str, Any]:
-        return {"method": "Rounding"}
-
-    def slim(self, edit: Any, view: LayerView) -> SlimmedLayer:
-        if edit.layer == self.fail_in:
-            raise OSError("no memory left")
-        self.views.append(view)
-        matrices: dict[str, Quantized | Pruned] = {}
-        for name in view.matrices:
-            weight = view.weight(name)
-            if self.moment_kind is not None:
-                parts = [
-                    view.moments(name, self.moment_kind, slots, gated=self.gated)  # type: ignore[arg-type]
-                    for slots in view.groups(name, self.moment_kind)  # type: ignore[arg-type]
-                ]
-                self.seen[edit.layer, name] = torch.cat(parts)
-            factor = self.factor if name in ("gate_up_proj", "q_proj", "k_proj", "v_proj") else 1.0
-            matrices[name] = rounded = round_to_nearest(weight * factor, SCHEME)
-            view.replace(name, dequantize(rounded) / factor)
-        statuses = {name: (self.status,) * len(view.weight(name)) for name in matrices}
-        rescale: list[Any] = []
-        if self.factor != 1.0:
-            scale = torch.full((HIDDEN,), self.factor)
-            rescale = [("norm", 1 / scale)]
-            rescale += [("router", scale)] if view.router_weight is not None else []
-            rescale += [("novice_in", scale)] if view.novice_in is not None else []
-        return SlimmedLayer(matrices, statuses, rescale)
-
-
-def rounded(weight: Tensor) -> Tensor:
-    stack = weight if weight.dim() == 3 else weight[None]
-    return dequantize(round_to_nearest(stack, SCHEME), weight.dtype).reshape(weight.shape)
 
 
 def check_by_hand(seen: dict[tuple[int, str], Tensor], gated: bool, propagate: str, attention: bool) -> None:
@@ -262,160 +182,6 @@ def test_views_show_the_layer_as_it_is() -> None:
     assert not model.model.layers[0].mlp.experts.storage.gate_up_proj.dense()[~keep].any()
 
 
-FAILURES: dict[str, tuple[Any, type[BaseException], str]] = {
-    "slim": (Rounding(fail_in=1), OSError, "no memory left"),
-    "slim, original": (Rounding(fail_in=2, propagate="original"), OSError, "no memory left"),
-    "slim, attention": (Rounding(fail_in=1, targets="experts+attention", factor=2.0), OSError, "no memory left"),
-}
-
-
-@pytest.mark.parametrize("method", [value[0] for value in FAILURES.values()], ids=FAILURES)
-@pytest.mark.parametrize("first", ["nothing", "novices", "attention"])
-@pytest.mark.parametrize("compressed", [False, True])
-def test_all_or_nothing(method: Rounding, first: str, compressed: bool) -> None:
-    before_it: list[Method] = {"nothing": [], "novices": [ml.Novices(keep=4)], "attention": []}[first]
-    if first == "attention" and method.targets == "experts":
-        before_it = [Rounding(targets="attention", factor=2.0)]
-    model = tiny_mixtral()
-    if compressed:
-        compress(model, [ml.ExpertDrop(keep=5, criterion="reap"), ml.Novices(keep=4)])
-    model.train()
-    model.model.layers[1].eval()
-    model.model.embed_tokens.requires_grad_(False)
-    before = Snapshot(model)
-    with pytest.raises(OSError, match="no memory left"):
-        compress(model, [*before_it, method])
-    before.check()
-
-
-@dataclasses.dataclass
-class Spoiled(Rounding):
-    """Gives back something that cannot be stored."""
-
-    how: str = ""
-
-    def slim(self, edit: Any, view: LayerView) -> SlimmedLayer:
-        done = super().slim(edit, view)
-        if edit.layer != 1:
-            return done
-        matrix = done.matrices["down_proj"]
-        assert isinstance(matrix, Quantized)
-        if self.how == "scale":
-            matrix.scale[-1, -1, -1] = torch.nan
-        elif self.how == "norm":
-            done.rescale = [("norm", torch.full((HIDDEN,), 1e39, dtype=torch.float64))]
-        elif self.how == "place":
-            done.rescale = [("novice_in", torch.ones(HIDDEN))]
-        elif self.how == "missing":
-            del done.matrices["down_proj"]
-        elif self.how == "shape":
-            done.matrices["down_proj"] = Quantized(*(table[:-1] for table in matrix))
-        elif self.how == "kind":
-            weight = view.weight("down_proj")
-            done.matrices["down_proj"] = Pruned(weight, torch.ones_like(weight, dtype=torch.bool), ("", ""))
-        elif self.how == "interrupt":
-            raise KeyboardInterrupt
-        return done
-
-
-SPOILED = {
-    "scale": "down_proj made by .* is not finite",
-    "norm": "norm rescaled by .* is not finite",
-    "place": "no 'novice_in' to rescale",
-    "missing": r"gave matrices \['gate_up_proj'\] for layer 1",
-    "shape": "made down_proj of the shape",
-    "kind": "down_proj was pruned, but the edit says int8",
-    "interrupt": "^$",
-}
-
-
-@pytest.mark.parametrize(("how", "message"), SPOILED.items(), ids=SPOILED)
-def test_what_cannot_be_stored_is_found_and_undone(how: str, message: str) -> None:
-    model = tiny_mixtral().train()
-    before = Snapshot(model)
-    with pytest.raises(KeyboardInterrupt if how == "interrupt" else RuntimeError, match=message):
-        compress(model, [ml.ExpertDrop(keep=5), Spoiled(how=how)])
-    before.check()
-
-
-def test_an_overflow_in_the_type_of_the_model_is_found_and_undone() -> None:
-    @dataclasses.dataclass
-    class Large(Magnitude):
-        def slim(self, edit: Edit, view: LayerView) -> SlimmedLayer:
-            done = super().slim(edit, view)
-            matrix = done.matrices["down_proj"]
-            assert isinstance(matrix, Pruned)
-            done.matrices["down_proj"] = matrix._replace(weight=matrix.weight.double() * 1e39)
-            return done
-
-    model = tiny_mixtral()
-    before = Snapshot(model)
-    with pytest.raises(RuntimeError, match=r"down_proj made by .* is not finite"):
-        compress(model, Large(pattern="2:4"))
-    before.check()
-
-
-def test_pruned_weights_must_not_come_back() -> None:
-    model = tiny_mixtral()
-    compress(model, Magnitude(sparsity=0.5))
-
-    @dataclasses.dataclass
-    class Careless(Rounding):
-        def slim(self, edit: Any, view: LayerView) -> SlimmedLayer:
-            done = super().slim(edit, view)
-            matrix = done.matrices["down_proj"]
-            assert isinstance(matrix, Quantized)
-            matrix.codes[0, 0] = 255
-            return done
-
-    before = Snapshot(model)
-    with pytest.raises(RuntimeError, match="pruned weights of down_proj came back"):
-        compress(model, Careless())
-    before.check()
-
-
-def test_undo_puts_back_every_bit() -> None:
-    model = tiny_mixtral()
-    before = Snapshot(model)
-    methods = [ml.Novices(keep=4), AWQ(group_size=16, targets="experts+attention"), ml.BlockDrop(count=1)]
-    result = compress(model, methods, reversible=True)
-    assert result.touched == result.claimed > 0
-    result.undo()
-    before.check()
-
-
-def test_optimizers_train_what_is_left() -> None:
-    model = tiny_mixtral().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    model(**BATCHES[0], labels=BATCHES[0]["input_ids"]).loss.backward()
-    optimizer.step()
-    old = model.model.layers[0].mlp.experts.down_proj
-    moment = optimizer.state[old]["exp_avg"].clone()
-    methods = [SparseGPT(pattern="2:4"), Rounding(targets="attention", factor=2.0)]
-    compress(model, methods, optimizers=[optimizer])
-    inside = {id(parameter) for parameter in model.parameters()}
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    assert {id(parameter) for parameter in held} == inside
-    stack = model.model.layers[0].mlp.experts.storage.down_proj
-    assert torch.equal(optimizer.state[stack.values]["exp_avg"], moment.gather(-1, stack.places))
-    kept = stack.zeros_kept().clone()
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(**BATCHES[0], labels=BATCHES[0]["input_ids"]).loss.backward()
-        assert all(parameter.grad is not None for parameter in held)
-        optimizer.step()
-    assert torch.equal(stack.dense() != 0, kept)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_model_slimmed_without_gradients_can_be_trained(mode: Any) -> None:
-    model = tiny_mixtral()
-    with mode():
-        compress(model, [Wanda(sparsity=0.5), AWQ(group_size=16)][:1])
-    model(**BATCHES[0], labels=BATCHES[0]["input_ids"]).loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-
-
 def test_autocast_around_the_compression_changes_no_sum_and_no_method() -> None:
     models = [tiny_mixtral(), tiny_mixtral()]
     compress(models[0], GPTQ(group_size=16))
@@ -500,78 +266,3 @@ def test_the_memory_stated_covers_what_is_kept(original: bool) -> None:
     diagonal = Rounding("diagonal")
     assert calibration_bytes(shape, [RTN(group_size=16), ml.Novices(keep=3)], 18, tokens) > 0
     assert calibration_bytes(shape, [diagonal], 54) == layer_input_bytes(54, HIDDEN, 2, 4) + 6 * 48 * 4
-
-
-def state(model: Any) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-REPLAYED: dict[str, Sequence[Method]] = {
-    "gptq with options": [GPTQ(group_size=16, desc_act=True, damping=0.2, propagate="original")],
-    "awq on attention": [AWQ(group_size=16, targets="experts+attention", clip=False)],
-    "pruned, then rounded": [SparseGPT(pattern="2:4"), GPTQ(group_size="channel", symmetric=True)],
-    "router-weighted": [Wanda(sparsity=0.25, router_weighted=True, scope="matrix")],
-    "mixed": [RTN(group_size=16, targets="experts"), ml.Novices(keep=4), ml.ExpertDrop(keep=5), ml.BlockDrop(count=1)],
-    "trimmed first": [ml.LayerDrop(count=1), ml.Merge(keep=4), Wanda(pattern="4:8", targets="experts+attention")],
-}
-
-
-@pytest.mark.parametrize("methods", REPLAYED.values(), ids=REPLAYED)
-def test_a_plan_makes_the_same_weights_again(methods: Sequence[Method]) -> None:
-    one, other, third = tiny_mixtral(), tiny_mixtral(), tiny_mixtral()
-    result = compress(one, list(methods))
-    again = compress(other, plan=CompressionPlan.from_json(result.plan.to_json()))
-    assert again.plan == result.plan
-    # A replay can be replayed.
-    thrice = compress(third, plan=CompressionPlan.from_json(again.plan.to_json()))
-    assert thrice.plan == result.plan
-    want = state(one)
-    for model in (other, third):
-        for name, tensor in state(model).items():
-            assert torch.equal(tensor, want[name]), name
-
-
-def test_a_plan_written_by_hand_takes_the_methods_that_its_edits_name() -> None:
-    plan = CompressionPlan(
-        (
-            ml.KeepExperts(1, (0, 2, 5)),
-            Quantize(2, "experts", 4, 16, method="gptq"),
-            Quantize(0, "attention", 8, "channel", True, method="rtn"),
-            Sparsify(0, "experts", pattern="2:4", method="router_wanda"),
-            Quantize(0, "experts", 4, 16, method="awq"),
-            Sparsify(1, "experts", sparsity=0.5, scope="matrix"),
-        )
-    )
-    model = tiny_mixtral()
-    result = compress(model, plan=plan)
-    assert result.plan.edits == plan.edits == plan_of(model).edits
-    said = {name: set(module.matrices.values()) for name, module in result.modules.items()}
-    assert said["model.layers.0.mlp.experts"] == {"router wanda, then awq"}
-    assert said["model.layers.0.self_attn"] == {"rtn"}
-    assert said["model.layers.1.mlp.experts"] == {"magnitude"}
-    assert said["model.layers.2.mlp.experts"] == {"gptq"}
-    with pytest.raises(ValueError, match=r"unknown method 'magic' in the plan: known are awq, gptq.*router_wanda"):
-        compress(tiny_mixtral(), plan=CompressionPlan((Quantize(0, method="magic"),)))
-
-
-def test_the_edits_of_a_plan_hold_where_its_history_says_something_else() -> None:
-    result = compress(tiny_mixtral(), GPTQ(group_size=16, damping=0.3))
-    edits = tuple(dataclasses.replace(edit, group_size="channel") for edit in result.plan.edits)  # type: ignore[type-var]
-    model = tiny_mixtral()
-    compress(model, plan=CompressionPlan(edits, result.plan.origin))
-    other = tiny_mixtral()
-    compress(other, GPTQ(group_size="channel", damping=0.3))
-    for name, tensor in state(other).items():
-        assert torch.equal(tensor, state(model)[name]), name
-
-
-def test_methods_before_and_after_trimming_give_working_models() -> None:
-    novices = ml.Novices(keep=4, novice="low_rank", rank=2)
-    for methods in ([GPTQ(group_size=16), novices], [novices, GPTQ(group_size=16)]):
-        model = tiny_mixtral()
-        result = compress(model, [*methods, ml.BlockDrop(count=1)])
-        assert result.touched == result.claimed
-        with torch.no_grad():
-            assert torch.isfinite(model(**BATCHES[0]).logits).all()
-        experts = model.model.layers[0].mlp.experts
-        assert experts.novices.dtype == torch.float32 and experts.storage.format.bits == 4
