@@ -2,13 +2,18 @@
 
 Some CPUs multiply bf16 numbers twice as fast as fp32 ones, some emulate them at a quarter of fp32's speed; torch's
 product with int4 weights has a fast form for some vector units and a very slow one elsewhere. Names of machines do not
-tell, so three short products do. The answers lie far from the thresholds (factors of two and more), so that the same
-machine always decides the same.
+tell, so short products do. On an idle machine the answers lie far from the thresholds (factors of two and more). Where
+other work or few measured CPUs could tip them, and every run must round alike, the environment variable
+``MOE_KERNELS_CPU`` says the answers instead: ``native`` or ``emulated`` for bf16, ``op`` or ``tiles`` for torch's int4
+product, both in ``MOE_KERNELS_CPU=native,op``. What is left out is measured. What holds is logged once.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
+import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +31,11 @@ _UPCAST_ROWS = 8
 _OP_ROWS_NATIVE = 96
 _OP_ROWS_EMULATED = 512
 
+VARIABLE = "MOE_KERNELS_CPU"
+"""Environment variable that fixes the answers; read at the first product."""
+
+logger = logging.getLogger(__name__)
+
 _PROBE_SIZE = 1024
 _PROBE_ROWS = 64
 _PROBE_OP_ROWS = 4
@@ -39,8 +49,9 @@ class Machine:
     Attributes:
         bf16_emulated: Products in bf16 are slower than in fp32.
         int4_op: torch's product with int4 weights is there and is fast.
-        bf16_over_fp32: Time of a product in bf16 over that of the same in fp32, 64 rows.
-        op_over_fp32: Time of the int4 product over that of the same in fp32, 4 rows; infinite where there is none.
+        bf16_over_fp32: Time of a product in bf16 over that of the same in fp32, 64 rows; nan where not measured.
+        op_over_fp32: Time of the int4 product over that of the same in fp32, 4 rows; infinite where there is none, nan
+            where not measured.
     """
 
     bf16_emulated: bool
@@ -87,20 +98,71 @@ def int4_route(rows: int, dtype: torch.dtype, machine: Machine) -> Int4Route:
     return "fp32 tiles" if machine.bf16_emulated else "bf16 tiles"
 
 
-@functools.cache
+# Two threads that measure at once would disturb one another, and could find different answers.
+_LOCK = threading.Lock()
+
+
 def this_machine() -> Machine:
-    """Measure this machine, once in a process: about 20 ms, with as many threads as torch has now."""
-    generator = torch.Generator().manual_seed(0)
+    """Say what this machine is good at: as ``MOE_KERNELS_CPU`` says, or measured, once in a process, in about 20 ms.
+
+    Raises:
+        ValueError: ``MOE_KERNELS_CPU`` holds an unknown word, or two that contradict one another.
+    """
+    with _LOCK:
+        return found_out()
+
+
+@functools.cache
+def found_out() -> Machine:
+    """Do the work of :func:`this_machine`."""
+    emulated, op = _said(os.environ.get(VARIABLE, ""))
+    bf16_over_fp32 = op_over_fp32 = float("nan")
+    if emulated is None or op is None:
+        bf16_over_fp32, op_over_fp32 = _measure()
+    # Found: 0.33 to 0.48 with instructions for bf16, 1.9 to 4 without; 0.2 to 0.6 with vector units, from 13 without.
+    machine = Machine(
+        bf16_over_fp32 > 1 if emulated is None else emulated,
+        op_over_fp32 < 3 if op is None else op,
+        bf16_over_fp32,
+        op_over_fp32,
+    )
+    words = f"{'emulated' if machine.bf16_emulated else 'native'},{'op' if machine.int4_op else 'tiles'}"
+    if emulated is None or op is None:
+        logger.info(
+            f"CPU products: bf16 takes {bf16_over_fp32:.2f} of the time of fp32, torch's int4 product"
+            f" {op_over_fp32:.2f}; decided as with {VARIABLE}={words}, which makes every run decide so"
+        )
+    else:
+        logger.info(f"CPU products: not measured, {VARIABLE}={words}")
+    return machine
+
+
+def _said(words: str) -> tuple[bool | None, bool | None]:
+    """Read the environment variable: is bf16 emulated, is torch's int4 product fast; None where it does not say."""
+    given = {word.strip() for word in words.split(",")} - {""}
+    unknown = given - {"native", "emulated", "op", "tiles"}
+    if unknown or given >= {"native", "emulated"} or given >= {"op", "tiles"}:
+        raise ValueError(
+            f"{VARIABLE}={words}: give native or emulated (products in bf16), op or tiles (int4), or one of each with a"
+            " comma, as native,op"
+        )
+    emulated = "emulated" in given if given & {"native", "emulated"} else None
+    return emulated, "op" in given if given & {"op", "tiles"} else None
+
+
+def _measure() -> tuple[float, float]:
+    """Return times of products in bf16 and with int4 weights over those in fp32, with as many threads as torch has."""
+    generator = torch.Generator("cpu").manual_seed(0)
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        weight = torch.randn(_PROBE_SIZE, _PROBE_SIZE, generator=generator)
-        rows = torch.randn(_PROBE_ROWS, _PROBE_SIZE, generator=generator)
+        weight = torch.randn(_PROBE_SIZE, _PROBE_SIZE, generator=generator, dtype=torch.float32, device="cpu")
+        rows = torch.randn(_PROBE_ROWS, _PROBE_SIZE, generator=generator, dtype=torch.float32, device="cpu")
         narrow_weight, narrow_rows = weight.bfloat16(), rows.bfloat16()
         fp32, bf16 = _best_seconds(lambda: F.linear(rows, weight), lambda: F.linear(narrow_rows, narrow_weight))
         op_over_fp32 = float("inf")
         few, few_narrow = rows[:_PROBE_OP_ROWS], narrow_rows[:_PROBE_OP_ROWS]
         try:
             packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.ones_like(weight, dtype=torch.int32), 1)
-            scales = torch.ones(_PROBE_SIZE // 128, _PROBE_SIZE, 2, dtype=torch.bfloat16)
+            scales = torch.ones(_PROBE_SIZE // 128, _PROBE_SIZE, 2, dtype=torch.bfloat16, device="cpu")
             few_fp32, op = _best_seconds(
                 lambda: F.linear(few, weight),
                 lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(few_narrow, packed, 128, scales),
@@ -108,8 +170,7 @@ def this_machine() -> Machine:
             op_over_fp32 = op / few_fp32
         except (AttributeError, NotImplementedError, RuntimeError):
             pass  # a build of torch without it
-    # Found: 0.33 to 0.47 with instructions for bf16, 1.9 to 4 without; 0.2 to 0.6 with vector units, from 13 without.
-    return Machine(bf16 > fp32, op_over_fp32 < 3, bf16 / fp32, op_over_fp32)
+    return bf16 / fp32, op_over_fp32
 
 
 def _best_seconds(*runs: Callable[[], Tensor]) -> tuple[float, ...]:

@@ -1,0 +1,85 @@
+"""What is found out about the CPU, and what the environment says instead."""
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from moe_kernels import machine
+from moe_kernels.machine import Machine, this_machine
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(machine.VARIABLE, raising=False)
+    machine.found_out.cache_clear()
+    yield
+    machine.found_out.cache_clear()
+
+
+def test_what_was_found_is_kept_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, machine.logger.name)
+    found = this_machine()
+    assert this_machine() is found and found.bf16_over_fp32 > 0 and found.op_over_fp32 > 0
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert f"{found.bf16_over_fp32:.2f}" in line and machine.VARIABLE in line
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+@pytest.mark.parametrize("op", [False, True])
+def test_the_environment_decides_whatever_is_measured(
+    emulated: bool, op: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, machine.logger.name)
+    monkeypatch.setenv(machine.VARIABLE, f"{'emulated' if emulated else 'native'}, {'op' if op else 'tiles'}")
+    monkeypatch.setattr(machine, "_measure", lambda: pytest.fail("measured all the same"))
+    found = this_machine()
+    assert (found.bf16_emulated, found.int4_op) == (emulated, op)
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "not measured" in line and machine.VARIABLE in line
+
+
+@pytest.mark.parametrize(
+    ("words", "times", "expected"),
+    [
+        ("native", (2.0, 9.0), (False, False)),
+        ("emulated", (0.5, 0.5), (True, True)),
+        ("op", (2.0, 9.0), (True, True)),
+        ("tiles", (0.5, 0.5), (False, False)),
+        ("", (0.5, 9.0), (False, False)),
+        ("", (2.0, float("inf")), (True, False)),
+    ],
+)
+def test_what_is_not_said_is_measured(
+    words: str, times: tuple[float, float], expected: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(machine.VARIABLE, words)
+    monkeypatch.setattr(machine, "_measure", lambda: times)
+    assert this_machine() == Machine(*expected, *times)
+
+
+@pytest.mark.parametrize("words", ["fast", "native,emulated", "op,tiles,native", "native,amx"])
+def test_unknown_and_contradicting_words_are_refused(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(machine.VARIABLE, words)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{machine.VARIABLE}={words}: give native or emulated"):
+            this_machine()
+
+
+def test_threads_get_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    honest = machine._measure
+    monkeypatch.setattr(machine, "_measure", lambda: measured.append(True) or honest())
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: this_machine(), range(4)))
+    assert len(measured) == 1 and all(answer is answers[0] for answer in answers)
+
+
+def test_the_default_device_and_type_are_left_alone() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert 0 < this_machine().bf16_over_fp32 < 50
+    finally:
+        torch.set_default_dtype(torch.float32)
