@@ -72,12 +72,12 @@ def cpu_layout(outputs: int) -> Layout | None:
     """
     if outputs <= 0 or outputs % _ROW_MULTIPLE:
         return None
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     try:
         with torch.inference_mode():
             layout = _read_layout(outputs, _PROBE_INPUTS[0])
             for inputs in _PROBE_INPUTS:
-                codes_OI = torch.randint(0, 16, (outputs, inputs), generator=generator, dtype=torch.uint8)
+                codes_OI = torch.randint(0, 16, (outputs, inputs), generator=generator, dtype=torch.uint8, device="cpu")
                 packed = _pack_rows(codes_OI, layout)
                 if not torch.equal(packed, _packed_by_torch(codes_OI)):
                     return None
@@ -94,8 +94,8 @@ def _packed_by_torch(codes_OI: Tensor) -> Tensor:
 
 def _read_layout(outputs: int, inputs: int) -> Layout:
     """Pack the numbers of rows, four bits at a time, and read off which row every half byte belongs to."""
-    rows_O1 = torch.arange(outputs)[:, None]
-    low, high = torch.zeros(2, outputs * inputs // 2, dtype=torch.int64)
+    rows_O1 = torch.arange(outputs, device="cpu")[:, None]
+    low, high = torch.zeros(2, outputs * inputs // 2, dtype=torch.int64, device="cpu")
     for shift in range(0, outputs.bit_length(), 4):
         plane = _packed_by_torch((rows_O1 >> shift & 15).to(torch.uint8).expand(outputs, inputs).contiguous()).long()
         low |= (plane & 15) << shift
@@ -229,9 +229,9 @@ class CpuMatrices(Int4Matrices):
         for run in layout:
             half = run.rows // 2
             most = min(run.number, max(1, 2 * TILE_WEIGHTS // (run.rows * self.inputs)))
-            codes = torch.empty(most, self.inputs, half, dtype=torch.uint8)
-            plain, scaled = torch.empty(2, *codes.shape, dtype=wide)
-            weight = torch.empty(self.inputs * most * run.rows, dtype=dtype)
+            codes = torch.empty(most, self.inputs, half, dtype=torch.uint8, device="cpu")
+            plain, scaled = torch.empty(2, *codes.shape, dtype=wide, device="cpu")
+            weight = torch.empty(self.inputs * most * run.rows, dtype=dtype, device="cpu")
             bytes_BID = run.bytes_of(self.packed_SOB[slot], self.inputs)
             low, high = (
                 [
@@ -274,7 +274,8 @@ def to_cpu_layout(words_SOW: Tensor, scale_SOG: Tensor, zero_SOB: Tensor | None,
 
     Returns:
         The matrices, or None where they must stay as they are: no such layout on this machine or for this number of
-        outputs, groups or scales of another kind, or zeros that would not come back exactly.
+        outputs, groups or scales of another kind, or anything that would not come back exactly: each matrix is turned
+        back, and compared.
     """
     slots, outputs, groups = scale_SOG.shape
     group = op_group(inputs // groups) if groups and inputs % groups == 0 else None
@@ -285,8 +286,9 @@ def to_cpu_layout(words_SOW: Tensor, scale_SOG: Tensor, zero_SOB: Tensor | None,
     if layout is None:
         return None
     with torch.inference_mode(False), torch.no_grad():
-        packed_SOB = torch.empty(slots, outputs, inputs // 2, dtype=torch.uint8)
-        scales_SGO2 = torch.empty(slots, inputs // group, outputs, 2, dtype=torch.bfloat16)
+        # What torch's default device is, must not matter: the stored form is dropped for this one.
+        packed_SOB = torch.empty(slots, outputs, inputs // 2, dtype=torch.uint8, device="cpu")
+        scales_SGO2 = torch.empty(slots, inputs // group, outputs, 2, dtype=torch.bfloat16, device="cpu")
         for slot in range(slots):
             codes_OI = unpack_int4(words_SOW[slot].view(torch.uint8), inputs)
             packed_SOB[slot] = _pack_rows(codes_OI, layout).view(outputs, -1)
@@ -299,7 +301,18 @@ def to_cpu_layout(words_SOW: Tensor, scale_SOG: Tensor, zero_SOB: Tensor | None,
             if not torch.equal(_zeros(pairs_GO2).T, zero_OG.float()):
                 return None  # scales that are zero or not finite
             scales_SGO2[slot] = pairs_GO2.repeat_interleave(inputs // groups // group, 0)
+            one = slice(slot, slot + 1)
+            back = from_cpu_layout(CpuMatrices(packed_SOB[one], scales_SGO2[one]), groups, zero_SOB is None)
+            given = [None if tensor is None else tensor[one] for tensor in (words_SOW, scale_SOG, zero_SOB)]
+            if not all(_equal(*pair) for pair in zip(back, given, strict=True)):
+                return None
     return CpuMatrices(packed_SOB, scales_SGO2)
+
+
+def _equal(back: Tensor | None, given: Tensor | None) -> bool:
+    if back is None or given is None:
+        return back is given
+    return back.dtype == given.dtype and torch.equal(back, given)
 
 
 def from_cpu_layout(matrices: CpuMatrices, groups: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -317,7 +330,7 @@ def from_cpu_layout(matrices: CpuMatrices, groups: int, symmetric: bool) -> tupl
     layout = cpu_layout(outputs)
     assert layout is not None
     with torch.inference_mode(False), torch.no_grad():
-        words_SOW = torch.empty(slots, outputs, half // 4, dtype=torch.int32)
+        words_SOW = torch.empty(slots, outputs, half // 4, dtype=torch.int32, device="cpu")
         for slot in range(slots):
             codes_OI = _unpack_rows(matrices.packed_SOB[slot].flatten(), outputs, layout)
             words_SOW[slot] = pack_int4(codes_OI, torch.uint8).view(torch.int32)

@@ -45,7 +45,7 @@ def upcast_grouped_linear(
     machine = machine or this_machine()
     out_PO = rows_PX.new_empty(rows_PX.shape[0], weight_SOX.shape[1])
     step = max(_TILE_ROWS, _TILE_WEIGHTS // max(weight_SOX.shape[2], 1))
-    tile = torch.empty(min(step, weight_SOX.shape[1]), weight_SOX.shape[2], dtype=torch.float32)
+    tile = torch.empty(min(step, weight_SOX.shape[1]), weight_SOX.shape[2], dtype=torch.float32, device=rows_PX.device)
     start = 0
     for end, weight_OX in zip(offsets_S.tolist(), weight_SOX, strict=True):
         group = slice(start, end)

@@ -1,5 +1,6 @@
 """The layout of torch's int4 product on a CPU: there and back exactly, and the products of every way it can take."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 import torch
 from moe_kernels import CpuMatrices, cpu_layout, from_cpu_layout, grouped_product, int4, to_cpu_layout
-from moe_kernels.machine import Machine, this_machine
+from moe_kernels.machine import Machine
 from moe_kernels.packing import pack_int4
 
 from tests.kernels.packed import Packed, draw_rows, make_packed, relative_error
@@ -182,6 +183,35 @@ def test_without_torchs_product_there_is_no_layout(monkeypatch: pytest.MonkeyPat
     assert cpu_layout.cpu_layout.__wrapped__(64) is None
 
 
+@pytest.mark.parametrize("rows_of_block", [16, 32, 64])
+@pytest.mark.parametrize("neighbours", [False, True], ids=["halves", "neighbours"])
+def test_there_and_back_with_blocks_as_other_machines_have_them(
+    rows_of_block: int, neighbours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes of two rows half a block apart (vector units), or of two neighbours (none), and a smaller last block."""
+
+    def packed_elsewhere(codes: torch.Tensor) -> torch.Tensor:
+        out = []
+        for first in range(0, codes.shape[0], rows_of_block):
+            block = codes[first : first + rows_of_block].tolist()
+            half = len(block) // 2
+            pairs = [(2 * d, 2 * d + 1) if neighbours else (d, d + half) for d in range(half)]
+            out += [block[low][i] | block[high][i] << 4 for i in range(codes.shape[1]) for low, high in pairs]
+        return torch.tensor(out, dtype=torch.uint8)
+
+    monkeypatch.setattr(cpu_layout, "_packed_by_torch", packed_elsewhere)
+    monkeypatch.setattr(cpu_layout, "cpu_layout", functools.cache(cpu_layout.cpu_layout.__wrapped__))
+    for outputs in (16, 48, 80, 128):
+        packed = make_packed(2, outputs, 64, 32)
+        matrices = converted(packed)
+        expected = packed_elsewhere(torch.from_numpy(packed.codes[1]))
+        torch.testing.assert_close(matrices.packed_SOB[1].flatten(), expected, rtol=0, atol=0)
+        for got, stored in zip(from_cpu_layout(matrices, 2, False), packed.stored[:3], strict=True):
+            assert got is not None and stored is not None and torch.equal(got, stored)
+        rows, offsets = draw_rows(3, 64), torch.tensor([1, 3], dtype=torch.int32)
+        assert relative_error(grouped_product(rows, offsets, matrices), packed.product(rows, offsets)) <= 1e-6
+
+
 OTHER_WIDTH = """
 import torch
 from moe_kernels import from_cpu_layout, to_cpu_layout
@@ -194,12 +224,8 @@ print(torch.backends.cpu.get_cpu_capability())
 """
 
 
+@pytest.mark.slow
 def test_there_and_back_with_another_vector_width() -> None:
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", OTHER_WIDTH], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_what_was_found_about_this_machine_is_kept() -> None:
-    assert this_machine() is this_machine()
-    assert this_machine().bf16_over_fp32 > 0 and this_machine().op_over_fp32 > 0

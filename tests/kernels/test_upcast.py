@@ -39,6 +39,14 @@ def test_equals_float64(monkeypatch: pytest.MonkeyPatch, ends: tuple[int, ...], 
         torch.testing.assert_close(got, expected.float().bfloat16(), rtol=0, atol=0)
 
 
+def test_the_default_device_is_not_where_tiles_go() -> None:
+    case = draw_case((20, 40))
+    expected = upcast_grouped_linear(*case, machine=EMULATED)
+    with torch.device("meta"):
+        got = upcast_grouped_linear(*case, machine=EMULATED)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 def test_is_taken_where_bf16_is_emulated_and_no_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
 
