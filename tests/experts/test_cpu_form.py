@@ -2,10 +2,14 @@
 
 import copy
 import io
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pytest
 import torch
+from moe_kernels import cpu_layout, machine
 from moe_kernels.machine import Machine, this_machine
 from torch import Tensor
 
@@ -103,7 +107,7 @@ def test_works_in_one_form_and_is_stored_in_another(symmetric: bool) -> None:
         lambda stack: stack.to("cpu"),
         lambda stack: copy.deepcopy(stack),
         lambda stack: torch.save(stack, io.BytesIO()),
-        lambda stack: stack.load_state_dict(make_stack(stack._symmetric).state_dict()),
+        lambda stack: stack.load_state_dict(make_stack(stack.format.symmetric).state_dict()),
     ],
     ids=lambda ask: ask.__code__.co_names[-1],
 )
@@ -203,3 +207,102 @@ def test_compiled_equals_eager() -> None:
         torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
         layer.state_dict()
         torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
+
+
+def together(*works: Callable[[], object]) -> list[object]:
+    """Begin all works at once, and return what they do or raise."""
+    barrier = Barrier(len(works))
+
+    def one(work: Callable[[], object]) -> object:
+        barrier.wait()
+        return work()
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [future.result() for future in [pool.submit(one, work) for work in works]]
+
+
+@SYMMETRIC
+@pytest.mark.parametrize("ask", ["linear", "dense", "state_dict", "copy", "buffers"])
+def test_threads_share_a_stack(symmetric: bool, ask: str) -> None:
+    x, offsets = rows()
+    reference, dense = expected(make_stack(symmetric), x), make_stack(symmetric).dense()
+    stored = {name for name in NAMES if make_stack(symmetric)._buffers[name] is not None}
+
+    def multiply() -> None:
+        with torch.no_grad():
+            for _ in range(5):
+                assert close(stack.linear(x, offsets), reference)
+
+    def other() -> None:
+        for _ in range(5):
+            if ask == "dense":
+                assert torch.equal(stack.dense(), dense)
+            elif ask == "state_dict":
+                assert set(stack.state_dict()) == stored
+            elif ask == "copy":
+                assert torch.equal(copy.deepcopy(stack).dense(), dense)
+            elif ask == "buffers":
+                assert {name for name, _ in stack.named_buffers()} in (stored, {"cpu_codes", "cpu_scales"})
+            else:
+                multiply()
+
+    for _ in range(20):
+        stack = make_stack(symmetric)
+        together(multiply, other, multiply, other)
+
+
+@SYMMETRIC
+@pytest.mark.parametrize("when", ["before", "while it works"])
+def test_a_shallow_copy_is_a_stack_of_its_own(symmetric: bool, when: str) -> None:
+    stack = make_stack(symmetric)
+    x, offsets = rows()
+    with torch.no_grad():
+        if when == "while it works":
+            stack.linear(x, offsets)
+        other = copy.copy(stack)
+        stack.linear(x, offsets)
+        assert stack.in_cpu_form and not other.in_cpu_form
+        assert torch.equal(other.dense(), make_stack(symmetric).dense())
+        other.linear(x, offsets)
+        stack.state_dict()
+        assert other.in_cpu_form and not stack.in_cpu_form
+        assert close(other.linear(x, offsets), expected(stack, x))
+
+
+@pytest.fixture
+def nothing_known() -> Iterator[None]:
+    """Let what is known about the machine be found out again, and forget that."""
+    for function in (cpu_layout.cpu_layout, machine.found_out):
+        function.cache_clear()
+    yield
+    for function in (cpu_layout.cpu_layout, machine.found_out):
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_known")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_default_device_is_not_where_the_weights_go(dtype: torch.dtype) -> None:
+    stack = make_stack()
+    x, offsets = rows(200)
+    reference = expected(stack, x)
+    with torch.device("meta"):
+        with torch.no_grad():
+            got = [stack.linear(x, offsets), stack.linear(x.to(dtype), offsets)]
+        assert stack.in_cpu_form and all(buffer.device.type == "cpu" for buffer in stack.buffers())
+        wide = x.to(dtype).requires_grad_()
+        stack.linear(wide, offsets).sum().backward()
+        stored = stack.state_dict()
+    assert all(close(part, reference) for part in got) and wide.grad is not None and wide.grad.isfinite().all()
+    for name, tensor in make_stack().state_dict().items():
+        torch.testing.assert_close(stored[name], tensor, rtol=0, atol=0)
+
+
+def test_what_does_not_come_back_is_not_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cpu_layout.cpu_layout(OUTPUTS) is not None  # found out before
+    honest = cpu_layout._pack_rows
+    monkeypatch.setattr(cpu_layout, "_pack_rows", lambda codes, layout: honest(codes, layout).bitwise_xor_(1))
+    stack = make_stack()
+    x, offsets = rows()
+    with torch.no_grad():
+        assert close(stack.linear(x, offsets), expected(make_stack(), x), 4e-3)
+    check_stored(stack, tensors_of(make_stack()))

@@ -1,13 +1,15 @@
 """int4 weights in the form that torch's own int4 product on a CPU works on, instead of the form that is stored.
 
 Only one of the two is in memory. The stored form comes back, bit for bit, when anybody asks for it: a state dict, a
-move to another device, a copy, a dense stack.
+move to another device, a copy, a dense stack. Threads may share a stack: the forms change under a lock, all buffers at
+once, and a product keeps the tensors that it began with.
 
 Legend: P rows sorted by slot, I inputs, O outputs, S matrices (slots).
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -16,8 +18,10 @@ from moe_kernels.machine import this_machine
 from torch import Tensor
 
 from moe_lightning.experts.stacks.base import WeightStack
+from moe_lightning.plan import WeightFormat
 
 _STORED = ("words", "scale", "zero")
+_WORKING = ("cpu_codes", "cpu_scales")
 
 
 class CpuForm(WeightStack):
@@ -34,6 +38,20 @@ class CpuForm(WeightStack):
     cpu_scales: Tensor
     # The stored form cannot be turned into the other and back: found out once, until other weights are loaded.
     _stays_stored = False
+
+    def __init__(self, format: WeightFormat, slots: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
+        """Note the sizes; children register the tensors of the stored form.
+
+        Raises:
+            ValueError: Matrices of this size cannot be stored so.
+        """
+        super().__init__(format, slots, outputs, inputs, dtype)
+        self._non_persistent_buffers_set.update(_WORKING)
+        self._begin()
+
+    def _begin(self) -> None:
+        # Taken again by who holds it: a state dict asks for the stored form.
+        self._lock = threading.RLock()
 
     @property
     def in_cpu_form(self) -> bool:
@@ -54,11 +72,12 @@ class CpuForm(WeightStack):
         return grouped_product(rows_PI, offsets_S, self._matrices(rows_PI))
 
     def _matrices(self, rows_PI: Tensor) -> Int4Matrices:
-        if not self.in_cpu_form and self._gains_from(rows_PI):
-            self._take_cpu_form()
-        if self.in_cpu_form:
-            return CpuMatrices(self.cpu_codes, self.cpu_scales)
-        return WordMatrices(self.words, self.scale, self.zero, self.inputs)
+        with self._lock:
+            if not self.in_cpu_form and self._gains_from(rows_PI):
+                self._take_cpu_form()
+            if self.in_cpu_form:
+                return CpuMatrices(self.cpu_codes, self.cpu_scales)
+            return WordMatrices(self.words, self.scale, self.zero, self.inputs)
 
     def _gains_from(self, rows_PI: Tensor) -> bool:
         return (
@@ -71,47 +90,65 @@ class CpuForm(WeightStack):
         )
 
     def _take_cpu_form(self) -> None:
-        matrices = to_cpu_layout(self.words, self.scale, self.zero, self.inputs)
+        matrices = None
+        if self.scale.shape[-1] == self._num_groups and (self.zero is None) == self.format.symmetric:
+            matrices = to_cpu_layout(self.words, self.scale, self.zero, self.inputs)
         if matrices is None:
             self._stays_stored = True
             return
-        self._symmetric, self._groups = self.zero is None, self.scale.shape[-1]
-        for name in _STORED:
-            delattr(self, name)
-        self.register_buffer("cpu_codes", matrices.packed_SOB, persistent=False)
-        self.register_buffer("cpu_scales", matrices.scales_SGO2, persistent=False)
+        self._hold(cpu_codes=matrices.packed_SOB, cpu_scales=matrices.scales_SGO2)
+
+    @property
+    def _num_groups(self) -> int:
+        return self.inputs // self.format.group_of(self.inputs)
+
+    def _hold(self, **tensors: Tensor | None) -> None:
+        # Another dict, for whoever goes through the buffers meanwhile: it shows one form or the other.
+        others = {name: held for name, held in self._buffers.items() if name not in (*_STORED, *_WORKING)}
+        self._buffers = others | tensors
 
     def take_stored_form(self) -> None:
         """Hold the weights as they are stored, if they are not."""
-        if not self.in_cpu_form:
-            return
-        stored = from_cpu_layout(CpuMatrices(self.cpu_codes, self.cpu_scales), self._groups, self._symmetric)
-        del self.cpu_codes, self.cpu_scales
-        for name, tensor in zip(_STORED, stored, strict=True):
-            self.register_buffer(name, tensor)
+        with self._lock:
+            if self.in_cpu_form:
+                matrices = CpuMatrices(self.cpu_codes, self.cpu_scales)
+                stored = from_cpu_layout(matrices, self._num_groups, self.format.symmetric)
+                self._hold(**dict(zip(_STORED, stored, strict=True)))
 
     def __getattr__(self, name: str) -> Any:
         # Called for what is no plain attribute: buffers, and what is not there.
-        if name in _STORED and self.__dict__.get("_buffers", {}).get("cpu_codes") is not None:
-            self.take_stored_form()
+        if name in _STORED and "_lock" in self.__dict__:
+            with self._lock:
+                self.take_stored_form()
+                return super().__getattr__(name)
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies, and pickles that another machine may read.
-        self.take_stored_form()
-        return self.__dict__.copy()
+        # Copies, shallow ones too, and pickles that another machine may read.
+        with self._lock:
+            self.take_stored_form()
+            state = self.__dict__ | {"_buffers": self._buffers.copy()}
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._begin()
 
     def _apply(self, fn: Any, recurse: bool = True) -> CpuForm:
-        self.take_stored_form()
-        self._stays_stored = False
-        super()._apply(fn, recurse)
+        with self._lock:
+            self.take_stored_form()
+            self._stays_stored = False
+            super()._apply(fn, recurse)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.take_stored_form()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        with self._lock:
+            self.take_stored_form()
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self.take_stored_form()
-        self._stays_stored = False
-        super()._load_from_state_dict(*args)
+        with self._lock:
+            self.take_stored_form()
+            self._stays_stored = False
+            super()._load_from_state_dict(*args)
