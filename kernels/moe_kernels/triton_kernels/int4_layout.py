@@ -27,7 +27,7 @@ ZERO_OFFSET = 128
 GROUPS = (128, 64)
 """Group sizes that the kernels know; larger ones are cut into several with the same scale."""
 
-_ROW_MULTIPLE = 16
+ROW_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def to_tiles(words_SOW: Tensor, scale_SOG: Tensor, zero_SOB: Tensor | None, inpu
             f"{groups} groups of {inputs} inputs: the kernels want groups of {' or '.join(map(str, GROUPS))} inputs, "
             "or a multiple of them"
         )
-    if outputs % _ROW_MULTIPLE:
-        raise ValueError(f"{outputs} outputs: the kernels want a multiple of {_ROW_MULTIPLE}")
+    if outputs % ROW_MULTIPLE:
+        raise ValueError(f"{outputs} outputs: the kernels want a multiple of {ROW_MULTIPLE}")
     if scale_SOG.dtype != torch.bfloat16:
         raise ValueError(f"scales are {scale_SOG.dtype}: the kernels want bfloat16")
     cuts = inputs // groups // group

@@ -13,7 +13,7 @@ from moe_kernels.packing import pack_int4, unpack_int4
 from torch import Tensor
 
 from moe_lightning.experts.stacks.base import WeightStack, slot_index
-from moe_lightning.experts.stacks.cpu_form import CpuForm
+from moe_lightning.experts.stacks.gpu_form import GpuForm
 from moe_lightning.plan import WeightFormat
 
 SCALE_TYPE = torch.bfloat16
@@ -82,10 +82,11 @@ def _decode(codes_SOI: Tensor, scale_SOG: Tensor, zero_SOG: Tensor | int, dtype:
     return ((codes_SOGX - zero) * scale_SOG[..., None].to(wide)).flatten(-2).to(dtype)
 
 
-class Int4(CpuForm):
+class Int4(GpuForm):
     """Codes of 4 bits with a scale, and mostly a zero point, for every group: ``w = (code - zero) * scale``.
 
-    On a CPU that computes in bf16 the weights take another form while they work; see `CpuForm`.
+    On a CPU that computes in bf16, and in the Triton kernels, the weights take another form while they work; see
+    `CpuForm` and `GpuForm`.
 
     Attributes:
         words: Eight codes an int32, the first in the lowest bits, ``[S, O, ceil(I / 8)]``.

@@ -1,0 +1,183 @@
+"""When a sum over experts goes through the Triton kernels, and the way there.
+
+Nothing else changes: state dicts, training and everything on a CPU go the way of plain torch, which says the same.
+``MOE_KERNELS_GPU=off`` switches the kernels off for a process, `use_kernels` for a stretch of code.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from moe_kernels import NoviceMaps
+from moe_kernels.experts import Activation
+from torch import Tensor, nn
+
+from moe_lightning.experts.stacks import Int4
+from moe_lightning.experts.storage import Dense, Packed
+
+VARIABLE = "MOE_KERNELS_GPU"
+"""Environment variable read at import: ``auto`` or ``off``."""
+
+Use = Literal["auto", "off", "always"]
+"""``auto``: on a GPU, without gradients. ``always``: on a CPU too, in triton's interpreter (for tests)."""
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Volta and Turing have no bf16, and no table of tiles.
+_LEAST_CAPABILITY = 8
+
+
+def _said(word: str) -> Use:
+    found = next((use for use in get_args(Use) if use == word), None)
+    if found is None:
+        raise ValueError(f"{VARIABLE}={word}: give auto, off or always")
+    return found
+
+
+_use: Use = _said(os.environ.get(VARIABLE, "auto"))
+
+
+@contextmanager
+def use_kernels(use: Use) -> Iterator[None]:
+    """Decide about the kernels inside a ``with`` block, in all threads.
+
+    Args:
+        use: ``auto``, ``off`` or ``always``.
+
+    Raises:
+        ValueError: Another word.
+    """
+    global _use
+    before, _use = _use, _said(use)
+    try:
+        yield
+    finally:
+        _use = before
+
+
+class KernelWeights(NamedTuple):
+    """Weights of real experts as the kernels take them.
+
+    Attributes:
+        gate_up: ``[S, 2I, H]`` alone; or words and pairs of int4 tiles.
+        down: ``[S, H, I]`` in the same form.
+        bias: ``[S, H]`` or None.
+    """
+
+    gate_up: list[Tensor]
+    down: list[Tensor]
+    bias: Tensor | None = None
+
+
+def why_torch(
+    hidden_NH: Tensor, weight_NK: Tensor, parameters: Iterable[Tensor | None], activation: Activation
+) -> str | None:
+    """Say why a sum over experts does not go through the kernels; None where nothing is known against it.
+
+    Whether the kernels know the weights is another question: `storage_weights`, and ``why_not`` of the kernels.
+
+    Args:
+        hidden_NH: Input of the block.
+        weight_NK: Routing weights.
+        parameters: Everything that might be trained.
+        activation: Of the gate half.
+    """
+    if _use == "off":
+        return "the kernels are switched off"
+    if hidden_NH.device.type != "cuda" and _use != "always":
+        return f"the input is on {hidden_NH.device.type}"
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    if torch.is_grad_enabled() and _wants_gradient(hidden_NH, weight_NK, *parameters):
+        return "a gradient is wanted"
+    if torch.is_autocast_enabled(hidden_NH.device.type):
+        return "autocast decides about types"
+    if not is_silu(activation):
+        return f"the activation is {activation}, and the kernels know SiLU"
+    if hidden_NH.device.type == "cuda" and _capability(hidden_NH.device) < _LEAST_CAPABILITY:
+        return "the GPU is older than the kernels know"
+    return None
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).major
+
+
+def is_silu(activation: Activation) -> bool:
+    """Say whether an activation is ``x * sigmoid(x)``, by its name: transformers has a class of its own."""
+    return activation is nn.functional.silu or type(activation).__name__ in ("SiLU", "SiLUActivation")
+
+
+def storage_weights(storage: Dense | Packed, hidden_NH: Tensor) -> KernelWeights | str:
+    """Return the weights of a storage as the kernels take them, or say why they cannot.
+
+    int4 stacks take the form of the kernels at the first call.
+
+    Args:
+        storage: Weights of the real experts.
+        hidden_NH: Input of the block.
+    """
+    if not storage.num_slots:
+        # Only novices, whatever real experts would be stored as.
+        empty = hidden_NH.new_empty(0, 16, storage.hidden_size)
+        return KernelWeights([empty], [empty.new_empty(0, storage.hidden_size, 8)])
+    first, second = storage.gate_up_proj, storage.down_proj
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return KernelWeights([first], [second], storage.bias)
+    if not isinstance(first, Int4) or not isinstance(second, Int4):
+        return f"the kernels do not know {storage.gate_up_proj}"
+    reason = first.why_no_tiles() or second.why_no_tiles()
+    if reason is not None:
+        return reason
+    gate_up, down = first.tiles(), second.tiles()
+    return KernelWeights([gate_up.words_SGOW, gate_up.pairs_SGO], [down.words_SGOW, down.pairs_SGO], storage.bias)
+
+
+def mix_by_kernels(
+    hidden_NH: Tensor,
+    index_NK: Tensor,
+    weight_NK: Tensor,
+    slot_map_E: Tensor,
+    weights: KernelWeights,
+    novices_VH: Tensor | None = None,
+    maps: NoviceMaps | None = None,
+) -> Tensor | None:
+    """Compute a sum over experts by the kernels.
+
+    Args:
+        hidden_NH: Input of the block.
+        index_NK: Experts chosen by the router.
+        weight_NK: Their routing weights.
+        slot_map_E: Slot or novice of each expert.
+        weights: Of the real experts.
+        novices_VH: Novice vectors, or None.
+        maps: Their low-rank maps, or None.
+
+    Returns:
+        ``[N, H]`` in the type of the input; None where the kernels do not know these types or sizes.
+    """
+    # Not before they are needed: triton is slow to import, and is not everywhere.
+    from moe_kernels.triton_kernels.block import mix_experts_op, why_not
+
+    if why_not(hidden_NH, weights.gate_up, weights.down) is not None:
+        return None
+    novices = [] if novices_VH is None else [novices_VH, *(maps or ())]
+    with _launching_on(hidden_NH.device):
+        return mix_experts_op(
+            hidden_NH, index_NK, weight_NK, slot_map_E, weights.gate_up, weights.down, novices, weights.bias
+        )
+
+
+def _launching_on(device: torch.device) -> torch.cuda.device | nullcontext[None]:
+    """Triton launches on the current GPU, torch on that of the tensors: layers may be spread over several."""
+    if device.type != "cuda" or torch.cuda.device_count() == 1:
+        return nullcontext()
+    return torch.cuda.device(device)
