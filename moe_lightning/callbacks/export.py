@@ -7,8 +7,11 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
+from moe_lightning.architectures import architecture_of
 from moe_lightning.callbacks.at_step import AtStep, Moment, language_model, say
-from moe_lightning.checkpoints import Format, save_pretrained
+from moe_lightning.callbacks.compress import Compress
+from moe_lightning.callbacks.gradual import check_acts
+from moe_lightning.checkpoints import Format, check_format, may_be_uneven, save_pretrained
 
 
 class Export(AtStep):
@@ -47,6 +50,44 @@ class Export(AtStep):
     def folder(self, trainer: Trainer) -> Path:
         """Return the folder that is written."""
         return Path(trainer.default_root_dir) / "models" / self.name
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make sure that the format holds the model that there will be, before anything is trained.
+
+        Raises:
+            ValueError: It does not, after what ``Compress`` does before this step.
+        """
+        if self.done:
+            return
+        model = language_model(pl_module)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        mine = float("inf") if self.at_step == "end" else self.at_step, callbacks.index(self)
+        course = [
+            ((callback.step_of(act), place), act)
+            for place, callback in enumerate(callbacks)
+            if isinstance(callback, Compress) and not callback.done
+            for act in callback.acts[callback.acts_done :]
+        ]
+        course = sorted((item for item in course if item[0] < mine), key=lambda item: item[0])
+        where = f"Export {self.name!r} at {'the end' if self.at_step == 'end' else f'step {self.at_step}'}"
+        shape = architecture_of(model).shape(model)
+        try:
+            check_format(shape, self.format)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if self.format != "transformers":
+            return
+        shape = check_acts(shape, ((step, act) for (step, _), act in course))
+        try:
+            check_format(shape, self.format)
+        except ValueError as error:
+            raise ValueError(f"{where}: after the Compress before it {error}") from None
+        uneven = [type(method).__name__ for _, act in course for method in act.methods if may_be_uneven(method)]
+        if uneven:
+            raise ValueError(
+                f"{where}: format=transformers needs the same number of experts in every layer, which "
+                f"{', '.join(uneven)} with another scope than layer does not promise: use scope=layer or format=auto"
+            )
 
     def act(self, trainer: Trainer, module: LightningModule) -> None:
         """Write the folder; one that a killed run left is replaced."""

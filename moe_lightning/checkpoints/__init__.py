@@ -1,6 +1,6 @@
 """Reading and writing models as Hugging Face folders."""
 
-from moe_lightning.checkpoints.folders import Format, check_format, from_pretrained, save_pretrained
+from moe_lightning.checkpoints.folders import Format, check_format, from_pretrained, may_be_uneven, save_pretrained
 from moe_lightning.checkpoints.inspect import check_checkpoint, read_config, stored_bytes, stored_dtype
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "check_checkpoint",
     "check_format",
     "from_pretrained",
+    "may_be_uneven",
     "read_config",
     "save_pretrained",
     "stored_bytes",

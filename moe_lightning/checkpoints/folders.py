@@ -20,8 +20,10 @@ from transformers.utils import logging as transformers_logging
 from moe_lightning.architectures import architecture_of
 from moe_lightning.checkpoints.card import model_card
 from moe_lightning.checkpoints.inspect import check_checkpoint
+from moe_lightning.compression.layerwise import is_layerwise
 from moe_lightning.experts import WeightStack
 from moe_lightning.files import check_output_folder, written_folder
+from moe_lightning.method import Method
 from moe_lightning.plan import ModelShape
 from moe_lightning.surgery import as_config, plan_of, register_with_transformers
 
@@ -94,6 +96,15 @@ def check_format(shape: ModelShape, format: Format) -> Literal["native", "transf
     if format == "native" or reason or (format == "auto" and _has_zeros(shape)):
         return "native"
     return "transformers"
+
+
+def may_be_uneven(method: Method) -> bool:
+    """Say whether a method may leave layers with different numbers of experts, which a plain Mixtral cannot have.
+
+    Args:
+        method: The method, before it has decided.
+    """
+    return not is_layerwise(method) and getattr(method, "scope", "layer") != "layer"
 
 
 def _plain_model(model: PreTrainedModel, shape: ModelShape) -> MixtralForCausalLM:

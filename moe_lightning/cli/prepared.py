@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from moe_lightning.architectures import architecture_of
-from moe_lightning.checkpoints import Format, check_format
+from moe_lightning.checkpoints import Format, check_format, may_be_uneven
 from moe_lightning.cli.commands import check_vocabulary, device_named, dtype_named, inspected
 from moe_lightning.compression import trial_edits
 from moe_lightning.compression.layerwise import is_layerwise, measures
@@ -50,11 +50,6 @@ class Prepared:
         if all(is_layerwise(method) and not measures(method) for method in self.methods):
             return []
         return self.data.calibration_batches(self.calibration_batches)
-
-
-def may_be_uneven(method: Method) -> bool:
-    """Say whether a method may leave layers with different numbers of experts."""
-    return not is_layerwise(method) and getattr(method, "scope", "layer") != "layer"
 
 
 def _read_plan(plan: str, model: str, carried: CompressionPlan) -> CompressionPlan:
