@@ -27,8 +27,9 @@ from torch import Tensor
 # 4096 x 4096: 1.0 times as fast at 4 rows, 1.1 at 8, 1.2 at 16, 1.8 at 32, 2.0 at 64 and 128, 2.3 at 512.
 _UPCAST_ROWS = 8
 # Rows up to which torch's int4 product is faster than to dequantise tiles and multiply them. It works in fp32: where
-# bf16 is native, tiles are as fast at 90 rows and twice as fast at 512; where it is not, they never are on AVX-512.
-_OP_ROWS_NATIVE = 96
+# bf16 is native, tiles are 0.7 to 1.0 times as fast at 64 rows (4096 x 14336, 14336 x 4096, 4096 x 4096), 1.0 to 1.1 at
+# 80, 1.1 to 1.2 at 96, 1.6 at 256, twice at 512; where it is not, they never are on AVX-512. Larger tiles gain nothing.
+_OP_ROWS_NATIVE = 80
 _OP_ROWS_EMULATED = 512
 
 VARIABLE = "MOE_KERNELS_CPU"

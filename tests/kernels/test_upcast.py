@@ -70,6 +70,15 @@ def test_is_taken_where_bf16_is_emulated_and_no_gradient_is_wanted(monkeypatch: 
         assert not upcast_pays(rows.float(), weight.float()) and not upcast_pays(rows.to("meta"), weight.to("meta"))
 
 
+@pytest.mark.parametrize(
+    ("machine", "rows", "route"),
+    [(NATIVE, 64, "op"), (NATIVE, 96, "bf16 tiles"), (EMULATED, 256, "op"), (EMULATED, 1024, "fp32 tiles")],
+    ids=["native few", "native many", "emulated few", "emulated many"],
+)
+def test_many_rows_are_multiplied_with_tiles(machine: Machine, rows: int, route: Int4Route) -> None:
+    assert int4_route(rows, torch.bfloat16, machine) == route
+
+
 def test_every_way_is_taken_somewhere() -> None:
     machines = [Machine(emulated, op) for emulated in (False, True) for op in (False, True)]
     types = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
