@@ -2,7 +2,7 @@
 
 Importing this package is light: names are looked up when they are used, and transformers learns of the compressed model
 classes when it is imported itself (before or after), so that ``AutoModelForCausalLM.from_pretrained`` loads a
-compressed folder after ``import moe_lightning``.
+compressed folder after ``import moe_lightning``, and ``set_experts_implementation("moe_kernels")`` is known.
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ def __dir__() -> list[str]:
 
 def _register(_: object) -> None:
     importlib.import_module("moe_lightning.surgery.models")
+    importlib.import_module("moe_lightning.experts.implementation")
 
 
 wrapt.register_post_import_hook(_register, "transformers")
