@@ -8,7 +8,8 @@ Legend: S matrices, O outputs, I inputs, G groups along the input, X inputs of a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,12 @@ POINTS = 20
 
 CLIPS = tuple(1 - step / 20 for step in range(11))
 """Shares of a group's range that are tried; the whole comes first and wins where all are equal."""
+
+PSEUDO_TOKENS = 8
+"""Tokens of uniform inputs that are added to those measured, so that a few tokens do not decide alone."""
+
+WIDEST = 16
+"""Scales lie between its inverse and this: further apart, one column's grid is ruined for another's."""
 
 _SMALLEST = 1e-4
 
@@ -110,6 +117,26 @@ def scale_moment(moment: Tensor, scale_ZI: Tensor) -> Tensor:
     return moment / scale_ZI[:, :, None] / scale_ZI[:, None, :]
 
 
+@contextmanager
+def smoothed(moment: Tensor, tokens_S: Tensor) -> Iterator[None]:
+    """Add tokens to moments in place that have every input as large as the mean, and take them away at the end.
+
+    With few tokens, columns whose inputs happened to be small would get grids so coarse that other tokens pay for it.
+
+    Args:
+        moment: ``sum x x^T`` ``[S, I, I]`` or its diagonal ``[S, I]``.
+        tokens_S: Tokens that each is the sum over.
+    """
+    diagonal_SI = diagonal_of(moment)
+    before_SI = diagonal_SI.clone()
+    share_S = PSEUDO_TOKENS / tokens_S.to(moment.device, moment.dtype).clamp(min=1)
+    diagonal_SI += (before_SI.mean(1) * share_S)[:, None]
+    try:
+        yield
+    finally:
+        diagonal_SI.copy_(before_SI)
+
+
 def diagonal_of(moment: Tensor) -> Tensor:
     """Return ``sum x_j^2`` of moments, ``[S, I]``."""
     return moment if moment.dim() == 2 else moment.diagonal(dim1=-2, dim2=-1)
@@ -161,7 +188,7 @@ def candidate_scales(
         points: How many, the identity among them, at least 1.
 
     Returns:
-        ``[points, Z, I]``, the identity first with r NaN.
+        ``[points, Z, I]`` between ``1 / WIDEST`` and :data:`WIDEST`, the identity first with r NaN.
     """
     if points < 1:
         raise ValueError(f"points must be at least 1, the identity, got {points}")
@@ -173,7 +200,7 @@ def candidate_scales(
         scale_ZI = (x_ZI**ratio / w_ZI ** (1 - ratio)).clamp(min=_SMALLEST)
         # The middle between the largest and the smallest becomes 1.
         found.append(scale_ZI / (scale_ZI.amax(1, keepdim=True) * scale_ZI.amin(1, keepdim=True)).sqrt())
-    scales = torch.stack(found)
+    scales = torch.stack(found).clamp(1 / WIDEST, WIDEST)
     return scales.log2().round().exp2() if power_of_two else scales, (torch.nan, *ratios)
 
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from moe_lightning.plan import Edit
 from moe_lightning.slimming.awq import (
     POINTS,
-    Balance,
     best_scale,
     candidate_scales,
     column_sizes,
@@ -28,6 +27,7 @@ from moe_lightning.slimming.awq import (
     rounding_losses,
     scale_moment,
     search_clip,
+    smoothed,
 )
 from moe_lightning.slimming.base import (
     Measured,
@@ -105,11 +105,11 @@ class AWQ(Rounding):
         """Rescale and round the matrices of one edit; see :meth:`Slimming.slim`."""
         work = _Work(self, view)
         *readers, last = view.matrices
-        shared = work.search(readers, shared=True, power_of_two=self.power_of_two).scale
+        shared = work.shared_scale(readers)
         for name in readers:
             work.shorten(name, shared)
-        rows, own = work.between(readers[-1], last)
-        work.shorten(last, own)
+        rows = work.rows_between(readers[-1], last)
+        own = work.shorten(last, None if rows is not None else torch.ones_like(view.weight(last)[:, 0]).to(shared))
         matrices: dict[str, Any] = {last: work.rounded(last, own, None)}
         for name in readers:
             divided = None if rows is None or name != readers[-1] else (rows, own)
@@ -135,67 +135,77 @@ class _Work:
         self.statuses: dict[str, tuple[str, ...]] = {}
         self.errors: dict[str, Tensor] = {}
 
-    def search(self, names: Sequence[str], *, shared: bool, power_of_two: bool) -> Balance:
-        """Find the scale of a balance group, see :func:`search_scale`."""
+    def _candidates(self, names: Sequence[str], shared: bool) -> tuple[Tensor, tuple[float, ...]]:
+        """Return the scales to try for the inputs of some stacks, see :func:`candidate_scales`."""
         scheme, view = self.method.scheme, self.view
         size_ZI, square_ZI = [], []
         for name in names:
             weight_SOI = view.weight(name)
-            dtype = work_type(weight_SOI)
-            size_SI = weight_SOI.new_zeros(len(weight_SOI), weight_SOI.shape[-1], dtype=dtype)
+            # The whole moments of all slots may not fit into memory together; where they do they are kept for the loss.
+            fits = len(view.groups(name, self.measured.kind)) == 1
+            measured = self.measured if fits else Measured(view, "diagonal")
+            size_SI = weight_SOI.new_zeros(len(weight_SOI), weight_SOI.shape[-1], dtype=work_type(weight_SOI))
             square_SI = torch.zeros_like(size_SI)
-            for slots, moment in self.measured.walk(name):
-                square_SI[list(slots)] = diagonal_of(moment).to(dtype)
+            for slots, moment in measured.walk(name):
+                with smoothed(moment, self._tokens(slots)):
+                    square_SI[list(slots)] = diagonal_of(moment).to(square_SI)
             for places in handfuls(len(weight_SOI), weight_SOI):
                 size_SI[list(places)] = column_sizes(take(weight_SOI, places), scheme)
             size_ZI.append(size_SI.sum(0, keepdim=True) if shared else size_SI)
             square_ZI.append(square_SI.sum(0, keepdim=True) if shared else square_SI)
-        scales, ratios = candidate_scales(
+        return candidate_scales(
             torch.stack(square_ZI).sum(0),
             torch.stack(size_ZI).sum(0),
-            power_of_two=power_of_two,
+            # Between up and down only what is rounded takes part: nothing asks for powers of two.
+            power_of_two=shared and self.method.power_of_two,
             points=self.method.points,
         )
+
+    def _tokens(self, slots: Sequence[int]) -> Tensor:
+        return self.view.tokens[list(slots)]
+
+    def shared_scale(self, names: Sequence[str]) -> Tensor:
+        """Return the scale ``[1, I]`` of the stacks that read what the norm makes."""
+        scales, ratios = self._candidates(names, shared=True)
         loss = scales.new_zeros(scales.shape[:2])
         for name in names:
-            weight_SOI = view.weight(name)
+            weight_SOI = self.view.weight(name)
             for group, moment in self.measured.walk(name):
                 for places in handfuls(len(group), weight_SOI):
-                    slots = [group[place] for place in places]
-                    tried = scales if shared else scales[:, slots]
-                    found = rounding_losses(tried, take(weight_SOI, slots), take(moment, places), scheme)
-                    if shared:
-                        loss += found.sum(1, keepdim=True)
-                    else:
-                        loss[:, slots] = found
-        return best_scale(scales, ratios, loss)
+                    slots, part = [group[place] for place in places], take(moment, places)
+                    with smoothed(part, self._tokens(slots)):
+                        found = rounding_losses(scales, take(weight_SOI, slots), part, self.method.scheme)
+                    loss += found.sum(1, keepdim=True)
+        return best_scale(scales, ratios, loss).scale
 
-    def between(self, producer: str, last: str) -> tuple[int | None, Tensor]:
-        """Find the scale between two stacks.
-
-        Returns:
-            The row of the producer from which on it is taken out, or None where it cannot be; and the scale
-            ``[S, I]`` of the last stack's inputs.
-        """
-        made, read_SOI = self.view.weight(producer).shape[1], self.view.weight(last)
-        columns = read_SOI.shape[2]
+    def rows_between(self, producer: str, last: str) -> int | None:
+        """Return the row of a stack from which on the last one's scale is taken out, or None where it cannot be."""
+        made, columns = self.view.weight(producer).shape[1], self.view.weight(last).shape[2]
         if self.view.target == "experts":
             # Down reads act(gate x) * (up x): the rows of up are the second half.
-            rows = made - columns
-        elif made == columns:
-            rows = 0
-        else:
-            # Several heads of o read one head of v.
-            return None, read_SOI.new_ones(len(read_SOI), columns, dtype=work_type(read_SOI))
-        # Only what is rounded takes part in it: nothing asks for powers of two.
-        return rows, self.search([last], shared=False, power_of_two=False).scale
+            return made - columns
+        # Else several heads of o read one head of v.
+        return 0 if made == columns else None
 
-    def shorten(self, name: str, scale_ZI: Tensor) -> None:
-        """Search for the ranges of a stack, and measure its error."""
+    def shorten(self, name: str, scale_ZI: Tensor | None) -> Tensor:
+        """Search for the ranges of a stack, and measure its error.
+
+        Args:
+            name: Stack.
+            scale_ZI: What its columns are multiplied with; None to search for a scale for each matrix first, while its
+                moments are there.
+
+        Returns:
+            The scale.
+        """
         method, scheme = self.method, self.method.scheme
         weight_SOI = self.view.weight(name)
         slots_count, outputs, columns = weight_SOI.shape
         clip = method.clip and name not in _WITHOUT_CLIPS
+        scales, ratios = self._candidates([name], shared=False) if scale_ZI is None else (None, ())
+        if scale_ZI is None:
+            assert scales is not None
+            scale_ZI = scales[0].clone()
         shape = (slots_count, outputs, columns // scheme.group_of(columns))
         clip_SOG = torch.ones(shape, dtype=scale_ZI.dtype, device=scale_ZI.device)
         status, error = [""] * slots_count, torch.empty(slots_count, dtype=torch.float64)
@@ -203,16 +213,21 @@ class _Work:
             for places in handfuls(len(group), weight_SOI):
                 slots = [group[place] for place in places]
                 part, old_SOI = take(moment, places), take(weight_SOI, slots)
-                scale = scale_ZI if len(scale_ZI) == 1 else scale_ZI[slots]
-                wide_SOI = old_SOI.to(scale.dtype) * scale[:, None, :]
-                back_SOI = dequantize(round_to_nearest(wide_SOI, scheme)) / scale[:, None, :]
-                if clip:
-                    clip_SOG[slots], back_SOI = self._clipped(old_SOI, wide_SOI, scale, part, back_SOI)
+                with smoothed(part, self._tokens(slots)):
+                    if scales is not None:
+                        loss = rounding_losses(scales[:, slots], old_SOI, part, scheme)
+                        scale_ZI[slots] = best_scale(scales[:, slots], ratios, loss).scale
+                    scale = scale_ZI if len(scale_ZI) == 1 else scale_ZI[slots]
+                    wide_SOI = old_SOI.to(scale.dtype) * scale[:, None, :]
+                    back_SOI = dequantize(round_to_nearest(wide_SOI, scheme)) / scale[:, None, :]
+                    if clip:
+                        clip_SOG[slots], back_SOI = self._clipped(old_SOI, wide_SOI, scale, part, back_SOI)
                 error[slots] = relative_error(old_SOI, back_SOI, part)
                 for slot, empty in zip(slots, (diagonal_of(part) <= 0).all(1).tolist(), strict=True):
                     status[slot] = "rtn fallback: no input reached it" if empty else "awq"
         self.clips[name] = clip_SOG
         self.statuses[name], self.errors[name] = with_tokens(status, self.view), error
+        return scale_ZI
 
     def _clipped(
         self, old_SOI: Tensor, wide_SOI: Tensor, scale_ZI: Tensor, moment: Tensor, back_SOI: Tensor
