@@ -48,6 +48,7 @@ def round_by_gptq(
     desc_act: bool = False,
     static_groups: bool | None = None,
     damping: float = DAMPING,
+    tokens: Tensor | None = None,
     at_once: int | None = None,
 ) -> GPTQResult:
     """Round column after column, each error fed back into the columns that follow.
@@ -60,7 +61,8 @@ def round_by_gptq(
         desc_act: Begin with the inputs of largest ``H_jj``, by index where equal. Groups are of neighbours even so.
         static_groups: Take each group's grid from the weights as given, rather than as earlier columns left them when
             the group's turn comes. None: where ``desc_act`` is on, which cannot do without.
-        damping: Share of the mean of H's diagonal that is added to it; grows tenfold until H can be inverted.
+        damping: Share of the mean of H's diagonal that is added to it at least; grows tenfold until H can be inverted.
+        tokens: Tokens that each H is the sum over, ``[S]``; then few of them are damped more.
         at_once: Matrices to work on at once; None for what is fastest for their size.
 
     Returns:
@@ -71,8 +73,7 @@ def round_by_gptq(
 
     Source: 2210.17323, algorithm 1; order and static groups as in the released code. There, an input that no token
         used has its weights set to zero, which leaves nothing of an expert without tokens; here they are rounded.
-    Cost: ``S (O I^2 + 2/3 I^3)`` multiply-adds; memory for about 4 more Hessians (6 with ``desc_act``) and 2 copies of
-        the weights in fp32.
+    Cost: ``S (O I^2 + 2/3 I^3)`` multiply-adds; memory for 2 more Hessians and 2 copies of the weights in fp32.
     """
     check_stack(weight_SOI)
     check_hessian(weight_SOI, hessian_SII)
@@ -86,7 +87,8 @@ def round_by_gptq(
     statuses: list[str] = []
     for part in portions(weight_SOI, at_once):
         mask = None if keep_SOI is None else keep_SOI[part]
-        quantized, inverse = _gptq(weight_SOI[part], hessian_SII[part], scheme, mask, desc_act, static, damping)
+        seen = None if tokens is None else tokens[part]
+        quantized, inverse = _gptq(weight_SOI[part], hessian_SII[part], scheme, mask, desc_act, static, damping, seen)
         parts.append(quantized)
         statuses += inverse.statuses("gptq", "rtn")
     return GPTQResult(Quantized(*(joined(list(tables)) for tables in zip(*parts, strict=True))), tuple(statuses))
@@ -100,6 +102,7 @@ def _gptq(
     desc_act: bool,
     static: bool,
     damping: float,
+    tokens_S: Tensor | None,
 ) -> tuple[Quantized, InverseFactor]:
     slots, _, columns = weight_SOI.shape
     size = scheme.group_of(columns)
@@ -112,14 +115,12 @@ def _gptq(
     if desc_act:
         order_SI = hessian_SII.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
         weight_SIO = weight_SIO.gather(1, order_SI[:, :, None].expand_as(weight_SIO))
-        hessian_SII = hessian_SII.gather(1, order_SI[:, :, None].expand_as(hessian_SII))
-        hessian_SII = hessian_SII.gather(2, order_SI[:, None, :].expand_as(hessian_SII))
         if keep_SIO is not None:
             keep_SIO = keep_SIO.gather(1, order_SI[:, :, None].expand_as(keep_SIO))
     else:
         weight_SIO = weight_SIO.clone(memory_format=torch.contiguous_format)
         keep_SIO = None if keep_SIO is None else keep_SIO.contiguous()
-    inverse = inverse_factor(hessian_SII, damping=damping, dtype=dtype)
+    inverse = inverse_factor(hessian_SII, damping=damping, tokens_S=tokens_S, order_SI=order_SI, dtype=dtype)
     codes_SIO = torch.empty_like(weight_SIO, dtype=torch.uint8)
     slot_S = torch.arange(slots, device=weight_SOI.device)
 

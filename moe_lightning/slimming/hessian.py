@@ -8,6 +8,7 @@ matrix is then contiguous.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,6 +27,9 @@ SMALL = 1 << 22
 LARGE = 1 << 28
 """The same elsewhere, where more at once is faster still: about 1 GiB in fp32, of which a walk takes some copies."""
 
+_INVERTED = 128
+"""Size of a triangle that is inverted as a whole."""
+
 _LEAF = 8
 """Columns between two products in a walk; a multiple of every n:m group."""
 
@@ -35,27 +39,36 @@ class InverseFactor(NamedTuple):
 
     Attributes:
         factor: U, upper triangular, ``H^-1 = U^T U``, ``[S, I, I]``.
+        dampings: Of each, in units of the mean of the diagonal.
         growths: How often the damping of each had to grow tenfold.
         reasons: For each why it is the identity instead, or None.
     """
 
     factor: Tensor
+    dampings: tuple[float, ...]
     growths: tuple[int, ...]
     reasons: tuple[str | None, ...]
 
     def statuses(self, method: str, fallback: str) -> tuple[str, ...]:
         """Say for each matrix what was done.
 
+        Damping is told of in units of the default: where it had to grow, and where it outweighs what was measured,
+        because fewer tokens than inputs came.
+
         Args:
             method: Name of the method where there is a Hessian.
             fallback: What it comes down to without one.
         """
         found = []
-        for growths, reason in zip(self.growths, self.reasons, strict=True):
+        for damping, growths, reason in zip(self.dampings, self.growths, self.reasons, strict=True):
             if reason is not None:
                 found.append(f"{fallback} fallback: {reason}")
+            elif growths or damping > 1:
+                # Steps of about three, so that experts with few tokens are counted together: 10, 30, 100.
+                step = round(2 * math.log10(damping / DAMPING))
+                found.append(f"{method} damp x{(3 if step % 2 else 1) * 10 ** (step // 2)}")
             else:
-                found.append(f"{method} damp x{10**growths}" if growths else method)
+                found.append(method)
         return tuple(found)
 
 
@@ -89,8 +102,31 @@ def check_hessian(weight_SOI: Tensor, hessian_SII: Tensor) -> None:
         raise ValueError(f"Hessians of matrices {bad} of the stack are not finite: look at the activations")
 
 
+def damping_for(tokens_S: Tensor, inputs: int) -> Tensor:
+    """Return the damping that so few tokens want, in units of the mean of the diagonal: ``I / n``, in float64.
+
+    With fewer tokens than inputs H knows nothing of most directions, and says that errors there cost nothing. Errors
+    fed back where it says so are fitted to the tokens: on others they cost more than those of rounding. ``I / n`` is as
+    if I tokens of uniform inputs had come along, one for each number that a row can be fitted with; it is half of what
+    is known where as many tokens as inputs came, and gone where very many did.
+
+    Args:
+        tokens_S: Tokens that each H is the sum over, n.
+        inputs: I.
+
+    Source: ours. Measured against no such damping and against oracle approximating shrinkage (0907.4698), with which
+    the error on other tokens was up to 1.9 times that of rounding.
+    """
+    return inputs / tokens_S.double().clamp(min=1)
+
+
 def inverse_factor(
-    hessian_SII: Tensor, *, damping: float = DAMPING, dtype: torch.dtype = torch.float32
+    hessian_SII: Tensor,
+    *,
+    damping: float = DAMPING,
+    tokens_S: Tensor | None = None,
+    order_SI: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> InverseFactor:
     """Factor the inverse of every Hessian, damped as much as it needs.
 
@@ -100,7 +136,9 @@ def inverse_factor(
 
     Args:
         hessian_SII: ``sum x x^T`` of each matrix. Zero and rank one are fine.
-        damping: Share of the mean of the diagonal to add to the diagonal, positive.
+        damping: Share of the mean of the diagonal to add to the diagonal at least, positive.
+        tokens_S: Tokens that each is the sum over: then few of them are damped more, see :func:`damping_for`.
+        order_SI: Order in which to take the inputs; None for their own.
         dtype: To compute in.
 
     Returns:
@@ -111,33 +149,74 @@ def inverse_factor(
         ValueError: The damping is not positive.
 
     Source: 2210.17323 (GPTQ), step 3 of section 3.3; the reverse order is ours.
-    Cost: ``2/3 S I^3``.
+    Cost: ``2/3 S I^3``; memory for 2 more Hessians.
     """
     if not damping > 0:
         raise ValueError(f"damping must be positive, got {damping}: the default is {DAMPING}")
     slots, size = hessian_SII.shape[:2]
     mean_S = hessian_SII.diagonal(dim1=-2, dim2=-1).mean(-1)
     empty_S = mean_S <= 0
-    # In units of the mean, fp32 neither overflows nor underflows however many tokens there were.
-    unit_SII = (hessian_SII / torch.where(empty_S, 1.0, mean_S)[:, None, None]).to(dtype).flip(-1, -2)
-    eye_II = torch.eye(size, dtype=dtype, device=hessian_SII.device)
-    factor_SII = eye_II.repeat(slots, 1, 1)
-    growths = [0] * slots
+    unit_S = torch.where(empty_S, 1.0, mean_S)
+    least_S = torch.full((slots,), damping, dtype=torch.float64, device=hessian_SII.device)
+    if tokens_S is not None:
+        least_S = damping_for(tokens_S.to(least_S.device), size).clamp(min=damping)
+    dampings, growths = least_S.tolist(), [0] * slots
     reasons: list[str | None] = ["no input reached it" if empty else None for empty in empty_S.tolist()]
+    backward_SI = torch.arange(size - 1, -1, -1, device=hessian_SII.device).expand(slots, size)
+    if order_SI is not None:
+        backward_SI = order_SI.flip(-1)
+    factor_SII: Tensor | None = None
     waiting = (~empty_S).nonzero().flatten()
     for growth in range(MAX_GROWTHS + 1):
         if not len(waiting):
             break
-        lower_SII, info_S = torch.linalg.cholesky_ex(unit_SII[waiting] + damping * 10**growth * eye_II)
-        inverse_SII = torch.linalg.solve_triangular(lower_SII, eye_II.expand_as(lower_SII), upper=False)
-        good_S = (info_S == 0) & inverse_SII.isfinite().flatten(1).all(1)
-        factor_SII[waiting[good_S]] = inverse_SII[good_S].flip(-1, -2)
+        whole = len(waiting) == slots
+        damped_SII = _rearranged(hessian_SII if whole else hessian_SII[waiting], backward_SI[waiting])
+        # In units of the mean, fp32 neither overflows nor underflows however many tokens there were.
+        damped_SII = damped_SII.div_(unit_S[waiting, None, None]).to(dtype)
+        damped_SII.diagonal(dim1=-2, dim2=-1).add_(least_S[waiting, None] * 10**growth)
+        lower_SII, info_S = torch.linalg.cholesky_ex(damped_SII)
+        del damped_SII
+        _invert_lower(lower_SII)
+        least, most = lower_SII.flatten(1).aminmax(dim=1)
+        good_S = (info_S == 0) & least.isfinite() & most.isfinite()
+        if whole and bool(good_S.all()):
+            factor_SII = lower_SII.flip(-1, -2)
+        else:
+            if factor_SII is None:
+                factor_SII = torch.eye(size, dtype=dtype, device=hessian_SII.device).repeat(slots, 1, 1)
+            for slot, place in zip(waiting[good_S].tolist(), good_S.nonzero().flatten().tolist(), strict=True):
+                factor_SII[slot] = lower_SII[place].flip(-1, -2)
+        del lower_SII
         for slot in waiting[good_S].tolist():
             growths[slot] = growth
+            dampings[slot] *= 10**growth
         waiting = waiting[~good_S]
     for slot in waiting.tolist():
         reasons[slot] = "its Hessian is not positive definite with any damping"
-    return InverseFactor(factor_SII, tuple(growths), tuple(reasons))
+    if factor_SII is None:
+        factor_SII = torch.eye(size, dtype=dtype, device=hessian_SII.device).repeat(slots, 1, 1)
+    return InverseFactor(factor_SII, tuple(dampings), tuple(growths), tuple(reasons))
+
+
+def _rearranged(hessian_SII: Tensor, order_SI: Tensor) -> Tensor:
+    """Return a copy with rows and columns in another order."""
+    rows_SII = hessian_SII.gather(1, order_SI[:, :, None].expand_as(hessian_SII))
+    return rows_SII.gather(2, order_SI[:, None, :].expand_as(hessian_SII))
+
+
+def _invert_lower(lower_SII: Tensor) -> None:
+    """Invert lower triangular matrices in place: a third of the work of solving for the identity, and no copy."""
+    size = lower_SII.shape[-1]
+    if size <= _INVERTED:
+        eye_II = torch.eye(size, dtype=lower_SII.dtype, device=lower_SII.device)
+        lower_SII.copy_(torch.linalg.solve_triangular(lower_SII, eye_II.expand_as(lower_SII), upper=False))
+        return
+    half = size // 2
+    _invert_lower(lower_SII[:, :half, :half])
+    _invert_lower(lower_SII[:, half:, half:])
+    corner_SXX = lower_SII[:, half:, half:] @ lower_SII[:, half:, :half]
+    lower_SII[:, half:, :half] = corner_SXX.neg_() @ lower_SII[:, :half, :half]
 
 
 def feed_errors_back(weight_SIO: Tensor, factor_SII: Tensor, segment: int, compress: Callable[[int], Tensor]) -> None:

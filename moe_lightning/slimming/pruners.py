@@ -39,8 +39,8 @@ from moe_lightning.slimming.rounding import Quantized
 from moe_lightning.slimming.schedule import SparsitySchedule
 from moe_lightning.slimming.view import LayerView, MomentKind, SlimmedLayer, Target
 
-Prune = Callable[[Tensor, Tensor | None, Tensor | None], Pruned]
-"""Takes weights, the mask that is there already and the moments of some matrices."""
+Prune = Callable[[Tensor, Tensor | None, Tensor | None, list[int]], Pruned]
+"""Takes weights, the mask that is there already, the moments and the slots of some matrices."""
 
 
 class Pruning(Slimming):
@@ -116,7 +116,7 @@ def _prune(view: LayerView, prune: Prune, measured: Measured | None, sequential:
                 slots = [group[place] for place in places]
                 part = None if moment is None else take(moment, places)
                 old_SOI = take(weight_SOI, slots)
-                pruned = prune(old_SOI, None if keep_SOI is None else take(keep_SOI, slots), part)
+                pruned = prune(old_SOI, None if keep_SOI is None else take(keep_SOI, slots), part, slots)
                 new_SOI[slots], new_keep_SOI[slots] = pruned.weight, pruned.keep
                 if part is not None:
                     error[slots] = relative_error(old_SOI, pruned.weight, part)
@@ -156,7 +156,7 @@ class Magnitude(Pruning):
 
     def slim(self, edit: Edit, view: LayerView) -> SlimmedLayer:
         """Prune the matrices of one edit; see :meth:`Slimming.slim`."""
-        return _prune(view, lambda weight, keep, _: prune_by_magnitude(weight, self.selection, keep), None, False)
+        return _prune(view, lambda weight, keep, *_: prune_by_magnitude(weight, self.selection, keep), None, False)
 
 
 @dataclass
@@ -204,7 +204,7 @@ class Wanda(Pruning):
         """Prune the matrices of one edit; see :meth:`Slimming.slim`."""
         by_norm = prune_by_router_wanda if self.router_weighted else prune_by_wanda
 
-        def prune(weight: Tensor, keep: Tensor | None, moment: Tensor | None) -> Pruned:
+        def prune(weight: Tensor, keep: Tensor | None, moment: Tensor | None, slots: list[int]) -> Pruned:
             assert moment is not None
             return by_norm(weight, moment.sqrt(), self.selection, keep)
 
@@ -222,8 +222,9 @@ class SparseGPT(Pruning):
             steps: 100, every: 10}.
         pattern: '2:4', '4:8' or '1:4': so many zeros among so many neighbours along the input. Needs quotes in YAML.
         scope: With a sparsity, weights compete within all rows of a block of columns, or within each output row.
-        damping: Share of the mean of the Hessian's diagonal that is added to it; grows tenfold until it can be
-            inverted.
+        damping: Share of the mean of the Hessian's diagonal that is added to it at least. It is more where so few
+            tokens reached a matrix that errors fed back would be fitted to them, and grows tenfold until the Hessian
+            can be inverted; the status then says how much.
         sequential: Measure the inputs of a matrix after the matrices before it in the layer have been pruned.
         targets: The matrices of the experts, or those of attention as well.
         propagate: Measure each layer on the outputs of the compressed layers before it, or of the original ones.
@@ -254,8 +255,9 @@ class SparseGPT(Pruning):
     def slim(self, edit: Edit, view: LayerView) -> SlimmedLayer:
         """Prune the matrices of one edit; see :meth:`Slimming.slim`."""
 
-        def prune(weight: Tensor, keep: Tensor | None, moment: Tensor | None) -> Pruned:
+        def prune(weight: Tensor, keep: Tensor | None, moment: Tensor | None, slots: list[int]) -> Pruned:
             assert moment is not None
-            return prune_by_sparse_gpt(weight, moment, self.selection, keep, damping=self.damping)
+            tokens = view.tokens[slots]
+            return prune_by_sparse_gpt(weight, moment, self.selection, keep, damping=self.damping, tokens=tokens)
 
         return _prune(view, prune, Measured(view, "full"), self.sequential)

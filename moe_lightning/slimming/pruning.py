@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_lightning.criteria.selection import round_half_up
+from moe_lightning.plan.formats import round_half_up
 from moe_lightning.slimming.hessian import (
     DAMPING,
     check_hessian,
@@ -195,6 +195,7 @@ def prune_by_sparse_gpt(
     keep_SOI: Tensor | None = None,
     *,
     damping: float = DAMPING,
+    tokens: Tensor | None = None,
     block: int = BLOCK,
     at_once: int | None = None,
 ) -> Pruned:
@@ -209,7 +210,8 @@ def prune_by_sparse_gpt(
         hessian_SII: ``sum x x^T`` over the tokens that reach each matrix; zero and rank one are fine.
         selection: How many, and among which; scope ``matrix`` compares all rows of a block, as released.
         keep_SOI: False for weights that are gone already; they go first and stay zero.
-        damping: Share of the mean of H's diagonal that is added to it; grows tenfold until H can be inverted.
+        damping: Share of the mean of H's diagonal that is added to it at least; grows tenfold until H can be inverted.
+        tokens: Tokens that each H is the sum over, ``[S]``; then few of them are damped more.
         block: Columns that are chosen from together; with a pattern it makes no difference.
         at_once: Matrices to work on at once; None for what is fastest for their size.
 
@@ -220,7 +222,7 @@ def prune_by_sparse_gpt(
         ValueError: Shapes that do not fit, or values that are not finite.
 
     Source: 2301.00774, algorithm 1.
-    Cost: ``S (O I^2 + 2/3 I^3)`` multiply-adds; memory for about 4 more Hessians and 3 copies of the weights in fp32.
+    Cost: ``S (O I^2 + 2/3 I^3)`` multiply-adds; memory for 2 more Hessians and 3 copies of the weights in fp32.
     """
     check_stack(weight_SOI)
     check_hessian(weight_SOI, hessian_SII)
@@ -231,7 +233,13 @@ def prune_by_sparse_gpt(
     check_mask(weight_SOI, keep_SOI)
     parts = [
         _sparse_gpt(
-            weight_SOI[part], hessian_SII[part], selection, None if keep_SOI is None else keep_SOI[part], damping, block
+            weight_SOI[part],
+            hessian_SII[part],
+            selection,
+            None if keep_SOI is None else keep_SOI[part],
+            damping,
+            None if tokens is None else tokens[part],
+            block,
         )
         for part in portions(weight_SOI, at_once)
     ]
@@ -248,11 +256,12 @@ def _sparse_gpt(
     selection: Selection,
     old_keep_SOI: Tensor | None,
     damping: float,
+    tokens_S: Tensor | None,
     block: int,
 ) -> Pruned:
     _, outputs, columns = weight_SOI.shape
     dtype = work_type(weight_SOI)
-    inverse = inverse_factor(hessian_SII, damping=damping, dtype=dtype)
+    inverse = inverse_factor(hessian_SII, damping=damping, tokens_S=tokens_S, dtype=dtype)
     spread_SI = inverse.factor.diagonal(dim1=-2, dim2=-1)
     weight_SIO = weight_SOI.to(dtype).mT.clone(memory_format=torch.contiguous_format)
     keep_SIO = torch.empty_like(weight_SIO, dtype=torch.bool)

@@ -134,8 +134,9 @@ class GPTQ(Rounding):
         static_groups: Take grids from the weights as they were, not as earlier columns left them. null: where desc_act
             is on, which needs it.
         sequential: Measure the inputs of a matrix after the matrices before it in the layer have been rounded.
-        damping: Share of the mean of the Hessian's diagonal that is added to it; grows tenfold until it can be
-            inverted.
+        damping: Share of the mean of the Hessian's diagonal that is added to it at least. It is more where so few
+            tokens reached a matrix that errors fed back would be fitted to them, and grows tenfold until the Hessian
+            can be inverted; the status then says how much.
         targets: The matrices of the experts, or those of attention as well.
         propagate: Measure each layer on the outputs of the compressed layers before it, or of the original ones.
 
@@ -193,6 +194,7 @@ class GPTQ(Rounding):
                         desc_act=self.desc_act,
                         static_groups=self.static_groups,
                         damping=self.damping,
+                        tokens=view.tokens[slots],
                     )
                     quantized = put(quantized, slots, result.quantized, len(weight_SOI))
                     error[slots] = relative_error(old_SOI, dequantize(result.quantized), hessian_SII)
