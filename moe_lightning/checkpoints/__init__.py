@@ -1,7 +1,15 @@
 """Reading and writing models as Hugging Face folders."""
 
-from moe_lightning.checkpoints.folders import Format, check_format, from_pretrained, may_be_uneven, save_pretrained
-from moe_lightning.checkpoints.inspect import check_checkpoint, read_config, stored_bytes, stored_dtype
+from moe_lightning.checkpoints.folders import (
+    Format,
+    check_format,
+    from_pretrained,
+    may_be_uneven,
+    plain_structure,
+    save_pretrained,
+    written_shape,
+)
+from moe_lightning.checkpoints.inspect import check_checkpoint, read_config, stored_bytes, stored_dtype, weights_bytes
 
 __all__ = [
     "Format",
@@ -9,8 +17,11 @@ __all__ = [
     "check_format",
     "from_pretrained",
     "may_be_uneven",
+    "plain_structure",
     "read_config",
     "save_pretrained",
     "stored_bytes",
     "stored_dtype",
+    "weights_bytes",
+    "written_shape",
 ]

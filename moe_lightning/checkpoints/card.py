@@ -7,9 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from moe_lightning.plan import ModelShape, formats_of, plan_table
+from moe_lightning.plan import CompressionPlan, ModelShape, formats_of, plan_table
 from moe_lightning.sizes import measure
-from moe_lightning.surgery import plan_of
 
 
 def _history(origin: dict[str, Any]) -> list[Any]:
@@ -18,15 +17,15 @@ def _history(origin: dict[str, Any]) -> list[Any]:
     return [*(_history(earlier) if earlier else []), *origin.get("history", [])]
 
 
-def model_card(model: PreTrainedModel, shape: ModelShape, format: str) -> str:
+def model_card(model: PreTrainedModel, plan: CompressionPlan, shape: ModelShape, format: str) -> str:
     """Return the text of ``README.md``.
 
     Args:
-        model: The model that is written.
+        model: The model as the folder holds it.
+        plan: What was done to it, which a plain one does not know.
         shape: Its shape.
         format: ``native`` or ``transformers``.
     """
-    plan = plan_of(model)
     size = measure(model)
     whole = shape.uncompressed().parameters
     base = plan.origin.get("base_model") or getattr(model, "name_or_path", "") or "trained from scratch"

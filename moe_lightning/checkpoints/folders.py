@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -107,13 +108,35 @@ def may_be_uneven(method: Method) -> bool:
     return not is_layerwise(method) and getattr(method, "scope", "layer") != "layer"
 
 
-def _plain_model(model: PreTrainedModel, shape: ModelShape) -> MixtralForCausalLM:
-    """Return a plain Mixtral that shares the tensors of a compressed one with the same experts in every layer."""
+def written_shape(shape: ModelShape, format: Literal["native", "transformers"]) -> ModelShape:
+    """Return the shape that a folder of a format holds: to a plain Mixtral, zeros are weights like all others.
+
+    Args:
+        shape: Shape of the model.
+        format: As :func:`check_format` returns it.
+    """
+    if format == "native":
+        return shape
+    layouts = tuple(dataclasses.replace(layout, format=None) for layout in shape.layouts)
+    return dataclasses.replace(shape, layouts=layouts, attention=())
+
+
+def plain_structure(model: PreTrainedModel) -> MixtralForCausalLM:
+    """Return the plain Mixtral that a model is written as, without weights (on the device ``meta``).
+
+    Args:
+        model: A compressed model with the same experts in every layer, on any device.
+    """
     # The numbers in the plan are those of the model before: it is lineage here, not something to apply.
     config = as_config(model.config, MixtralConfig, {"lineage": plan_of(model).to_dict()})
-    config.num_local_experts = len(shape.layouts[0].router)
+    config.num_local_experts = len(architecture_of(model).shape(model).layouts[0].router)
     with torch.device("meta"):
-        plain = MixtralForCausalLM(config)
+        return MixtralForCausalLM(config)
+
+
+def _plain_model(model: PreTrainedModel) -> MixtralForCausalLM:
+    """Return a plain Mixtral that shares the tensors of a compressed one."""
+    plain = plain_structure(model)
     state = {}
     for name, value in _plain_state(model).items():
         state[name.replace(".experts.storage.", ".experts.")] = value
@@ -192,7 +215,7 @@ def save_pretrained(
         if buffer.is_floating_point() and not bool(torch.isfinite(buffer).all()):
             raise ValueError(f"{name} is not finite: nothing was written")
     compressed = bool(plan_of(model))
-    written: PreTrainedModel = _plain_model(model, shape) if compressed and chosen == "transformers" else model
+    written: PreTrainedModel = _plain_model(model) if compressed and chosen == "transformers" else model
     with written_folder(directory, overwrite) as folder:
         bar = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
@@ -205,7 +228,7 @@ def save_pretrained(
             tokenizer.save_pretrained(folder)
         elif tokenizer is not None:
             _copy_tokenizer(Path(tokenizer), folder)
-        (folder / "README.md").write_text(model_card(model, shape, chosen))
+        (folder / "README.md").write_text(model_card(written, plan_of(model), written_shape(shape, chosen), chosen))
     return Path(directory)
 
 

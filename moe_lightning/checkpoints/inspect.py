@@ -111,3 +111,9 @@ def stored_dtype(directory: str | os.PathLike[str]) -> torch.dtype:
 def stored_bytes(directory: str | os.PathLike[str]) -> int:
     """Return the bytes of all weight files of a folder."""
     return sum(path.stat().st_size for path in _shards(Path(directory)))
+
+
+def weights_bytes(directory: str | os.PathLike[str]) -> int:
+    """Return the bytes of all weights of a folder: those of its files without their tables of contents."""
+    headers = (read_header(shard).values() for shard in _shards(Path(directory)))
+    return sum(max((entry["data_offsets"][1] for entry in header), default=0) for header in headers)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moe_lightning.cli.commands import run_command
+from moe_lightning.cli.prepared import check_zeros
 from moe_lightning.compression import check_methods, history_step
 from moe_lightning.files import check_writable, write_atomically
 from moe_lightning.method import Method
@@ -76,6 +77,7 @@ def plan_compression(
             f"--statistics {statistics} holds no {', '.join(sorted(missing))}, which {type(chosen[0]).__name__} needs: "
             f"moe-lightning collect --needs {names}"
         )
+    check_zeros(shape, chosen)
     plan, predicted = CompressionPlan(), []
     after = shape
     for place, method in enumerate(chosen):
@@ -85,6 +87,7 @@ def plan_compression(
         predicted += predictions(edits, known) if place == 0 else [_unpredicted(edit, after) for edit in edits]
         after = CompressionPlan(edits).check(after)
         plan = plan.extended(edits, _step(method, statistics, known))
+    for method in chosen:  # when all of them fit
         print(f"method   {method}")
     _print_layers(predicted, shape, after)
     _print_sizes(shape, after, sequence_length, known if "routing" in known.groups else None)

@@ -6,23 +6,30 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig
 
 from moe_lightning.architectures import architecture_of
-from moe_lightning.checkpoints import Format, check_format, may_be_uneven
+from moe_lightning.checkpoints import (
+    Format,
+    check_format,
+    may_be_uneven,
+    plain_structure,
+    stored_bytes,
+    written_shape,
+)
 from moe_lightning.cli.commands import check_vocabulary, device_named, dtype_named, inspected
 from moe_lightning.compression import trial_edits
 from moe_lightning.compression.layerwise import is_layerwise, measures
 from moe_lightning.compression.replay import replays
 from moe_lightning.data import TextDataModule
 from moe_lightning.method import Method
-from moe_lightning.plan import CompressionPlan, ModelShape
+from moe_lightning.plan import CompressionPlan, ModelShape, Sparsify, WeightFormat
 from moe_lightning.sizes import ModelSize, measure
 from moe_lightning.slimming.policy import SlimmingPolicy
-from moe_lightning.surgery import apply_plan, build
+from moe_lightning.surgery import apply_plan, build, open_stacks, plan_of
 
 
 @dataclass
@@ -35,6 +42,12 @@ class Prepared:
     shape_after: ModelShape
     size_before: ModelSize
     size_after: ModelSize
+    disk_before: int
+    """Bytes of the weight files of the folder, whatever type they are loaded in."""
+    disk_after: int
+    """Bytes of the weights that are written, in the format and the type in which they are."""
+    written: Literal["native", "transformers"]
+    """What is written unless layers come out with different numbers of experts."""
     format: Format
     plan: CompressionPlan | None
     methods: list[Method]
@@ -50,6 +63,36 @@ class Prepared:
         if all(is_layerwise(method) and not measures(method) for method in self.methods):
             return []
         return self.data.calibration_batches(self.calibration_batches)
+
+
+def check_zeros(shape: ModelShape, methods: Sequence[Method]) -> None:
+    """Make sure that every method that prunes sets a weight to zero at all.
+
+    Args:
+        shape: Shape of the model as it is.
+        methods: Methods in the order in which they are applied.
+
+    Raises:
+        ValueError: The share of zeros that one of them asks for rounds to none.
+    """
+    for method in methods:
+        edits, after = trial_edits(shape, [method])
+        pruning = [edit for edit in edits if isinstance(edit, Sparsify)]
+        sizes: set[tuple[int, int]] = set()
+        if pruning and not any(_sets_zeros(edit, shape, sizes) for edit in pruning):
+            matrices = " and ".join(f"[{outputs}, {inputs}]" for outputs, inputs in sorted(sizes))
+            raise ValueError(
+                f"{method} would set no weight to zero: its share rounds to none in matrices of {matrices}: ask for "
+                "more zeros"
+            )
+        shape = after
+
+
+def _sets_zeros(edit: Sparsify, shape: ModelShape, seen: set[tuple[int, int]]) -> bool:
+    format = WeightFormat(sparsity=edit.sparsity, pattern=edit.pattern, scope=edit.scope)
+    sizes = shape.attention_sizes if edit.target == "attention" else shape.expert_sizes(shape.layout(edit.layer))
+    seen.update(sizes.values())
+    return any(format.kept(outputs, inputs) < outputs * inputs for outputs, inputs in sizes.values())
 
 
 def _read_plan(plan: str, model: str, carried: CompressionPlan) -> CompressionPlan:
@@ -105,7 +148,8 @@ def prepare(
     replayed = None if plan is None else _read_plan(plan, model, carried)
     chosen = list(methods) if replayed is None else replays(replayed)
     edits, after = trial_edits(shape, chosen)
-    check_format(after, format)
+    written = check_format(after, format)
+    check_zeros(shape, chosen)
     if not edits:
         raise ValueError(
             f"nothing would go: {', '.join(map(str, chosen))} rounds to no change on this model: ask for more"
@@ -128,18 +172,25 @@ def prepare(
     try:
         with torch.device("meta"):
             empty = build(AutoConfig.from_pretrained(model))
+            open_stacks(empty)  # as a folder is loaded
             size_before = measure(empty, data.block_size)
             apply_plan(empty, architecture_of(empty).plan_of_config(empty.config).extended(edits))
-            size_after = measure(empty, data.block_size)
+            open_stacks(empty)
+            plain = format == "transformers" and bool(plan_of(empty))
+            size_after = measure(plain_structure(empty) if plain else empty, data.block_size)
     finally:
         torch.set_default_dtype(default)
+    shape_after = dataclasses.replace(after, weight_bytes=kind.itemsize)
     prepared = Prepared(
         folder=Path(model),
         output=None if output is None else Path(output),
         shape_before=dataclasses.replace(shape, weight_bytes=kind.itemsize),
-        shape_after=dataclasses.replace(after, weight_bytes=kind.itemsize),
+        shape_after=shape_after,
         size_before=size_before,
         size_after=size_after,
+        disk_before=stored_bytes(model),
+        disk_after=written_shape(shape_after, written).bytes,
+        written=written,
         format=format,
         plan=replayed,
         methods=chosen,
@@ -149,5 +200,5 @@ def prepare(
         device=where,
         dtype=kind,
     )
-    _ = prepared.calibration  # there are as many batches as are asked for
+    _ = prepared.calibration, data.test_dataloader()  # there are as many batches as are asked for
     return prepared
