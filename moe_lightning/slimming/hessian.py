@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_lightning.statistics.moment_memory import AT_ONCE
+
 DAMPING = 0.01
 """Share of the mean of H's diagonal that is added to the diagonal."""
 
@@ -23,9 +25,6 @@ MAX_GROWTHS = 8
 
 SMALL = 1 << 22
 """Weights, or entries of Hessians, of a portion on a CPU: matrices as large keep it busy one by one."""
-
-LARGE = 1 << 28
-"""The same elsewhere, where more at once is faster still: about 1 GiB in fp32, of which a walk takes some copies."""
 
 _INVERTED = 128
 """Size of a triangle that is inverted as a whole."""
@@ -280,12 +279,13 @@ def portions(weight_SOI: Tensor, at_once: int | None) -> list[slice]:
 
     Args:
         weight_SOI: Weights.
-        at_once: Matrices of a portion; None for what is fastest for their size.
+        at_once: Matrices of a portion; None for what is fastest for their size on a CPU, and for what the memory
+            that is counted for solving allows elsewhere.
     """
     slots, outputs, columns = weight_SOI.shape
     if at_once is None:
-        entries = SMALL if weight_SOI.device.type == "cpu" else LARGE
-        at_once = max(1, entries // (max(outputs, columns) * columns))
+        on_cpu = weight_SOI.device.type == "cpu"
+        at_once = max(1, (SMALL if on_cpu else AT_ONCE) // (max(outputs, columns) * columns))
     if at_once < 1:
         raise ValueError(f"at_once is a number of matrices, at least 1, got {at_once}")
     return [slice(first, first + at_once) for first in range(0, slots, at_once)]

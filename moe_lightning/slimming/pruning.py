@@ -262,7 +262,7 @@ def _sparse_gpt(
     _, outputs, columns = weight_SOI.shape
     dtype = work_type(weight_SOI)
     inverse = inverse_factor(hessian_SII, damping=damping, tokens_S=tokens_S, dtype=dtype)
-    spread_SI = inverse.factor.diagonal(dim1=-2, dim2=-1)
+    spread_SI = inverse.factor.diagonal(dim1=-2, dim2=-1).clone()
     weight_SIO = weight_SOI.to(dtype).mT.clone(memory_format=torch.contiguous_format)
     keep_SIO = torch.empty_like(weight_SIO, dtype=torch.bool)
     old_keep_SIO = None if old_keep_SOI is None else old_keep_SOI.mT.contiguous()
@@ -285,5 +285,7 @@ def _sparse_gpt(
         return kept_SO if old_keep_SIO is None else kept_SO * old_keep_SIO[:, column]
 
     feed_errors_back(weight_SIO, inverse.factor, block, compress)
+    status = inverse.statuses("sparsegpt", "magnitude")
+    del inverse  # before one more copy of the weights
     weight = weight_SIO.mT.to(weight_SOI.dtype).contiguous()
-    return Pruned(weight, keep_SIO.mT.contiguous(), inverse.statuses("sparsegpt", "magnitude"))
+    return Pruned(weight, keep_SIO.mT.contiguous(), status)

@@ -7,8 +7,12 @@ from typing import Literal
 MomentKind = Literal["diagonal", "full"]
 """``sum x_j^2``, or ``sum x x^T``."""
 
-SOLVING = 4
-"""Matrices of the size of a full moment that solving with it takes beside it, for one matrix at a time."""
+SOLVING = 3
+"""Matrices of the size of a full moment that solving with one takes beside it: two for the inverse factor and one for
+the weights, where there are no more outputs than inputs."""
+
+AT_ONCE = 1 << 26
+"""Numbers of the moments that are solved with at once on a GPU, or those of one matrix where it has more."""
 
 
 def layer_input_bytes(
@@ -42,15 +46,23 @@ def moment_bytes(inputs: int, kind: MomentKind, weight_bytes: int = 4) -> int:
     return (inputs if kind == "diagonal" else inputs**2) * max(4, weight_bytes)
 
 
-def solving_bytes(inputs: int, kind: MomentKind, weight_bytes: int = 4) -> int:
-    """Return the memory that a method takes beside the moments to solve with those of one matrix.
+def solving_bytes(inputs: int, kind: MomentKind, weight_bytes: int = 4, *, slots: int = 1) -> int:
+    """Return the memory that a method takes beside the moments to solve with those of one matrix, or of several.
 
     Args:
         inputs: I.
         kind: Which moments; nothing is solved with diagonals.
         weight_bytes: Bytes of a number in the model's type.
+        slots: Matrices that there are: on a GPU as many of them are solved at once as :data:`AT_ONCE` allows.
     """
-    return 0 if kind == "diagonal" else SOLVING * moment_bytes(inputs, kind, weight_bytes)
+    if kind == "diagonal":
+        return 0
+    return SOLVING * min(slots, solved_at_once(inputs)) * moment_bytes(inputs, kind, weight_bytes)
+
+
+def solved_at_once(inputs: int) -> int:
+    """Return how many matrices are solved with at once at most."""
+    return max(1, AT_ONCE // inputs**2)
 
 
 def slot_groups(slots: int, one_bytes: int, max_bytes: int) -> list[list[int]]:
