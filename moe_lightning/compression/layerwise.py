@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 
 from moe_lightning.architectures import architecture_of
 from moe_lightning.compression.filling import undo
+from moe_lightning.compression.precision import full_float32
+from moe_lightning.compression.ranks import take_from_first_rank
 from moe_lightning.compression.starved import REMEDIES, enough_batches, in_words
 from moe_lightning.compression.walk import SlimmingEdit, View, Walk
 from moe_lightning.experts.stacks import Int4, Int8, Masked, Sparse24, WeightStack
@@ -56,7 +58,8 @@ class SlimmingReport:
 
     Attributes:
         matrices: Status by layer and name: ``3.gate_up_proj`` of an expert by its original number, or ``q_proj``.
-        errors: Relative squared error of the outputs, where it was measured, by the same keys.
+        errors: Squared error of the outputs in units of their squares, by the same keys, where the last method that
+            changed the matrix measured it: against the weights that this method found, not the original ones.
         tokens: Calibration tokens that reached each expert, by layer and original number.
     """
 
@@ -89,6 +92,8 @@ class SlimmingReport:
             mine = self.matrices.setdefault(layer, {})
             for key, status in statuses.items():
                 mine[key] = f"{mine[key]}{_THEN}{status}" if key in mine else status
+                # That of the method before is none of these weights.
+                self.errors.get(layer, {}).pop(key, None)
         for layer, errors in later.errors.items():
             self.errors.setdefault(layer, {}).update(errors)
         for layer, tokens in later.tokens.items():
@@ -155,8 +160,9 @@ def slim_layers(
         What was done.
 
     Raises:
-        ValueError: There is no calibration data, or an expert is starved and that is an error.
-        RuntimeError: A value is not finite, what the method made does not fit, or too many matrices fell back.
+        ValueError: There is no calibration data, or the layers of the model cannot be measured one by one.
+        TooFewTokens: An expert is starved and that is an error, or too many matrices fell back.
+        RuntimeError: A value is not finite, or what the method made does not fit.
     """
     runs = ascending_runs(edits)
     target = plan_of(model).extended(edits, None if origin is None else dict(origin))
@@ -168,7 +174,7 @@ def slim_layers(
     bar = tqdm(total=len(edits), desc=str(method), unit="edit", disable=None if progress else True, leave=False)
     try:
         # What is made here is trained later: no inference tensors, whatever mode the caller is in.
-        with torch.inference_mode(False), torch.no_grad(), bar:
+        with torch.inference_mode(False), torch.no_grad(), full_float32(), bar:
             if measures(method):
                 layers = sorted({edit.layer for run in runs for edit in run if edit.target == "experts"})
                 batches, named = enough_batches(model, batches, layers, policy, progress)
@@ -218,13 +224,17 @@ def _slim(
     _check_fit(view, slimmed, method)
     format = _format_after(walk.model, edit, plan)
     stacks = {(edit.layer, name): _stack(view, name, slimmed.matrices[name], format) for name in view.matrices}
+    # Before an optimizer's moments are cut to the places of what is kept.
+    take_from_first_rank(tensor for stack in stacks.values() for tensor in (*stack.parameters(), *stack.buffers()))
     for (layer, name), stack in stacks.items():
         _check_stored(f"layer {layer}: {name} made by {edit}", dict(stack.state_dict()))
     surgery = apply_plan(walk.model, plan, stacks=stacks)
     surgeries.append(surgery)
     for what, factor in slimmed.rescale:
         parameter = view.rescaled(what)  # as it is now: surgery may have put another one in its place
-        surgery.rescale(parameter, factor.to(parameter.device))
+        factor = factor.to(parameter.device, copy=True)
+        take_from_first_rank([factor])
+        surgery.rescale(parameter, factor)
         _check_stored(f"layer {edit.layer}: {what} rescaled by {edit}", {what: parameter})
     walk.changed()
     report.add(edit, view.layout, slimmed)
@@ -306,7 +316,8 @@ def _check_fallbacks(report: SlimmingReport, total: int, method: Any, policy: Sl
     """Raise as soon as more matrices fell back than the policy allows."""
     found = report.fallbacks
     number = sum(map(len, found.values()))
-    if number <= policy.max_fallback * total:
+    # 0.29 * 100 is less than 29.
+    if number <= policy.max_fallback * total + 1e-6:
         return
     where = "; ".join(f"layer {layer}: {', '.join(keys)}" for layer, keys in found.items())
     raise TooFewTokens(

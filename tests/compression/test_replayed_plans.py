@@ -62,7 +62,11 @@ def test_a_plan_written_by_hand_takes_the_methods_that_its_edits_name() -> None:
     model = tiny_mixtral()
     result = compress(model, plan=plan)
     assert result.plan.edits == plan.edits == plan_of(model).edits
-    said = {name: set(module.matrices.values()) for name, module in result.modules.items()}
+    # Without how far GPTQ had to damp.
+    said = {
+        name: {status.partition(" damp")[0] for status in module.matrices.values()}
+        for name, module in result.modules.items()
+    }
     assert said["model.layers.0.mlp.experts"] == {"router wanda, then awq"}
     assert said["model.layers.0.self_attn"] == {"rtn"}
     assert said["model.layers.1.mlp.experts"] == {"magnitude"}
