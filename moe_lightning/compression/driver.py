@@ -74,6 +74,9 @@ def compress(
 ) -> CompressionResult:
     """Compress a model in place, all or nothing: when anything fails the model is as it was.
 
+    For that, every layer is kept as it was until the last method is done: the weights before and all that is made of
+    them are in memory at the same time (:func:`moe_lightning.compression.made_bytes`).
+
     Args:
         model: A Mixtral with its language head, compressed before or not.
         batches: Calibration batches: dicts with ``input_ids`` ``[batch, sequence]`` and optional ``attention_mask``.
@@ -91,7 +94,9 @@ def compress(
             reach is starved.
         starved: What becomes of it. ``warn``: it is made from what there is. ``top_up``: further sequences are drawn
             that reach it. ``fallback``: as if no token reached it. ``error``: the compression fails.
-        top_up: Further calibration batches, for ``starved="top_up"``; as many of them are read as it takes.
+        top_up: Further calibration batches, for ``starved="top_up"``; as many of them are read as it takes, once for
+            all methods. After 64 batches in a row that reach no starved expert no more are read, and a warning names
+            those that are short.
         max_fallback: Largest share of a method's matrices that may be made without measurement, from 0 to 1.
         max_moment_bytes: Memory for the moments of inputs that are measured at a time, in bytes: with less, fewer
             experts are measured at a time.
@@ -101,12 +106,16 @@ def compress(
 
     Raises:
         ValueError: The methods or the plan do not fit the model, or there is no calibration data. Found before the
-            calibration pass wherever the shape alone tells. An expert is starved, and that is an error.
-        RuntimeError: The parameters touched differ from those claimed, a value filled in is not finite, or more
-            matrices than ``max_fallback`` allows were made without measurement.
+            calibration pass wherever the shape alone tells.
+        TooFewTokens: (a RuntimeError) An expert is starved, and that is an error: found before anything is done, or at
+            a later layer, where tokens go other ways than before because those before it are smaller. Or more matrices
+            than ``max_fallback`` allows were made without measurement.
+        RuntimeError: The parameters touched differ from those claimed, or a value filled in is not finite.
     """
     check_class(model)
-    policy = SlimmingPolicy(min_tokens, starved, top_up, max_fallback, max_moment_bytes)
+    # One way through them for all methods: the second one does not draw again what the first one drew.
+    further = None if top_up is None else _once(top_up)
+    policy = SlimmingPolicy(min_tokens, starved, further, max_fallback, max_moment_bytes)
     if (methods is None) == (plan is None):
         raise ValueError("give either methods or a plan to replay, and not both")
     if plan is not None:
@@ -176,6 +185,11 @@ def compress(
     if reversible:
         result.surgeries += surgeries
     return result
+
+
+def _once(batches: Batches) -> Iterator[Mapping[str, Any]]:
+    """Go through batches once; nothing is asked of them before the first is."""
+    yield from batches
 
 
 def _check_statistics(statistics: Statistics, method: Method, model: PreTrainedModel, shape: ModelShape) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,10 +21,15 @@ from moe_lightning.architectures import MoELayer, architecture_of
 from moe_lightning.architectures.modes import evaluation_mode
 from moe_lightning.slimming.policy import SlimmingPolicy, TooFewTokens
 from moe_lightning.statistics.batches import Batches, checked_counts, inputs_and_mask, over_all_ranks
+from moe_lightning.statistics.layer_inputs import slots_reached
 
 REMEDIES = (
     "give more calibration data, let starved='top_up' draw more, choose starved='fallback', or set a lower min_tokens"
 )
+
+FRUITLESS_BATCHES = 64
+"""Batches of ``top_up`` in a row, of each process, after which drawing ends if none of them reached a starved expert: a
+stream without an end may hold nothing that ever does."""
 
 
 class _LastSeen(Exception):
@@ -56,8 +62,7 @@ class SequenceCounter:
 
     def _see(self, layer: MoELayer, _module: nn.Module, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
         slots = self._slots[layer.index]
-        slot_NK = self.architecture.open_experts(layer).slot_map[arguments[1]]
-        slot_NK = torch.where(slot_NK < 0, slots, slot_NK)
+        slot_NK = slots_reached(self.architecture.open_experts(layer).slot_map, arguments[1], slots)
         # A token that picks two experts which share a slot reaches it once.
         reached_NS = torch.zeros(len(slot_NK), slots + 1, dtype=torch.bool, device=slot_NK.device)
         reached_NS.scatter_(1, slot_NK, True)
@@ -96,6 +101,18 @@ class SequenceCounter:
         return torch.cat(self._counts, dim=1)
 
 
+@dataclass(frozen=True)
+class _Chained:
+    """Batches, and others behind them; neither is read before it is asked for."""
+
+    first: Batches
+    then: Batches
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        yield from self.first
+        yield from self.then
+
+
 def in_words(owners: Sequence[tuple[int, int]], counts: Sequence[int]) -> str:
     """Name experts with their numbers of tokens, layer by layer."""
     by_layer: dict[int, list[str]] = {}
@@ -127,10 +144,12 @@ def enough_batches(
         The batches, with those drawn behind them; and layer and original number of the experts that are still starved.
 
     Raises:
-        ValueError: There are no batches; or an expert is starved, and that is an error.
+        ValueError: There are no batches.
+        TooFewTokens: An expert is starved, and that is an error.
 
     Warns:
-        UserWarning: The batches of ``top_up`` are exhausted and experts are still starved.
+        UserWarning: Experts are still starved: the batches of ``top_up`` are exhausted, or
+            :data:`FRUITLESS_BATCHES` of them in a row reached none of these experts.
     """
     if policy.starved not in ("error", "top_up") or not layers:
         return batches, frozenset()
@@ -152,27 +171,34 @@ def enough_batches(
         if policy.starved == "error":
             short = f"min_tokens={policy.min_tokens} calibration tokens reach {_short(counter, count_X, policy)}"
             raise TooFewTokens(f"fewer than {short}: {REMEDIES}")
-        drawn = _draw(counter, count_X, policy, hidden)
+        drawn, ended = _draw(counter, count_X, policy, hidden)
     few = (count_X < policy.min_tokens).nonzero().flatten().tolist()
     if few:
         warnings.warn(
-            f"top_up is exhausted, and fewer than min_tokens={policy.min_tokens} calibration tokens reach "
-            f"{_short(counter, count_X, policy)}: give more batches to top_up",
+            f"{ended}, and fewer than min_tokens={policy.min_tokens} calibration tokens reach "
+            f"{_short(counter, count_X, policy)}: give more batches to top_up, other text, or set a lower min_tokens",
             stacklevel=2,
         )
-    return [*batches, *drawn], frozenset(counter.owners[slot] for slot in few)
+    return _Chained(batches, drawn), frozenset(counter.owners[slot] for slot in few)
 
 
 def _draw(
     counter: SequenceCounter, count_X: Tensor, policy: SlimmingPolicy, hidden: bool | None
-) -> list[dict[str, Tensor]]:
-    """Draw further batches and return their sequences that reach starved slots; ``count_X`` is kept up to date."""
+) -> tuple[list[dict[str, Tensor]], str]:
+    """Draw further batches; return their sequences that reach starved slots, and in words why nothing more is drawn.
+
+    ``count_X`` is kept up to date.
+    """
     assert policy.top_up is not None
     source = iter(policy.top_up)
     drawn: list[dict[str, Tensor]] = []
-    number = 0
+    number = fruitless = 0
+    ended = "top_up is exhausted"
     bar = tqdm(desc="drawing more", unit="batch", disable=hidden, leave=False)
     while bool((count_X < policy.min_tokens).any()):
+        if fruitless == FRUITLESS_BATCHES:
+            ended = f"{fruitless} batches of top_up in a row reached no starved expert"
+            break
         batch = next(source, None)
         # Every rank goes on as long as one of them has something: the sums are of all.
         if not int(over_all_ranks(torch.tensor(batch is not None, dtype=torch.int64, device=counter.device))):
@@ -187,8 +213,11 @@ def _draw(
             if rows:
                 names = [name for name in ("input_ids", "attention_mask") if batch.get(name) is not None]
                 drawn.append({name: batch[name][rows] for name in names})
-        count_X += over_all_ranks(here_X - count_X)
+        gained_X = over_all_ranks(here_X - count_X)
+        count_X += gained_X
+        # Only sequences that reach a starved expert are taken, so that there is a gain or nothing.
+        fruitless = 0 if bool(gained_X.any()) else fruitless + 1
         number += 1
         bar.update()
     bar.close()
-    return drawn
+    return drawn, ended

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from moe_kernels import grouped_linear
 from torch import Tensor, nn
 
 from moe_lightning.architectures import Architecture, MoELayer, architecture_of
@@ -35,7 +36,7 @@ class _Batch:
 
     Attributes:
         hidden: What enters the current layer, ``[batch, sequence, H]``.
-        options: The other arguments of every decoder layer: masks, positions.
+        options: The other arguments of the first decoder layer, which every later one gets as well: masks, positions.
         keep_N: Tokens that count, bool ``[batch * sequence]``; None where all do.
     """
 
@@ -68,13 +69,35 @@ class ExpertInputs:
 
         Experts that were merged share a slot: a token that picks two of them reaches it once, with the sum.
         """
-        slot_NK = slot_map[self.index_NK]
-        # Novices and absent experts have negative places: they end up in a column that is cut off.
-        slot_NK = torch.where(slot_NK < 0, slots, slot_NK)
+        slot_NK = slots_reached(slot_map, self.index_NK, slots)
         gate_NS = torch.zeros(len(slot_NK), slots + 1, dtype=dtype, device=slot_NK.device)
         gate_NS.scatter_add_(1, slot_NK, self.weight_NK.to(dtype))
         reached_NS = torch.zeros_like(gate_NS, dtype=torch.bool).scatter_(1, slot_NK, True)
         return reached_NS[:, :slots], gate_NS[:, :slots]
+
+
+def slots_reached(slot_map: Tensor, index_NK: Tensor, slots: int) -> Tensor:
+    """Return the slot that each choice of a router leads to, int64 ``[N, K]``.
+
+    Args:
+        slot_map: Slot of each router row; negative where there is none.
+        index_NK: Router rows chosen. Numbers that are no row mean "nobody", as in transformers.
+        slots: S. It stands for everything that is no slot: novices, absent experts, nobody.
+    """
+    rows = len(slot_map)
+    slot_NK = slot_map[index_NK.clamp(0, rows - 1)]
+    return torch.where((index_NK < 0) | (index_NK >= rows) | (slot_NK < 0), slots, slot_NK)
+
+
+def _check_alike(model: Any) -> None:
+    """Raise where layers do not attend alike: the masks that the first one gets would be wrong for others."""
+    kinds = sorted({str(kind) for kind in getattr(model.config, "layer_types", None) or ()})
+    if len(kinds) > 1:
+        raise ValueError(
+            f"the layers of this model attend in different ways ({', '.join(kinds)} in config.layer_types), and each "
+            "would be measured with the attention mask of the first: methods that read the inputs of matrices cannot "
+            "work on it. Take one that needs no calibration data (RTN, Magnitude)"
+        )
 
 
 def _shared(options: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
@@ -132,8 +155,10 @@ class LayerInputs:
             place: Position of the layer to begin with.
 
         Raises:
-            ValueError: No batches, no tokens outside the padding, or a batch without ``input_ids``.
+            ValueError: No batches, no tokens outside the padding, a batch without ``input_ids``; or layers that attend
+                in different ways.
         """
+        _check_alike(model)
         self.model = model
         self.architecture: Architecture = architecture_of(model)
         self.place = place
@@ -317,7 +342,8 @@ class LayerInputs:
                 x_PI = inputs.hidden_NH[members_P]
                 if name == "down_proj":
                     weight = gate_up[slot].to(opened.gate_up_proj.dtype)
-                    gate_PI, up_PI = F.linear(x_PI, weight).chunk(2, dim=-1)
+                    ends = torch.tensor([len(x_PI)], dtype=torch.int32, device=x_PI.device)
+                    gate_PI, up_PI = grouped_linear(x_PI, weight[None], ends).chunk(2, dim=-1)
                     x_PI = opened.activation(gate_PI) * up_PI
                 _add(total[row], x_PI, gate_NS[members_P, slot] if gated else None)
         return self._finished(total, name)

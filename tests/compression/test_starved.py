@@ -1,5 +1,6 @@
 """Experts that few calibration tokens reach, or none, under every policy."""
 
+import contextlib
 import itertools
 import warnings
 from collections.abc import Iterator
@@ -11,12 +12,14 @@ from torch import Tensor
 
 import moe_lightning as ml
 from moe_lightning.architectures import architecture_of
-from moe_lightning.compression.starved import SequenceCounter, enough_batches
+from moe_lightning.compression.layerwise import SlimmingReport, _check_fallbacks
+from moe_lightning.compression.starved import FRUITLESS_BATCHES, SequenceCounter, enough_batches
 from moe_lightning.method import Method
 from moe_lightning.slimming.balancing import AWQ
-from moe_lightning.slimming.policy import SlimmingPolicy
+from moe_lightning.slimming.policy import SlimmingPolicy, TooFewTokens
 from moe_lightning.slimming.pruners import Magnitude, SparseGPT, Wanda
 from moe_lightning.slimming.quantizers import GPTQ, RTN
+from moe_lightning.statistics.layer_inputs import ExpertInputs, slots_reached
 from tests.compression.test_compress import Snapshot
 from tests.layer_reference import padded
 from tests.models import random_batches, tiny_mixtral
@@ -100,7 +103,7 @@ def test_an_error_is_found_before_anything_is_done() -> None:
     found = counts(tiny_mixtral(), batches)
     threshold = int(found.min()) + 1
     layer, expert = divmod(int(found.argmin()), EXPERTS)
-    with pytest.raises(ValueError, match=rf"layer {layer}: experts {expert} \({threshold - 1}\).*starved='top_up'"):
+    with pytest.raises(TooFewTokens, match=rf"layer {layer}: experts {expert} \({threshold - 1}\).*starved='top_up'"):
         compress(model, batches, [ml.ExpertDrop(keep=6), GPTQ(group_size=16)], starved="error", min_tokens=threshold)
     before.check()
     compress(model, batches, Wanda(sparsity=0.5, propagate="original"), starved="error", min_tokens=threshold - 1)
@@ -209,6 +212,66 @@ def test_a_generator_goes_on_where_the_method_before_left_it() -> None:
     assert len(list(source)) > 30
 
 
+def test_a_list_too_is_gone_through_once_by_all_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second method draws behind what the first one drew, and not the same again."""
+    model, seen = tiny_mixtral(), []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        found = enough_batches(*arguments, **options)
+        seen.append([tuple(row.tolist()) for batch in found[0] for row in batch["input_ids"]])
+        return found
+
+    monkeypatch.setattr("moe_lightning.compression.layerwise.enough_batches", watched)
+    source = Source(random_batches(60, 2, 9, seed=7))
+    methods = [Wanda(sparsity=0.25), Wanda(sparsity=0.8), GPTQ(group_size=16)]
+    # Those that were pruned send tokens other ways.
+    compress(model, random_batches(1, 2, 5), methods, starved="top_up", top_up=source, min_tokens=30)
+    assert len(seen) == 3 and len(seen[-1]) > len(seen[0]) > 2, "a later method drew as well"
+    for one, other in itertools.pairwise(seen):
+        assert other[: len(one)] == one
+    assert len(set(seen[-1])) == len(seen[-1]) and source.read < 60
+
+
+class Forever:
+    """Calibration data that are read again at every pass, and never kept."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes += 1
+        yield from self.batches
+
+
+@pytest.mark.parametrize("useful", [0, 1])
+def test_drawing_from_a_stream_without_end_ends(useful: int) -> None:
+    """Two experts of each layer get the same token again and again, the other four nothing."""
+    model, read = tiny_mixtral(), []
+
+    def stream() -> Iterator[Any]:
+        yield from random_batches(useful, 1, 4, seed=3)
+        for number in itertools.count():
+            assert number < 10 * FRUITLESS_BATCHES, "there is no end"
+            read.append(number)
+            yield ONE_TOKEN[0]
+
+    policy = SlimmingPolicy(min_tokens=1, starved="top_up", top_up=stream())
+    calibration = Forever(ONE_TOKEN)
+    with pytest.warns(UserWarning, match=rf"{FRUITLESS_BATCHES} batches of top_up in a row.*layer 0: experts \d \(0\)"):
+        enough, named = enough_batches(model, calibration, range(LAYERS), policy, progress=False)
+    assert len(read) == FRUITLESS_BATCHES == 64
+    assert calibration.passes == 1, "batches are not kept beside what was drawn"
+    assert len(list(enough)) == len(list(enough)) == 1 + useful
+    assert calibration.passes == 3
+    assert named == {
+        (layer, expert)
+        for layer, row in enumerate(counts(model, enough).tolist())
+        for expert in range(6)
+        if not row[expert]
+    }
+
+
 def test_an_option_without_sense_is_found_before_anything_runs() -> None:
     def unread() -> Iterator[Any]:
         raise AssertionError("the calibration data was read")
@@ -239,7 +302,7 @@ def test_too_many_fallbacks_fail_and_leave_nothing(policy: Any) -> None:
     before = Snapshot(model)
     fallen = 4 if policy == "warn" else 6
     with pytest.raises(
-        RuntimeError, match=r"of 36 matrices .* max_fallback=0.6.*starved='top_up'.*min_tokens"
+        TooFewTokens, match=r"of 36 matrices .* max_fallback=0.6.*starved='top_up'.*min_tokens"
     ) as failed:
         compress(model, ONE_TOKEN, [ml.Novices(keep=6), GPTQ(group_size=16)], starved=policy, max_fallback=0.6)
     before.check()
@@ -265,6 +328,36 @@ def test_the_share_of_fallbacks_that_is_allowed_passes() -> None:
                 compress(tiny_mixtral(), batches, GPTQ(group_size=16), **options)
         else:
             compress(tiny_mixtral(), batches, GPTQ(group_size=16), **options)
+
+
+def test_an_outcome_is_no_wrong_option() -> None:
+    assert issubclass(TooFewTokens, RuntimeError) and not issubclass(TooFewTokens, ValueError)
+
+
+@pytest.mark.parametrize("number", [29, 30])
+def test_a_share_that_is_met_to_the_last_bit_is_allowed(number: int) -> None:
+    assert 0.29 * 100 < 29
+    report = SlimmingReport({0: {f"{expert}.down_proj": "rtn fallback: 0 tokens" for expert in range(number)}})
+    with contextlib.nullcontext() if number == 29 else pytest.raises(TooFewTokens, match="30 of 100"):
+        _check_fallbacks(report, 100, "GPTQ()", SlimmingPolicy(max_fallback=0.29))
+
+
+def test_choices_of_nobody_reach_nothing() -> None:
+    """Router rows that do not exist mean nobody, as in transformers, in both ways of counting."""
+    model = tiny_mixtral()
+    plan = ml.CompressionPlan((ml.NoviceExperts(1, (1, 2)), ml.KeepExperts(2, (0, 3, 4, 5))))
+    compress(model, ONE_TOKEN, None, plan=plan)
+    index = torch.tensor([[0, -1], [3, 6], [-2, 1], [7, 99]])
+    for layer, slots in ((0, 6), (1, 4), (2, 4)):
+        slot_map = model.model.layers[layer].mlp.experts.slot_map_on("cpu") if layer else torch.arange(6)
+        found = slots_reached(slot_map, index, slots)
+        for row, pair in enumerate(index.tolist()):
+            for place, choice in enumerate(pair):
+                slot = int(slot_map[choice]) if 0 <= choice < len(slot_map) else -1
+                assert found[row, place] == (slot if slot >= 0 else slots)
+        inputs = ExpertInputs(torch.zeros(4, 32), index, torch.full((4, 2), 0.5))
+        reached, gates = inputs.gates(slot_map, slots, torch.float32)
+        assert reached.sum() == (found < slots).sum() and float(gates.sum()) == 0.5 * int(reached.sum())
 
 
 def test_counting_sees_slots_and_leaves_padding_out() -> None:
