@@ -1,7 +1,7 @@
 """The one driver: observe, propose, check, fill."""
 
 from moe_lightning.compression.driver import as_methods, check_methods, compress
-from moe_lightning.compression.memory import calibration_bytes, trial_edits
+from moe_lightning.compression.memory import calibration_bytes, made_bytes, trial_edits
 from moe_lightning.compression.provenance import history_step, plain
 from moe_lightning.compression.result import CompressionResult, ModuleStatus
 
@@ -13,6 +13,7 @@ __all__ = [
     "check_methods",
     "compress",
     "history_step",
+    "made_bytes",
     "plain",
     "trial_edits",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from moe_lightning.compression.layerwise import measures
 from moe_lightning.compression.sensitivity import SENSITIVITY_TOKENS
 from moe_lightning.method import Method
-from moe_lightning.plan import CompressionPlan, Edit, ModelShape
+from moe_lightning.plan import CompressionPlan, Edit, ExpertLayout, ModelShape, WeightFormat
 from moe_lightning.slimming.policy import SlimmingPolicy
 from moe_lightning.statistics import Statistics, statistics_bytes
 from moe_lightning.statistics.moment_memory import MomentKind, layer_input_bytes, moment_bytes, solving_bytes
@@ -35,6 +35,50 @@ def trial_edits(shape: ModelShape, methods: Sequence[Method]) -> tuple[list[Edit
     return edits, shape
 
 
+def made_bytes(shape: ModelShape, methods: Sequence[Method]) -> int:
+    """Say how much memory the weights take that methods make, beside those that the model had before.
+
+    ``ml.compress`` keeps every layer that it changes until all methods are done, so that it can put the model back: the
+    peak is the model as it was and everything that was made of it, what a later method replaced again included.
+
+    Args:
+        shape: Shape of the model as it is.
+        methods: The methods, in order.
+
+    Returns:
+        Bytes of the experts and attentions that the methods change, as they are held in memory.
+    """
+    made = 0
+    for method in methods:
+        after = trial_edits(shape, [method])[1]
+        before = {layout.layer: layout for layout in shape.layouts}
+        made += sum(_layout_bytes(after, layout) for layout in after.layouts if layout != before[layout.layer])
+        for block, format in after.attention:
+            if format != shape.attention_format(block):
+                made += sum(
+                    _held_bytes(format, 1, *size, after.weight_bytes) for size in after.attention_sizes.values()
+                )
+        shape = after
+    return made
+
+
+def _layout_bytes(shape: ModelShape, layout: ExpertLayout) -> int:
+    held = layout.parameters(shape.hidden_size, shape.intermediate_size) * shape.weight_bytes
+    if layout.format is not None:
+        slots = len(layout.real)
+        for outputs, inputs in shape.expert_sizes(layout).values():
+            held -= slots * outputs * inputs * shape.weight_bytes
+            held += _held_bytes(layout.format, slots, outputs, inputs, shape.weight_bytes)
+    return held
+
+
+def _held_bytes(format: WeightFormat, slots: int, outputs: int, inputs: int, weight_bytes: int) -> int:
+    if format.kind != "sparse":
+        return format.stored_bytes(slots, outputs, inputs, weight_bytes)
+    # All weights, and a bit for each.
+    return slots * outputs * (inputs * weight_bytes + -(-inputs // 8))
+
+
 def calibration_bytes(
     shape: ModelShape,
     methods: Sequence[Method],
@@ -42,7 +86,7 @@ def calibration_bytes(
     tokens: int | None = None,
     max_moment_bytes: int = SlimmingPolicy.max_moment_bytes,
 ) -> int:
-    """Say how much memory the measurements take at most, beside the model and its forward pass.
+    """Say how much memory the measurements take at most, beside the model, what is made of it and its forward pass.
 
     Args:
         shape: Shape of the model as it is.

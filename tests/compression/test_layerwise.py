@@ -1,5 +1,6 @@
 """Slimming layer by layer: what methods see, what is stored, and what is said of it."""
 
+import contextlib
 import copy
 import dataclasses
 import warnings
@@ -11,7 +12,9 @@ from torch import Tensor
 
 import moe_lightning as ml
 from moe_lightning.architectures import architecture_of
-from moe_lightning.compression import calibration_bytes, check_methods
+from moe_lightning.compression import calibration_bytes, check_methods, made_bytes
+from moe_lightning.compression.layerwise import SlimmingReport
+from moe_lightning.experts import WeightStack
 from moe_lightning.plan import Edit
 from moe_lightning.slimming.pruners import Magnitude, Wanda
 from moe_lightning.slimming.quantizers import GPTQ, RTN
@@ -201,6 +204,48 @@ def test_autocast_around_the_compression_changes_no_sum_and_no_method() -> None:
     assert float((first - second).norm() / first.norm()) < 0.1
 
 
+@pytest.mark.parametrize("how", ["high", "medium", "cuda", "none"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_products_are_in_full_fp32_whatever_was_asked_for_training(how: str, fails: bool) -> None:
+    mkldnn: Any = torch.backends.mkldnn
+    backends = (torch.backends.cuda.matmul, mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    seen: list[Any] = []
+
+    @dataclasses.dataclass
+    class Looking(Rounding):
+        def slim(self, edit: Any, view: LayerView) -> SlimmedLayer:
+            seen.append((torch.get_float32_matmul_precision(), *(backend.fp32_precision for backend in backends)))
+            return super().slim(edit, view)
+
+    try:
+        if how == "cuda":
+            backends[0].fp32_precision = "tf32"
+        elif how != "none":
+            torch.set_float32_matmul_precision(how)
+        during = [backend.fp32_precision for backend in backends]
+        with pytest.raises(OSError) if fails else contextlib.nullcontext():
+            compress(tiny_mixtral(), Looking(fail_in=2 if fails else None))
+        assert set(seen) == {("highest", "ieee", "ieee")}
+        assert [backend.fp32_precision for backend in backends] == during
+        if how in ("high", "medium"):
+            assert torch.get_float32_matmul_precision() == how
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value
+
+
+def test_an_error_is_that_of_the_last_method() -> None:
+    """In units of the weights that it found: what the method before took away is none."""
+    report = SlimmingReport({0: {"0.a": "sparsegpt", "1.a": "sparsegpt"}}, {0: {"0.a": 0.5, "1.a": 0.25}})
+    report.merge(SlimmingReport({0: {"0.a": "gptq"}, 1: {"0.a": "gptq"}}, {0: {"0.a": 0.125}, 1: {"0.a": 0.0625}}))
+    assert report.errors == {0: {"0.a": 0.125, "1.a": 0.25}, 1: {"0.a": 0.0625}}
+    report.merge(SlimmingReport({0: {"0.a": "rtn", "1.a": "rtn"}}))
+    assert report.errors == {0: {}, 1: {"0.a": 0.0625}}, "a method that measured nothing says nothing"
+    assert report.matrices[0] == {"0.a": "sparsegpt, then gptq, then rtn", "1.a": "sparsegpt, then rtn"}
+
+
 def test_statuses_name_matrices_by_original_numbers_and_count_their_tokens() -> None:
     model = tiny_mixtral()
     methods = [ml.ExpertDrop(keep=4), ml.Novices(keep=3), GPTQ(group_size=16, targets="experts+attention")]
@@ -266,3 +311,28 @@ def test_the_memory_stated_covers_what_is_kept(original: bool) -> None:
     diagonal = Rounding("diagonal")
     assert calibration_bytes(shape, [RTN(group_size=16), ml.Novices(keep=3)], 18, tokens) > 0
     assert calibration_bytes(shape, [diagonal], 54) == layer_input_bytes(54, HIDDEN, 2, 4) + 6 * 48 * 4
+
+
+MADE: dict[str, list[Any]] = {
+    "int4": [RTN(group_size=16)],
+    "2:4, attention too": [Magnitude(pattern="2:4", targets="experts+attention")],
+    "masked": [Magnitude(sparsity=0.5)],
+    "masked, then int8": [Magnitude(sparsity=0.5), RTN(bits=8, group_size="channel", targets="experts+attention")],
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_memory_stated_covers_what_is_made_beside_the_weights(name: str) -> None:
+    """Counted in the stacks that there are after each method: none of them goes before the last method is done."""
+    model = tiny_mixtral()
+    stated = made_bytes(architecture_of(model).shape(model), MADE[name])
+    found = 0
+    for method in MADE[name]:
+        compress(model, method, None)
+        stacks = [module for module in model.modules() if isinstance(module, WeightStack)]
+        tensors = [tensor for stack in stacks for tensor in (*stack.parameters(), *stack.buffers())]
+        found += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    routers = len(MADE[name]) * LAYERS * 6 * HIDDEN * 4
+    assert stated == found + routers
+    if name == "masked":
+        assert stated > sum(layer.mlp.experts.storage.down_proj.num_weights * 12 for layer in model.model.layers)
