@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from moe_lightning.compression import ModuleStatus
 
@@ -13,21 +14,55 @@ MOST_NAMED = 6
 Modules = Mapping[str, ModuleStatus]
 
 
-def _kind(status: str) -> str:
-    """Return a status without its reason: ``rtn fallback: 3 tokens`` counts as ``rtn fallback``."""
-    return status.partition(":")[0]
+_THEN = re.compile(r",? then ")
+_DAMPING = re.compile(r"(.*?),? damp(?:ing)? x([\d.e+]+)")
 
 
-def _counts(statuses: Iterable[str]) -> list[tuple[str, int]]:
-    return Counter(map(_kind, statuses)).most_common()
+@dataclass(frozen=True)
+class _Said:
+    """What a status says, taken apart: ``sparsegpt damp x2.4, then rtn fallback: 3 tokens``.
+
+    Attributes:
+        kind: Without reasons and numbers: ``sparsegpt then rtn fallback``.
+        damping: The largest damping of it, in units of the one asked for; 1 where it says nothing.
+    """
+
+    kind: str
+    damping: float
 
 
-def _in_words(counts: Iterable[tuple[str, int]]) -> str:
-    return ", ".join(f"{count:,} {kind}" for kind, count in counts)
+def _said(status: str) -> _Said:
+    kinds, dampings = [], [1.0]
+    for part in _THEN.split(status):
+        kind = part.partition(":")[0]
+        if damped := _DAMPING.fullmatch(kind):
+            kind = damped[1]
+            dampings.append(float(damped[2]))
+        kinds.append(kind)
+    return _Said(" then ".join(kinds), max(dampings))
+
+
+def _groups(statuses: Iterable[str]) -> list[tuple[str, list[float]]]:
+    """Return kinds with the dampings of their matrices, the most frequent kind first."""
+    groups: dict[str, list[float]] = {}
+    for said in map(_said, statuses):
+        groups.setdefault(said.kind, []).append(said.damping)
+    return sorted(groups.items(), key=lambda item: -len(item[1]))
+
+
+def _in_words(groups: Iterable[tuple[str, list[float]]]) -> str:
+    told = []
+    for kind, dampings in groups:
+        low, high = min(dampings), max(dampings)
+        words = f"{len(dampings):,} {kind}"
+        if high > 1:
+            words += f", damping x{low:g}" + (f" to x{high:g}" if high > low else "")
+        told.append(words)
+    return "; ".join(told)
 
 
 def matrix_summary(modules: Modules) -> str:
-    """Count the matrices of all modules by status: ``64 matrices: 60 gptq, 4 gptq damp x10``.
+    """Count the matrices of all modules by status: ``64 matrices: 60 gptq, damping x1 to x8.4; 4 rtn fallback``.
 
     Args:
         modules: Modules by name.
@@ -36,7 +71,7 @@ def matrix_summary(modules: Modules) -> str:
         One line; empty where no matrix was made smaller.
     """
     statuses = [status for module in modules.values() for status in module.matrices.values()]
-    return f"{len(statuses):,} matrices: {_in_words(_counts(statuses))}" if statuses else ""
+    return f"{len(statuses):,} matrices: {_in_words(_groups(statuses))}" if statuses else ""
 
 
 def module_line(module: ModuleStatus) -> str:
@@ -50,10 +85,10 @@ def module_line(module: ModuleStatus) -> str:
     """
     if not module.matrices:
         return module.status
-    counts = _counts(module.matrices.values())
-    usual = counts[0][0]
-    others = [f"{name}: {status}" for name, status in module.matrices.items() if _kind(status) != usual]
-    line = f"{module.status}; {_in_words(counts)}"
+    groups = _groups(module.matrices.values())
+    usual = groups[0][0]
+    others = [f"{name}: {status}" for name, status in module.matrices.items() if _said(status).kind != usual]
+    line = f"{module.status}; {_in_words(groups)}"
     if others:
         more = f"; and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
         line += f" ({'; '.join(others[:MOST_NAMED])}{more})"
@@ -65,7 +100,7 @@ def module_line(module: ModuleStatus) -> str:
 
 
 def matrix_table(modules: Modules) -> str:
-    """Return a Markdown table with a row for each matrix; empty where no matrix was made smaller.
+    """Return Markdown tables, a row for each kind of status and one for each matrix; empty where none was made smaller.
 
     Args:
         modules: Modules by name.
@@ -73,7 +108,14 @@ def matrix_table(modules: Modules) -> str:
     summary = matrix_summary(modules)
     if not summary:
         return ""
-    lines = [summary, "", "| module | matrix | tokens | status | relative error |", "|---|---|--:|---|--:|"]
+    lines = [summary, "", "| module | matrices | made by | largest relative error |", "|---|--:|---|--:|"]
+    for name, module in modules.items():
+        for kind, dampings in _groups(module.matrices.values()):
+            mine = [matrix for matrix, status in module.matrices.items() if _said(status).kind == kind]
+            words = _in_words([(kind, dampings)]).partition(" ")[2]
+            errors = [module.errors[matrix] for matrix in mine if matrix in module.errors]
+            lines.append(f"| {name} | {len(mine):,} | {words} | {f'{max(errors):.3%}' if errors else ''} |")
+    lines += ["", "| module | matrix | tokens | status | relative error |", "|---|---|--:|---|--:|"]
     for name, module in modules.items():
         for matrix, status in module.matrices.items():
             owner = matrix.partition(".")[0]

@@ -119,7 +119,8 @@ def _numbers(modules: Mapping[int, ModuleStatus], layers: Sequence[int] | None) 
 
 
 def _fell_back(status: str) -> bool:
-    return status.startswith(FALLBACKS)
+    # Of two methods both are told.
+    return any(part.startswith(FALLBACKS) for part in status.split(", then "))
 
 
 def _of_experts(
