@@ -4,12 +4,13 @@ Pure functions on stacks of matrices ``[S, O, I]``, all experts of a layer at on
 thin methods, which are shown one layer after another through a :class:`LayerView`.
 """
 
+from moe_lightning.plan.formats import Pattern
 from moe_lightning.slimming.awq import AWQResult, Balance, Balanced, round_by_awq, scale_consumer, scale_producer
 from moe_lightning.slimming.balancing import AWQ
 from moe_lightning.slimming.base import Slimming
 from moe_lightning.slimming.gptq import GPTQResult, round_by_gptq
 from moe_lightning.slimming.hessian import output_error
-from moe_lightning.slimming.masks import Pattern, Selection, keep_mask
+from moe_lightning.slimming.masks import Selection, keep_mask
 from moe_lightning.slimming.pruners import Magnitude, SparseGPT, Wanda
 from moe_lightning.slimming.pruning import (
     Pruned,

@@ -6,17 +6,11 @@ Legend: S matrices, O outputs (rows), I inputs (columns), C candidates of one ch
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from moe_lightning.criteria.selection import round_half_up
-
-Pattern = Literal["2:4", "4:8", "1:4"]
-"""n:m says that n of m neighbours along the input are zero: 1:4 is 25 % zeros."""
-
-MaskScope = Literal["row", "matrix"]
+from moe_lightning.plan.formats import MaskScope, Pattern, WeightFormat, round_half_up
 
 
 @dataclass(frozen=True)
@@ -38,12 +32,7 @@ class Selection:
             raise ValueError(f"give either sparsity or pattern, got sparsity={self.sparsity}, pattern={self.pattern}")
         if isinstance(self.pattern, int):
             raise ValueError(f"pattern is the number {self.pattern}: put quotes around it, YAML reads 2:4 as 124")
-        if self.pattern is not None and self.pattern not in get_args(Pattern):
-            raise ValueError(f"pattern {self.pattern!r} is none of {', '.join(get_args(Pattern))}")
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity is the share of zeros, from 0 up to but not including 1, got {self.sparsity}")
-        if self.scope not in get_args(MaskScope):
-            raise ValueError(f"scope {self.scope!r} is none of {', '.join(get_args(MaskScope))}")
+        self.check_columns(8)  # which every pattern divides
 
     @property
     def counts(self) -> tuple[int, int] | None:
@@ -55,11 +44,7 @@ class Selection:
 
     def check_columns(self, columns: int) -> None:
         """Raise where rows of this length cannot be cut into the pattern's groups."""
-        if self.counts is not None and columns % self.counts[1]:
-            raise ValueError(
-                f"pattern {self.pattern} needs an input size divisible by {self.counts[1]}, got {columns}: "
-                "give a sparsity instead"
-            )
+        WeightFormat(sparsity=self.sparsity, pattern=self.pattern, scope=self.scope).check(1, columns)
 
 
 def keep_largest(score_XC: Tensor, keep: int | Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lightning.plan import Edit, Sparsify
+from moe_lightning.plan import Edit, MaskScope, Pattern, Sparsify
 from moe_lightning.slimming.base import (
     Measured,
     Propagate,
@@ -27,7 +27,7 @@ from moe_lightning.slimming.base import (
     with_tokens,
 )
 from moe_lightning.slimming.hessian import DAMPING
-from moe_lightning.slimming.masks import MaskScope, Pattern, Selection
+from moe_lightning.slimming.masks import Selection
 from moe_lightning.slimming.pruning import (
     Pruned,
     prune_by_magnitude,

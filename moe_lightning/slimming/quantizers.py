@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moe_lightning.experts.stacks.integers import SCALE_TYPE
 from moe_lightning.plan import Edit, Quantize
 from moe_lightning.slimming.base import (
     Measured,
@@ -33,9 +34,6 @@ from moe_lightning.slimming.view import LayerView, MomentKind, SlimmedLayer, Tar
 
 Bits = Literal[4, 8]
 
-SCALE_DTYPE = torch.bfloat16
-"""Type in which scales are stored: codes are taken for the scales as they are stored."""
-
 
 class Rounding(Slimming):
     """What methods share that store weights in fewer bits."""
@@ -44,7 +42,8 @@ class Rounding(Slimming):
     def scheme(self) -> Scheme:
         """How weights are rounded."""
         options: Any = self
-        return Scheme(options.bits, options.group_size, options.symmetric, SCALE_DTYPE)
+        # Codes are taken for the scales as they are stored.
+        return Scheme(options.bits, options.group_size, options.symmetric, SCALE_TYPE)
 
     def edit(self, layer: int, target: Target) -> Edit:
         """Return what the method does to a layer; see :meth:`Slimming.edit`."""

@@ -11,11 +11,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from moe_lightning.plan.formats import WeightFormat
 from moe_lightning.slimming.hessian import check_stack, work_type
 
 GroupSize = int | Literal["channel", "auto"]
-
-AUTO_GROUPS = (128, 64, 32)
 
 
 @dataclass(frozen=True)
@@ -57,17 +56,7 @@ class Scheme:
         Raises:
             ValueError: The group size does not divide it.
         """
-        if self.group_size == "channel":
-            return columns
-        sizes = AUTO_GROUPS if self.group_size == "auto" else (self.group_size,)
-        for size in sizes:
-            assert isinstance(size, int)
-            if columns % size == 0:
-                return size
-        raise ValueError(
-            f"group_size {self.group_size} does not divide the input size {columns}: "
-            "give one that does, or 'channel' for one scale for each row"
-        )
+        return WeightFormat(self.bits, self.group_size, self.symmetric).group_of(columns)
 
 
 class Quantized(NamedTuple):
