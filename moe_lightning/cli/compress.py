@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,14 +16,15 @@ from transformers import PreTrainedModel
 
 from moe_lightning.checkpoints import (
     Format,
-    check_format,
     from_pretrained,
+    may_be_uneven,
     save_pretrained,
     stored_bytes,
+    weights_bytes,
 )
 from moe_lightning.cli.commands import WorkFailed, begun, run_command
-from moe_lightning.cli.prepared import Prepared, may_be_uneven, prepare
-from moe_lightning.compression import CompressionResult, calibration_bytes, compress
+from moe_lightning.cli.prepared import Prepared, prepare
+from moe_lightning.compression import CompressionResult, calibration_bytes, compress, made_bytes
 from moe_lightning.data import TextDataModule
 from moe_lightning.evaluation import LikelihoodResult, evaluate, tokens_per_second
 from moe_lightning.files import check_output_folder, written_folder
@@ -117,17 +119,28 @@ def _print_plan(prepared: Prepared) -> None:
         print(f"method   {step}")
     print(f"size     {before.parameters:,} -> {after.parameters:,} parameters ({share:.1%})")
     print(f"         {_mib(before.bytes)} -> {_mib(after.bytes)} of weights in memory")
-    disk = prepared.shape_before.bytes, prepared.shape_after.bytes
+    disk = prepared.disk_before, prepared.disk_after
     print(f"         {_mib(disk[0])} -> {_mib(disk[1])} of weights on disk ({disk[1] / disk[0]:.1%})")
-    for words in formats_of(prepared.shape_after):
+    formats, likely = formats_of(prepared.shape_after), prepared.written
+    for words in formats:
         print(f"weights  {words}")
-    likely = check_format(prepared.shape_after, prepared.format)
+    if formats and likely == "transformers":
+        print("note     a plain Mixtral holds zeros like other weights: they make nothing smaller; --format auto would")
     note = "loads after 'import moe_lightning'" if likely == "native" else "a plain Mixtral"
     uneven = likely != "native" and any(map(may_be_uneven, prepared.methods))
     if uneven and prepared.format == "auto":
         note = "a plain Mixtral if all layers keep the same number of experts, otherwise native"
     print(f"format   {note}")
     print(f"output   {prepared.output or '-'}", flush=True)
+    held = weights_bytes(prepared.folder)
+    if disk[1] > held:
+        kind = str(prepared.dtype).removeprefix("torch.")
+        why = "; what is stored beside the weights takes more than they save" if formats else ""
+        warnings.warn(
+            f"the weights get larger on disk, from {held:,} to {disk[1]:,} bytes, as {after.parameters:,} parameters "
+            f"in {kind}{why}",
+            stacklevel=2,
+        )
 
 
 def _probe_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -148,7 +161,9 @@ def _dry_run(prepared: Prepared) -> dict[str, Any]:
     calibration = len(prepared.calibration) * data.eval_batch_size
     tested = len(data.test_dataloader()) * data.eval_batch_size
     shape = prepared.shape_before
-    # Beside the weights before and the slices kept of them.
+    # All or nothing: every layer is kept as it was until the last method is done.
+    old_bytes = prepared.size_before.bytes
+    new_bytes = made_bytes(shape, prepared.methods)
     measured_bytes = calibration_bytes(
         shape,
         prepared.methods,
@@ -157,14 +172,16 @@ def _dry_run(prepared: Prepared) -> dict[str, Any]:
         prepared.policy.max_moment_bytes,
     )
     logits_bytes = data.eval_batch_size * data.block_size * shape.vocab_size * 8
-    memory = prepared.size_before.bytes + prepared.size_after.bytes + measured_bytes + logits_bytes
+    memory = old_bytes + new_bytes + measured_bytes + logits_bytes
     # Calibration and the test before run the whole model, the test after runs what is left.
     flops = (calibration + tested) * prepared.size_before.flops + tested * prepared.size_after.flops
     rate = _probe_flops(prepared.device, prepared.dtype)
     # Small products, statistics and the rest: half of the rate of a large product is what a pass gets at best.
     seconds = 2 * flops / rate
     print(f"data     {calibration} calibration blocks, {tested} test blocks of {data.block_size} tokens")
-    print(f"memory   about {memory / 2**20:,.0f} MiB, and the activations of a batch")
+    print(f"memory   about {memory / 2**20:,.0f} MiB, and the activations of a batch:")
+    print(f"         {_mib(old_bytes)} of weights before, kept until all is done; {_mib(new_bytes)} that are made,")
+    print(f"         {_mib(measured_bytes + logits_bytes)} to measure with")
     print(f"time     at least {seconds:,.0f} s (probe: {rate / 1e9:,.0f} GFLOP/s)")
     print("dry run: nothing was calibrated, nothing was written")
     return {
@@ -205,12 +222,12 @@ def _run(prepared: Prepared, overwrite: bool) -> dict[str, Any]:
     source = tokenizer if tokenizer is not None and Path(tokenizer).is_dir() else data.tokenizer
     with written_folder(output, overwrite, "--overwrite true") as folder:
         save_pretrained(model, folder, source, prepared.format, overwrite=True)
-        proof = _prove(model, folder, data, prepared)
+        proof, size = _prove(model, folder, data, prepared)
         numbers: dict[str, Any] = {
             "model": str(prepared.folder),
             "sequence_length": data.block_size,
-            "before": _row(before, prepared.size_before, stored_bytes(prepared.folder), speed_before),
-            "after": _row(after, measure(model, data.block_size), stored_bytes(folder), speed_after),
+            "before": _row(before, prepared.size_before, prepared.disk_before, speed_before),
+            "after": _row(after, size, stored_bytes(folder), speed_after),
             "compression": result.summary(),
             "compression_seconds": seconds,
             "loaded_again_max_logit_difference": proof,
@@ -223,8 +240,8 @@ def _run(prepared: Prepared, overwrite: bool) -> dict[str, Any]:
     return numbers
 
 
-def _prove(model: PreTrainedModel, folder: Path, data: TextDataModule, prepared: Prepared) -> float:
-    """Load what was written and compare logits; return the largest difference."""
+def _prove(model: PreTrainedModel, folder: Path, data: TextDataModule, prepared: Prepared) -> tuple[float, ModelSize]:
+    """Load what was written and compare logits; return the largest difference, and the size of what was loaded."""
     batch = next(iter(data.test_dataloader()))["input_ids"][:1].to(prepared.device)
     again = from_pretrained(folder, prepared.dtype, prepared.device)
     with torch.no_grad():
@@ -236,7 +253,7 @@ def _prove(model: PreTrainedModel, folder: Path, data: TextDataModule, prepared:
         raise RuntimeError(
             f"the folder written does not give the model's logits (difference {difference}): nothing was kept"
         )
-    return difference
+    return difference, measure(again, data.block_size)
 
 
 def _row(likelihood: LikelihoodResult, size: ModelSize, disk: int, speed: float) -> dict[str, float]:

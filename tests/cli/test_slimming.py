@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +152,23 @@ def test_a_quantised_folder_is_tested_trained_and_exported(int4: Path, place: Pa
     assert of_checkpoint == json.loads((tmp_path / "b" / "results" / "test.json").read_text())
 
 
-def test_pruned_models_can_be_plain(place: Path, tmp_path: Path) -> None:
+def test_pruned_models_can_be_plain(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Only where that is asked for: a plain folder holds every zero."""
     half = "[{class_path: Magnitude, init_args: {sparsity: 0.5}}]"
     sizes = {}
     for name, given in (("auto", ()), ("plain", ("--format", "transformers"))):
         assert compress(place, "--output", str(tmp_path / name), "--methods", half, *given) == 0
         sizes[name] = stored_bytes(tmp_path / name)
+        printed = capsys.readouterr().out
+        numbers = json.loads((tmp_path / name / "compression.json").read_text())["after"]
+        assert numbers["bytes"] == ml.measure(ml.from_pretrained(tmp_path / name)).bytes
+        # What was said before is what came, but for the names in the file.
+        said = re.findall(r"-> ([\d.]+) MiB of weights", printed)
+        assert float(said[0]) == pytest.approx(numbers["bytes"] / 2**20, abs=0.051)
+        assert float(said[1]) == pytest.approx(numbers["bytes_on_disk"] / 2**20, abs=0.1)
+        assert ("a plain Mixtral holds zeros like other weights" in printed) == (name == "plain")
+        card = (tmp_path / name / "README.md").read_text()
+        assert f"* bytes: {numbers['bytes']:,} in memory" in card and ("* weights: " in card) == (name == "auto")
     assert AutoConfig.from_pretrained(tmp_path / "plain").model_type == "mixtral"
     assert sizes["auto"] < 0.75 * sizes["plain"]
     inputs = torch.arange(3, 19)[None]
@@ -166,9 +177,44 @@ def test_pruned_models_can_be_plain(place: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
 
 
+def test_sizes_before_are_those_of_the_folder(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a pruned one, whose masks are beside all weights in memory, and of one that is loaded in another type."""
+    half = "[{class_path: Magnitude, init_args: {sparsity: 0.5}}]"
+    assert compress(place, "--output", str(tmp_path / "half"), "--methods", half) == 0
+    capsys.readouterr()
+    more = "[{class_path: Magnitude, init_args: {sparsity: 0.75}}]"
+    given = ("--output", str(tmp_path / "more"), "--methods", more, "--dtype", "bfloat16")
+    assert compress(place, *given, model=tmp_path / "half") == 0
+    said = re.findall(r"([\d.]+) MiB -> ([\d.]+) MiB of weights", capsys.readouterr().out)
+    numbers = json.loads((tmp_path / "more" / "compression.json").read_text())
+    loaded = ml.from_pretrained(tmp_path / "half", torch.bfloat16), ml.from_pretrained(tmp_path / "more")
+    assert [numbers[name]["bytes"] for name in ("before", "after")] == [ml.measure(model).bytes for model in loaded]
+    files = [stored_bytes(tmp_path / name) for name in ("half", "more")]
+    assert [numbers[name]["bytes_on_disk"] for name in ("before", "after")] == files
+    for place_, found in enumerate(([numbers[name]["bytes"] for name in ("before", "after")], files)):
+        for told, real in zip(said[place_], found, strict=True):
+            assert float(told) == pytest.approx(real / 2**20, abs=0.1)
+
+
+def test_weights_that_get_larger(place: Path) -> None:
+    tiny = "[{class_path: Magnitude, init_args: {sparsity: 0.03, scope: matrix}}]"
+    with pytest.warns(UserWarning, match=r"^the weights get larger on disk, from [\d,]+ to [\d,]+ bytes.*beside"):
+        assert compress(place, "--dry_run", "--methods", tiny) == 0
+    half = "[{class_path: Magnitude, init_args: {sparsity: 0.5}}]"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert compress(place, "--dry_run", "--methods", half) == 0
+        assert compress(place, "--dry_run", "--methods", half, "--format", "transformers") == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--methods", "[{class_path: Magnitude, init_args: {sparsity: 0.000001}}]"],
+            r"sparsity=1e-06.* would set no weight to zero: .* matrices of \[32, 48\] and \[96, 32\]: ask for more",
+        ),
+        (["--methods", GPTQ, "--data.test", "0"], "data.test"),
         (
             ["--methods", GPTQ, "--format", "transformers"],
             r"plain Mixtral because layers \[0, 1, 2\] have experts of i",
@@ -210,7 +256,8 @@ def test_bad_input_is_one_error_before_any_work(
 
     monkeypatch.setattr("moe_lightning.cli.compress.from_pretrained", no_work)
     assert compress(place, "--output", str(tmp_path / "out"), *arguments) == 2
-    found = capsys.readouterr().err
+    printed, found = capsys.readouterr()
+    assert not printed
     assert len([line for line in found.splitlines() if "error:" in line]) == 1
     assert re.search(message, found), found
     assert not any(tmp_path.iterdir())
@@ -251,6 +298,13 @@ def test_plan_of_slimming(int4: Path, place: Path, tmp_path: Path, capsys: pytes
     assert [type(edit) for edit in planned.edits] == [Sparsify] * 3 + [Quantize] * 6
     assert run("plan", "--statistics", statistics, "--methods", "[{class_path: GPTQ}]") == 2
     assert "group_size 128 does not divide" in capsys.readouterr().err
+    twice = f"[{sparse}, {GPTQ[1:-1]}, {GPTQ[1:-1]}]"
+    assert run("plan", "--statistics", statistics, "--methods", twice) == 2
+    printed = capsys.readouterr()
+    assert not printed.out and "cannot quantise the attention again" in printed.err
+    none = "[{class_path: Wanda, init_args: {sparsity: 0.001}}]"
+    assert run("plan", "--statistics", statistics, "--methods", none) == 2
+    assert "would set no weight to zero" in capsys.readouterr().err
 
 
 def test_a_plan_of_slimming_is_replayed(int4: Path, place: Path, tmp_path: Path) -> None:
