@@ -261,7 +261,7 @@ def test_statuses_name_matrices_by_original_numbers_and_count_their_tokens() -> 
         assert status.status.startswith("3 of 6 experts real, 1 novices (mean), 2 dropped with their router rows, int4")
         names = [f"{expert}.{name}" for name in ("gate_up_proj", "down_proj") for expert in layout.real]
         assert sorted(status.matrices) == sorted(status.errors) == sorted(names)
-        assert set(status.matrices.values()) == {"gptq"}
+        assert all(said.startswith("gptq") for said in status.matrices.values())
         assert all(0 < error < 0.1 for error in status.errors.values())
         assert status.tokens.keys() >= set(layout.real)
         attention = result.modules[f"model.layers.{number}.self_attn"]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 import moe_lightning as ml
 from moe_lightning.slimming import SlimmedLayer, balancing, dequantize, output_error
+from moe_lightning.slimming.awq import diagonal_of, smoothed
 from tests.slimming.views import LayerInMemory, attention_layer, experts_layer
 
 
@@ -148,3 +149,30 @@ def test_nobody_reached() -> None:
     for stack in view.matrices:
         assert torch.equal(made.matrices[stack].codes, rtn.matrices[stack].codes)
         assert made.statuses[stack] == ("rtn fallback: 0 tokens",) * 3
+
+
+def test_whole_moments_are_measured_no_more_often_than_needed() -> None:
+    """Once for all where they fit; else diagonals first, then twice behind the norm and once between up and down."""
+    view = experts_layer()
+    slim(ml.AWQ(group_size=16), view)
+    everyone = (0, 1, 2)
+    assert view.passes == [("gate_up_proj", everyone), ("down_proj", everyone)]
+    view = experts_layer(at_once=1)
+    slim(ml.AWQ(group_size=16), view)
+    each = [(0,), (1,), (2,)]
+    expected = {"gate_up_proj": [everyone, *each, *each], "down_proj": [everyone, *each]}
+    for name, passes in expected.items():
+        assert [slots for stack, slots in view.passes if stack == name] == passes
+
+
+def test_moments_are_left_as_they_were() -> None:
+    view = experts_layer(counts=[0, 1, 60])
+    for kind in ("full", "diagonal"):
+        moment = view.moments("gate_up_proj", kind, range(3))
+        before = moment.clone()
+        with smoothed(moment, view.tokens):
+            assert torch.equal(moment[0], before[0])
+            more = (moment - before)[1:].flatten(1).sum(1)
+            mean = diagonal_of(before).mean(1)[1:]
+            torch.testing.assert_close(more, 32 * mean * 8 / torch.tensor([1, 60]))
+        assert torch.equal(moment, before)
