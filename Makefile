@@ -52,7 +52,7 @@ bench: $(STAMP)  ## Time a MoE layer, the statistics pass and slimming on the CP
 	$(BIN)/python benchmarks/slimming_speed.py
 
 bench-gpu: $(STAMP)  ## Time a MoE layer and slimming on the GPU
-	$(BIN)/python benchmarks/moe_layer.py --device cuda
+	$(BIN)/python benchmarks/gpu.py --output benchmarks/results
 	$(BIN)/python benchmarks/slimming_speed.py --device cuda
 
 docs: $(STAMP)  ## Write the API reference to build/docs

@@ -1,0 +1,105 @@
+"""``benchmarks/gpu.py`` from beginning to end, on a CPU: that it runs, checks, and refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="kernels are timed, and triton is not installed")
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels were not imported for the interpreter")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import gpu
+
+    return gpu
+
+
+@interpreted
+def test_a_dry_run(gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--dry-run", "--output", str(tmp_path), "--routings", "skewed"]) == 0
+    (path,) = tmp_path.glob("gpu-*.json")
+    result = json.loads(path.read_text())
+    assert {"device", "torch", "triton", "transformers", "commit", "date", "ceilings", "sizes"} <= result.keys()
+    found = {(row["tokens"], row["format"], row["implementation"]) for row in result["rows"]}
+    ours = {(tokens, name, "ours") for tokens in (1, 66) for name in gpu.FORMATS}
+    theirs = {(1, "bf16", name) for name in gpu.THEIRS} | {(66, "bf16", "eager"), (66, "bf16", "grouped_mm")}
+    assert found == ours | theirs
+    assert all(row["microseconds"] > 0 and row["relative_error"] < 1e-4 for row in result["rows"])
+    assert all(
+        row["share_of_floor"] * row["microseconds"] == pytest.approx(row["floor_microseconds"])
+        for row in result["rows"]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith(("| 1 | skewed", "| 66 | skewed"))]) == 2
+
+
+@interpreted
+def test_wrong_outputs_are_not_timed(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(call, form: str, real: int):
+        if form == "int4":
+            raise ValueError("no such kernel")
+        return lambda: 1.1 * call.oracle(form, real)
+
+    monkeypatch.setattr(gpu, "ours", broken)
+    assert gpu.main(["--dry-run", "--tokens", "1", "--routings", "uniform"]) == 1
+    text = capsys.readouterr().out
+    assert "REFUSED 1 tokens, uniform, novices 25 %, ours: relative error 1.00e-01" in text
+    assert "REFUSED 1 tokens, uniform, int4, ours: ValueError: no such kernel" in text
+    assert "'bf16': " not in text
+
+
+def test_not_without_a_gpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="--dry-run tries this script out"):
+        gpu.main([])
+
+
+def test_routings_and_floors(gpu: ModuleType) -> None:
+    import gpu_layers
+
+    weights = gpu.Weights(gpu.DRY, 0)
+    counts = {}
+    for routing in gpu.ROUTINGS:
+        call = gpu.make_call(weights, 2000, routing, 0)
+        index, weight = call.chosen
+        torch.testing.assert_close(weight.sum(-1), torch.ones(2000))
+        counts[routing] = torch.bincount(index.flatten(), minlength=8)
+    assert counts["uniform"].min() > 400 and counts["uniform"].max() < 600
+    assert counts["skewed"].max() > 4 * counts["skewed"].min()
+    assert counts["one expert"][0] == 2000 and counts["one expert"][1:].min() > 200
+
+    # By hand: 64 x 64 x 3 weights an expert, in fp32.
+    call = gpu.make_call(weights, 1, "uniform", 0)
+    ceilings = {"bytes_per_second": 1e9, "flops_per_second": 1e12}
+    assert call.floor("dense", 8, ceilings) == (pytest.approx((2 * 12288 * 4 + 2 * 64 * 4) / 1e9), "bytes")
+    assert call.floor("int4", 8, ceilings)[0] == pytest.approx((2 * 12288 * (0.5 + 2.5 / 64) + 512) / 1e9)
+    assert call.floor("dense", 8, {**ceilings, "flops_per_second": 1e6}) == (
+        pytest.approx(2 * 2 * 12288 / 1e6),
+        "operations",
+    )
+    assert gpu_layers.GPU.tokens == (1, 4, 16, 64, 512, 2048, 8192)
+
+
+def test_needs_only_torch_and_triton() -> None:
+    code = (
+        "import sys; import gpu; print(sorted({'datasets', 'jsonargparse', 'lightning', 'wrapt'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(FOLDER)!r}); {code}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"
