@@ -23,9 +23,12 @@ from moe_lightning.cli.commands import (
     inspected,
     run_command,
 )
+from moe_lightning.cli.prepared import check_zeros
+from moe_lightning.compression.layerwise import measures
 from moe_lightning.data import TextDataModule
 from moe_lightning.files import check_writable, write_atomically
 from moe_lightning.plan import ModelShape
+from moe_lightning.slimming.policy import SlimmingPolicy, Starved
 from moe_lightning.statistics import Statistics
 from moe_lightning.statistics.groups import statistics_bytes
 from moe_lightning.statistics.second_moments import MAX_BYTES, second_moment_bytes
@@ -33,6 +36,7 @@ from moe_lightning.sweep.bench import Bench, Job, low_rank_of
 from moe_lightning.sweep.figures import write_figures
 from moe_lightning.sweep.grid import Cell, Grid, cells_of
 from moe_lightning.sweep.measurement import predictions_bytes
+from moe_lightning.sweep.notes import named, own_passes
 from moe_lightning.sweep.results import Baseline, csv_text, markdown_text, rows_of
 from moe_lightning.sweep.run import results_of, run_cells, shared_fits, shared_needs, shared_statistics
 from moe_lightning.sweep.store import ORIGINAL, SweepFolder, folder_fingerprint
@@ -51,6 +55,7 @@ class Prepared:
     held_out: list[Any]
     intervention_batches: int | None
     sensitivity_batches: int | None
+    policy: SlimmingPolicy
     workers: int
     teacher_bytes: int
     device: torch.device
@@ -73,6 +78,9 @@ def sweep_model(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     dry_run: bool = False,
+    min_tokens: int = SlimmingPolicy.min_tokens,
+    starved: Starved = SlimmingPolicy.starved,
+    max_fallback: float = SlimmingPolicy.max_fallback,
 ) -> None:
     """Measure a grid of methods on one model: criterion x operator x scope x ratio, at equal numbers of parameters.
 
@@ -96,6 +104,13 @@ def sweep_model(
         device: auto (a GPU where there is one), cpu, cuda, cuda:1, ...
         dtype: Type of the weights; auto keeps the one they were saved in.
         dry_run: Say what would be done, and do nothing.
+        min_tokens: For cells of methods that measure the inputs of experts' matrices: an expert that fewer calibration
+            tokens reach is starved.
+        starved: What becomes of it. warn: it is made from what there is, and the results say how many there are.
+            top_up: further batches of the calibration split, behind calibration_batches, are drawn that reach it.
+            fallback: as if no token reached it (rounding to nearest, magnitudes). error: the cell fails.
+        max_fallback: Largest share of a method's matrices that may be made without measurement, from 0 to 1; a cell
+            with more fails.
 
     Raises:
         ValueError: Something does not fit; found before the calibration pass.
@@ -110,6 +125,8 @@ def sweep_model(
             raise ValueError(f"--{name} {few}: it must be at least 1")
     if not 0 < level < 1:
         raise ValueError(f"--level {level}: it must lie in (0, 1), 0.95 is usual")
+    # Whether there are further batches is known when there are data.
+    policy = SlimmingPolicy(min_tokens, starved, (), max_fallback)
     where = device_named(device)
     shape, plan = inspected(model)
     if plan:
@@ -117,9 +134,20 @@ def sweep_model(
             f"--model {model} is compressed already: a sweep compares ways to compress, so give the model before that"
         )
     cells = cells_of(grids, shape)
+    for cell in cells:
+        try:
+            check_zeros(shape, cell.methods)
+        except ValueError as error:
+            raise ValueError(f"--grids: {cell.name}: {error}") from None
     _check_baseline(baseline, cells)
     check_writable(Path(output) / "sweep.json")
     check_vocabulary(data, shape, model)
+    if starved == "top_up" and any(measures(method) for cell in cells for method in cell.methods):
+        try:
+            further = list(data.further_batches(calibration_batches))
+        except ValueError as error:
+            raise ValueError(f"--starved top_up: {error}") from None
+        policy = dataclasses.replace(policy, top_up=further)
     prepared = Prepared(
         model=model,
         shape=shape,
@@ -130,6 +158,7 @@ def sweep_model(
         held_out=list(data.test_dataloader()),
         intervention_batches=intervention_batches,
         sensitivity_batches=sensitivity_batches,
+        policy=policy,
         workers=workers,
         teacher_bytes=teacher_cache_mib << 20,
         device=where,
@@ -182,6 +211,7 @@ def _fingerprint(prepared: Prepared) -> dict[str, Any]:
         "calibration blocks for interventions": blocks(prepared.calibration[: prepared.intervention_batches]),
         "calibration blocks for sensitivity": blocks(prepared.calibration[: prepared.sensitivity_batches]),
         "dtype": str(prepared.dtype).removeprefix("torch."),
+        **prepared.policy.describe(),
         "version": __version__,
     }
 
@@ -203,6 +233,8 @@ def _print_plan(prepared: Prepared, todo: Sequence[Cell]) -> None:
     print(f"model    {prepared.model} on {prepared.device}, {str(prepared.dtype).removeprefix('torch.')}")
     print(f"data     {calibration:,} tokens for calibration, {held_out:,} held out")
     print(f"measured {', '.join(sorted(needs))}: once, for all cells")
+    if alone := [cell.name for cell in cells if own_passes(cell.methods)]:
+        print(f"         {len(alone)} of them make passes of their own as well: {named(alone)}")
     print(
         f"memory   about {(prepared.workers * each + statistics + moments) / 2**20:,.0f} MiB: statistics "
         f"{statistics / 2**20:,.1f}, second moments {moments / 2**20:,.1f}, each of {prepared.workers} processes "
@@ -239,6 +271,7 @@ def _work(prepared: Prepared, todo: Sequence[Cell]) -> dict[str, str]:
         sequence_length=prepared.data.block_size,
         teacher_bytes=prepared.teacher_bytes,
         threads=threads,
+        policy=prepared.policy,
         origin={"data": prepared.data.describe(), "base_model": prepared.model},
     )
     del model
@@ -269,7 +302,8 @@ def _report(prepared: Prepared, baseline: Baseline, level: float, resamples: int
     calibration = sum(batch["input_ids"].numel() for batch in prepared.calibration)
     facts = {
         "Model": f"`{prepared.model}`, {str(prepared.dtype).removeprefix('torch.')}",
-        "Calibration": f"{calibration:,} tokens, one pass for all cells",
+        "Calibration": f"{calibration:,} tokens, one pass for all cells"
+        + ("; some make passes of their own, see the notes" if any(own_passes(cell.methods) for cell in cells) else ""),
         "Software": f"moe-lightning {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
     }
     write_atomically(folder.path / "results.csv", csv_text(rows))

@@ -7,7 +7,7 @@ import pickle
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -17,10 +17,12 @@ from moe_lightning.checkpoints import from_pretrained
 from moe_lightning.compression import compress
 from moe_lightning.plan import CompressionPlan
 from moe_lightning.sizes import measure
+from moe_lightning.slimming.policy import SlimmingPolicy
 from moe_lightning.statistics import Statistics
 from moe_lightning.surgery import plan_of
 from moe_lightning.sweep.grid import Cell
 from moe_lightning.sweep.measurement import Batch, Teacher
+from moe_lightning.sweep.notes import measured
 from moe_lightning.sweep.store import CellResult
 from moe_lightning.trimming import Novices
 
@@ -41,6 +43,7 @@ class Job:
         sequence_length: For FLOPs, tokens.
         teacher_bytes: The uncompressed model's logits to keep at most.
         threads: Threads of torch; None leaves them.
+        policy: What holds for methods that measure the inputs of matrices.
         origin: Where the calibration data comes from, for the plans.
     """
 
@@ -55,6 +58,7 @@ class Job:
     sequence_length: int
     teacher_bytes: int
     threads: int | None
+    policy: SlimmingPolicy = field(default_factory=SlimmingPolicy)
     origin: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -111,7 +115,7 @@ class Bench:
         if len(cell.methods) == 1 and cell.methods[0].measures_sensitivity:
             batches = batches[: job.sensitivity_batches]
         with warnings.catch_warnings():
-            # Experts that no token reached: the same in every cell, and said once, by the shared pass.
+            # Experts that few tokens reached: of the shared pass said once, of the cell's own passes in its result.
             warnings.simplefilter("ignore", UserWarning)
             result = compress(
                 self.model,
@@ -121,6 +125,7 @@ class Bench:
                 origin=job.origin,
                 reversible=True,
                 progress=False,
+                **{item.name: getattr(job.policy, item.name) for item in fields(job.policy)},
             )
         try:
             scores = self.teacher.score(self.model)
@@ -129,7 +134,8 @@ class Bench:
         finally:
             result.undo()
         statuses = {name: module.status for name, module in result.modules.items()}
-        return CellResult(cell.settings, plan, size, scores, statuses, time.perf_counter() - start)
+        counted = measured(cell.methods, result.modules, job.policy.min_tokens)
+        return CellResult(cell.settings, plan, size, scores, statuses, time.perf_counter() - start, counted)
 
 
 _bench: Bench | None = None

@@ -18,6 +18,7 @@ from moe_lightning.evaluation.intervals import (
 )
 from moe_lightning.plan import ModelShape
 from moe_lightning.sweep.grid import RANDOM, Cell
+from moe_lightning.sweep.notes import MOST_NAMED, named, own_passes
 from moe_lightning.sweep.store import ORIGINAL, CellResult
 
 
@@ -172,6 +173,9 @@ def csv_text(rows: Sequence[Row]) -> str:
             values[f"{name}_low"] = "" if interval is None else interval.low
             values[f"{name}_high"] = "" if interval is None else interval.high
         values["top1_agreement"] = row.agreement
+        values["own_passes"] = "yes" if cell and own_passes(cell.methods) else ""
+        values["starved_experts"] = row.result.measured.starved
+        values["fallback_matrices"] = row.result.measured.fallbacks
         values["seconds"] = round(row.result.seconds, 3)
         values["cell"] = cell.key if cell else ORIGINAL
         table.append(values)
@@ -280,7 +284,23 @@ def markdown_text(rows: Sequence[Row], baseline: Baseline, facts: Mapping[str, o
     others = [summary for summary in everything if summary.cell.ratio is None]
     if others:
         lines += ["## Methods written out", "", *_table(others, baseline)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_notes(rows[1:])])
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """Return what the tables do not show: which cells made passes of their own, and where tokens were few."""
+    cells = [(row.cell, str(row.result.measured)) for row in rows if row.cell is not None]
+    lines = []
+    alone = [cell.name for cell, _ in cells if own_passes(cell.methods)]
+    if alone:
+        lines.append(
+            f"* Measured on passes of their own over the calibration text, not on the shared one: {named(alone)}."
+        )
+    few = [f"{cell.name}: {note}" for cell, note in cells if note]
+    lines += [f"* {note}." for note in few[:MOST_NAMED]]
+    if len(few) > MOST_NAMED:
+        lines.append(f"* And {len(few) - MOST_NAMED} more with few tokens: see results.csv.")
+    return ["## Notes", "", *lines, ""] if lines else []
 
 
 def _pivots(chosen: Sequence[Summary]) -> list[str]:

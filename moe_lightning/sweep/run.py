@@ -131,7 +131,8 @@ def run_cells(
             done += 1
             if isinstance(outcome, CellResult):
                 folder.write(cell.key, outcome)
-                told = f"perplexity {outcome.scores.likelihood.perplexity:.3f}"
+                note = f", {outcome.measured}" if str(outcome.measured) else ""
+                told = f"perplexity {outcome.scores.likelihood.perplexity:.3f}{note}"
             else:
                 failures[cell.name] = str(outcome)
                 told = f"failed: {outcome}"

@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from moe_lightning.files import write_atomically
 from moe_lightning.plan import CompressionPlan
 from moe_lightning.sizes import ModelSize
 from moe_lightning.sweep.measurement import BlockScores
+from moe_lightning.sweep.notes import Measured
 
 ORIGINAL = "original"
 """Key of the uncompressed model among the cells."""
@@ -31,6 +32,7 @@ class CellResult:
         scores: What it makes of the held-out text.
         statuses: What happened to each module.
         seconds: Time that the cell took.
+        measured: How much of it was made from measurements.
     """
 
     settings: dict[str, Any]
@@ -39,6 +41,7 @@ class CellResult:
     scores: BlockScores
     statuses: dict[str, str]
     seconds: float
+    measured: Measured = field(default_factory=Measured)
 
     def to_json(self) -> str:
         """Return the result as text."""
@@ -49,6 +52,7 @@ class CellResult:
             "scores": self.scores.to_dict(),
             "statuses": self.statuses,
             "seconds": self.seconds,
+            "measured": asdict(self.measured),
         }
         return json.dumps(values) + "\n"
 
@@ -68,6 +72,7 @@ class CellResult:
                 BlockScores.from_dict(values["scores"]),
                 values["statuses"],
                 values["seconds"],
+                Measured(**values["measured"]),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"not a whole result of a cell: {error}") from None

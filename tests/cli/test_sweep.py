@@ -237,6 +237,36 @@ def test_another_model_or_other_data_are_refused(
     assert (finished / "results.csv").read_text() == before
 
 
+def test_few_tokens_are_told(place: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the tables, and with the options that the messages name."""
+    model = ml.from_pretrained(place / "hub")
+    with pytest.warns(UserWarning, match="calibration tokens reach layer"):
+        result = ml.compress(model, data_of(place).calibration_batches(), ml.GPTQ(group_size=16), progress=False)
+    few = sum(count < 32 for module in result.modules.values() for count in module.tokens.values())
+    row = one_row(finished, operator="int4")
+    assert int(row["starved_experts"]) == few > 0 and row["own_passes"] == "yes"
+    assert one_row(finished, criterion="mone")["own_passes"] == ""
+    text = (finished / "results.md").read_text()
+    assert f"\n* int4: {few} starved experts" in text
+    assert "not on the shared one: residual delete sensitivity 50%" in text and "drop, then novices, int4, half" in text
+    grid = ["--grids", json.dumps(GRIDS[-2:-1])]
+    assert sweep(place, tmp_path / "a", *grid, "--starved", "fallback", "--max_fallback", "1") == 0
+    assert "int4: perplexity" in capsys.readouterr().out
+    row = one_row(tmp_path / "a", operator="int4")
+    assert int(row["fallback_matrices"]) >= 2 * few
+    assert f"{row['fallback_matrices']} of 36 matrices without measurement" in (tmp_path / "a/results.md").read_text()
+    assert sweep(place, tmp_path / "b", *grid, "--starved", "fallback", "--max_fallback", "0") == 1
+    assert "more than max_fallback=0.0 allows" in capsys.readouterr().err
+    assert sweep(place, tmp_path / "c", *grid, "--min_tokens", "1") == 0
+    assert one_row(tmp_path / "c", operator="int4")["starved_experts"] == "0"
+    assert (
+        sweep(place, tmp_path / "d", *grid, "--calibration_batches", "1", "--starved", "top_up", "--min_tokens", "6")
+        == 0
+    )
+    assert sweep(place, tmp_path / "c", *grid, "--min_tokens", "2") == 2
+    assert "different are: min_tokens (was 1, is 2)" in capsys.readouterr().err
+
+
 def test_a_cell_that_fails_does_not_stop_the_others(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +323,12 @@ def test_dry_run_says_what_would_be_done(place: Path, tmp_path: Path, capsys: py
         (["--grids", "[{name: x, methods: [{class_path: Novices, init_args: {ratio: 2}}]}]"], r"ratio must lie in"),
         (["--calibration_batches", "999"], "calibration"),
         (["--workers", "0"], "--workers 0"),
+        (["--starved", "top_up"], "--starved top_up: there are no further calibration batches"),
+        (["--max_fallback", "2"], "max_fallback must be a share"),
+        (
+            ["--grids", "[{name: x, methods: [{class_path: Wanda, init_args: {sparsity: 0.001}}]}]"],
+            "--grids: x: Wanda(sparsity=0.001) would set no weight to zero",
+        ),
         (["--sensitivity_batches", "0"], "--sensitivity_batches 0"),
         (["--level", "95"], "--level 95"),
         (["--device", "toaster"], "--device toaster"),
