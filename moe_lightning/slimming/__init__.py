@@ -5,7 +5,6 @@ thin methods, which are shown one layer after another through a :class:`LayerVie
 """
 
 from moe_lightning.plan.formats import Pattern
-from moe_lightning.slimming.awq import AWQResult, Balance, Balanced, round_by_awq, scale_consumer, scale_producer
 from moe_lightning.slimming.balancing import AWQ
 from moe_lightning.slimming.base import Slimming
 from moe_lightning.slimming.gptq import GPTQResult, round_by_gptq
@@ -28,9 +27,6 @@ __all__ = [
     "AWQ",
     "GPTQ",
     "RTN",
-    "AWQResult",
-    "Balance",
-    "Balanced",
     "GPTQResult",
     "LayerView",
     "Magnitude",
@@ -51,9 +47,6 @@ __all__ = [
     "prune_by_router_wanda",
     "prune_by_sparse_gpt",
     "prune_by_wanda",
-    "round_by_awq",
     "round_by_gptq",
     "round_to_nearest",
-    "scale_consumer",
-    "scale_producer",
 ]

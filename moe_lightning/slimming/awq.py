@@ -17,7 +17,6 @@ from torch import Tensor
 
 from moe_lightning.slimming.hessian import check_stack, output_error, work_type
 from moe_lightning.slimming.rounding import (
-    Quantized,
     Scheme,
     decode,
     dequantize,
@@ -41,20 +40,6 @@ WIDEST = 16
 _SMALLEST = 1e-4
 
 
-class Balanced(NamedTuple):
-    """One consumer, or a stack of them, of the inputs that a scale is sought for.
-
-    Attributes:
-        weight: ``[S, O, I]``.
-        moment: ``sum x x^T`` ``[S, I, I]`` of the inputs of each matrix, or its diagonal ``[S, I]``.
-        scheme: How the stack is to be rounded; None where it stays as it is, like a router: it is rescaled only.
-    """
-
-    weight: Tensor
-    moment: Tensor
-    scheme: Scheme | None
-
-
 class Balance(NamedTuple):
     """The scale of a balance group.
 
@@ -69,44 +54,6 @@ class Balance(NamedTuple):
     ratio: Tensor
     loss: Tensor
     identity_loss: Tensor
-
-
-class AWQResult(NamedTuple):
-    """A balance group that was rounded.
-
-    Attributes:
-        balance: The scale that producers are to be divided by, see :func:`scale_producer`.
-        quantized: For each member what stands for its weights *times the scale*; None where it is not rounded.
-        status: For each member what was done to each matrix.
-    """
-
-    balance: Balance
-    quantized: tuple[Quantized | None, ...]
-    status: tuple[tuple[str, ...], ...]
-
-
-def scale_consumer(weight_SOI: Tensor, scale_ZI: Tensor) -> Tensor:
-    """Return ``W s`` in the type of the weights."""
-    return (weight_SOI.to(scale_ZI.dtype) * scale_ZI[:, None, :]).to(weight_SOI.dtype)
-
-
-def scale_producer(weight: Tensor, scale_ZI: Tensor) -> Tensor:
-    """Return the weights of what makes x, so that it makes ``x / s``.
-
-    Args:
-        weight: The weight ``[I]`` of a norm, for a scale that all share, or rows that make x, ``[S, I, ...]``.
-        scale_ZI: s.
-
-    Returns:
-        In the type of the weights.
-    """
-    if weight.dim() == 1:
-        if scale_ZI.shape[0] != 1:
-            raise ValueError(
-                f"a norm makes the input of all, but there are {scale_ZI.shape[0]} scales: search with shared"
-            )
-        return (weight.to(scale_ZI.dtype) / scale_ZI[0]).to(weight.dtype)
-    return (weight.to(scale_ZI.dtype) / scale_ZI[:, :, None]).to(weight.dtype)
 
 
 def scale_moment(moment: Tensor, scale_ZI: Tensor) -> Tensor:
@@ -142,27 +89,6 @@ def diagonal_of(moment: Tensor) -> Tensor:
     return moment if moment.dim() == 2 else moment.diagonal(dim1=-2, dim2=-1)
 
 
-def _check(members: Sequence[Balanced], shared: bool) -> list[Balanced]:
-    rounded = [member for member in members if member.scheme is not None]
-    if not rounded:
-        raise ValueError("a balance group needs a member that is to be rounded: all schemes are None")
-    for member in members:
-        check_stack(member.weight)
-        slots, _, columns = member.weight.shape
-        if columns != members[0].weight.shape[2]:
-            raise ValueError(
-                f"members of a balance group have one input, got {columns} and {members[0].weight.shape[2]}"
-            )
-        if tuple(member.moment.shape) not in ((slots, columns), (slots, columns, columns)):
-            raise ValueError(f"moments {tuple(member.moment.shape)} do not fit weights {tuple(member.weight.shape)}")
-        if not shared and slots != members[0].weight.shape[0]:
-            raise ValueError("members with a scale for each matrix must have as many matrices as one another")
-        diagonal = diagonal_of(member.moment)
-        if not bool((diagonal.isfinite() & (diagonal >= 0)).all()):
-            raise ValueError("moments of inputs must be finite, and at least 0 on the diagonal")
-    return rounded
-
-
 def _relative(size_ZI: Tensor) -> Tensor:
     """Divide by the mean of each row; rows of zeros become ones, and nothing gets near zero."""
     mean_Z1 = size_ZI.mean(1, keepdim=True)
@@ -181,6 +107,10 @@ def candidate_scales(
 ) -> tuple[Tensor, tuple[float, ...]]:
     """Return the scales to try, and the r that each was made with.
 
+    ``s = x^r / w^(1 - r)`` with the root mean square x of each input and the mean w of each column's weights in units
+    of their groups' largest, both over all matrices of a balance group, divided by their means; r on a grid in [0, 1],
+    and the identity.
+
     Args:
         square_ZI: ``sum x_j^2`` of the inputs.
         size_ZI: From :func:`column_sizes`.
@@ -189,6 +119,8 @@ def candidate_scales(
 
     Returns:
         ``[points, Z, I]`` between ``1 / WIDEST`` and :data:`WIDEST`, the identity first with r NaN.
+
+    Source: 2306.00978, equation 5; the term in w is that of the released code. The paper takes the mean of ``|x|``.
     """
     if points < 1:
         raise ValueError(f"points must be at least 1, the identity, got {points}")
@@ -210,11 +142,14 @@ def rounding_losses(scales: Tensor, weight_SOI: Tensor, moment: Tensor, scheme: 
     Args:
         scales: ``[points, Z, I]``.
         weight_SOI: Weights.
-        moment: Of their inputs, see :class:`Balanced`.
+        moment: ``sum x x^T`` ``[S, I, I]`` of the inputs of each matrix, or its diagonal ``[S, I]``.
         scheme: How they are to be rounded.
 
     Returns:
         ``[points, S]``.
+
+    Cost: ``points`` times a rounding, and ``S O I^2`` more for full moments. The paper measures the output of the whole
+    block.
     """
     wide_SOI = weight_SOI.to(scales.dtype)
     rows = []
@@ -238,49 +173,6 @@ def best_scale(scales: Tensor, ratios: Sequence[float], loss: Tensor) -> Balance
     return Balance(scales[best_Z, place_Z], ratio_Z, loss[best_Z, place_Z], loss[0])
 
 
-def search_scale(
-    members: Sequence[Balanced], *, shared: bool = True, power_of_two: bool = False, points: int = POINTS
-) -> Balance:
-    """Find the scale with which rounding changes the outputs of a balance group least.
-
-    ``s = x^r / w^(1 - r)`` with the root mean square x of each input and the mean w of each column's weights in units
-    of their groups' largest, both over all members that are rounded, divided by their means; r on a grid in [0, 1], and
-    the identity. The error is ``tr(D H D^T)``, which a diagonal H makes cheap and leaves the products of inputs out of.
-
-    Args:
-        members: Every consumer of one input.
-        shared: One scale for all matrices, as behind a norm; else one for each, as between up and down of an expert.
-        power_of_two: Round s to powers of two: then rescaling is exact in every floating-point type.
-        points: Scales to try, the identity among them.
-
-    Returns:
-        The scale. Where nothing is better than the identity, or no input reached the group, the identity.
-
-    Raises:
-        ValueError: Members that do not fit each other, or values that are not finite.
-
-    Source: 2306.00978, equation 5; the term in w is that of the released code. The paper takes the mean of ``|x|``, and
-    measures the output of the whole block.
-    Cost: ``points`` times a rounding of all members, and of ``S O I^2`` more for full moments.
-    """
-    rounded = _check(members, shared)
-    sizes, squares = [], []
-    for weight, moment, scheme in rounded:
-        assert scheme is not None
-        size_SI, square_SI = column_sizes(weight, scheme), diagonal_of(moment)
-        sizes.append(size_SI.sum(0, keepdim=True) if shared else size_SI)
-        squares.append(square_SI.sum(0, keepdim=True) if shared else square_SI)
-    scales, ratios = candidate_scales(
-        torch.stack(squares).sum(0), torch.stack(sizes).sum(0), power_of_two=power_of_two, points=points
-    )
-    losses = []
-    for weight, moment, scheme in rounded:
-        assert scheme is not None
-        loss = rounding_losses(scales, weight, moment, scheme)
-        losses.append(loss.sum(1, keepdim=True) if shared else loss)
-    return best_scale(scales, ratios, torch.stack(losses).sum(0))
-
-
 def search_clip(weight_SOI: Tensor, moment: Tensor, scheme: Scheme) -> Tensor:
     """Find for every group of every row the share of its range with which rounding changes the outputs least.
 
@@ -288,7 +180,7 @@ def search_clip(weight_SOI: Tensor, moment: Tensor, scheme: Scheme) -> Tensor:
 
     Args:
         weight_SOI: Weights, times the scale if there is one.
-        moment: Of their inputs, see :class:`Balanced`, divided by the scale if there is one.
+        moment: Of their inputs, see :func:`rounding_losses`, divided by the scale if there is one.
         scheme: How they are to be rounded.
 
     Returns:
@@ -322,45 +214,3 @@ def search_clip(weight_SOI: Tensor, moment: Tensor, scheme: Scheme) -> Tensor:
         clip_SOG = torch.where(better, clip, clip_SOG)
         best_SOG = torch.where(better, loss_SOG, best_SOG)
     return clip_SOG
-
-
-def round_by_awq(
-    members: Sequence[Balanced],
-    *,
-    shared: bool = True,
-    clip: bool = True,
-    power_of_two: bool = False,
-    points: int = POINTS,
-) -> AWQResult:
-    """Find a balance group's scale, then every range, and round.
-
-    Nothing is written: members that are not rounded are to be given to :func:`scale_consumer`, and the producer of the
-    input to :func:`scale_producer`.
-
-    Args:
-        members: Every consumer of one input.
-        shared: One scale for all matrices, as behind a norm; else one for each.
-        clip: Search for shorter ranges.
-        power_of_two: Round the scale to powers of two: then rescaling is exact in every floating-point type.
-        points: Scales to try, the identity among them.
-
-    Returns:
-        Scale and codes. A matrix that no input reached is rounded to nearest with the scale of its group.
-
-    Source: 2306.00978. That a mixture of experts needs the router in the group is ours: without it about half of the
-    tokens are routed elsewhere.
-    """
-    balance = search_scale(members, shared=shared, power_of_two=power_of_two, points=points)
-    quantized: list[Quantized | None] = []
-    status = []
-    for weight, moment, scheme in members:
-        if scheme is None:
-            quantized.append(None)
-            status.append(("rescaled only",) * len(weight))
-            continue
-        wide_SOI = weight.to(balance.scale.dtype) * balance.scale[:, None, :]
-        share = search_clip(wide_SOI, scale_moment(moment, balance.scale), scheme) if clip else 1.0
-        quantized.append(round_to_nearest(wide_SOI, scheme, share))
-        empty = (diagonal_of(moment) <= 0).all(1).tolist()
-        status.append(tuple("rtn fallback: no input reached it" if none else "awq" for none in empty))
-    return AWQResult(balance, tuple(quantized), tuple(status))

@@ -160,8 +160,11 @@ class _Work:
                 size_SI[list(places)] = column_sizes(take(weight_SOI, places), scheme)
             size_ZI.append(size_SI.sum(0, keepdim=True) if shared else size_SI)
             square_ZI.append(square_SI.sum(0, keepdim=True) if shared else square_SI)
+        whole_ZI = torch.stack(square_ZI).sum(0)
+        if not bool(whole_ZI.isfinite().all()):
+            raise ValueError(f"moments of the inputs of {' and '.join(names)} are not finite: look at the activations")
         return candidate_scales(
-            torch.stack(square_ZI).sum(0),
+            whole_ZI,
             torch.stack(size_ZI).sum(0),
             # Between up and down only what is rounded takes part: nothing asks for powers of two.
             power_of_two=shared and self.method.power_of_two,
