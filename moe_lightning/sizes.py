@@ -55,6 +55,16 @@ def count_parameters(model: nn.Module) -> int:
     return others + sum(stack.num_weights for stack in packed)
 
 
+def count_trainable(model: nn.Module) -> int:
+    """Count the parameters of a model that an optimizer may change: no integers, and no zeros of pruned matrices."""
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    for stack in model.modules():
+        if isinstance(stack, WeightStack):
+            held = sum(parameter.numel() for parameter in stack.parameters() if parameter.requires_grad)
+            count -= max(0, held - stack.slots * stack.format.kept(stack.outputs, stack.inputs))
+    return count
+
+
 def _shares(routed_share: float | Sequence[float] | None, num_layers: int) -> list[float]:
     if routed_share is None:
         return [0.0] * num_layers

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
 from moe_lightning.callbacks.at_step import total_steps
+from moe_lightning.sizes import count_parameters, count_trainable
 
 
 def duration(seconds: float) -> str:
@@ -110,10 +111,11 @@ class CompactProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what is trained, and take the time."""
-        count = sum(parameter.numel() for parameter in pl_module.parameters())
+        count, trained = count_parameters(pl_module), count_trainable(pl_module)
+        share = "" if trained == count else f", {trained:,} of them train"
         total = total_steps(trainer)
         self.print(
-            f"training {type(pl_module).__name__}: {count:,} parameters, {total:.0f} steps on {pl_module.device}"
+            f"training {type(pl_module).__name__}: {count:,} parameters{share}, {total:.0f} steps on {pl_module.device}"
         )
         self._started_at = time.monotonic()
         self._first_step = trainer.global_step

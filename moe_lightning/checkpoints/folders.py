@@ -44,6 +44,9 @@ TOKENIZER_FILES = (
 )
 TOKENIZER_FOLDERS = ("additional_chat_templates",)
 
+MOST_NAMED = 8
+"""Layers named in a message."""
+
 
 def _why_not_plain(shape: ModelShape) -> str | None:
     """Say why a shape cannot be written as a plain Mixtral, or None where it can."""
@@ -65,7 +68,8 @@ def _why_not_plain(shape: ModelShape) -> str | None:
     }
     for reason, layers in reasons.items():
         if layers:
-            return f"layers {layers} {reason}"
+            more = f" and {len(layers) - MOST_NAMED} more" if len(layers) > MOST_NAMED else ""
+            return f"layers {layers[:MOST_NAMED]}{more} {reason}"
     counts = sorted({len(layout.router) for layout in shape.layouts})
     if len(counts) > 1:
         return f"its layers have different numbers of experts ({', '.join(map(str, counts))})"

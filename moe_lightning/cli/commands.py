@@ -17,7 +17,7 @@ from moe_lightning.checkpoints import check_checkpoint, stored_dtype
 from moe_lightning.cli.arguments import with_bare_flags, with_replaced_lists
 from moe_lightning.cli.config_files import resolve_configs
 from moe_lightning.cli.errors import TRACEBACK_VARIABLE, OneLineErrors, in_one_line
-from moe_lightning.cli.messages import readable_messages
+from moe_lightning.cli.messages import for_the_command, readable_messages
 from moe_lightning.data import TextDataModule, holds_tokenizer
 from moe_lightning.plan import CompressionPlan, ModelShape
 
@@ -88,7 +88,7 @@ def run_command(
             values.pop("config", None)
             function(**values)
     except WorkFailed as error:
-        print(f"moe-lightning {name}: {error}", file=sys.stderr)
+        print(f"moe-lightning {name}: {for_the_command(str(error), name)}", file=sys.stderr)
         return 1
     except (ValueError, TypeError, OSError) as error:
         if _BEGUN in getattr(error, "__notes__", ()) or os.environ.get(TRACEBACK_VARIABLE):

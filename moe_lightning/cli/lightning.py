@@ -33,7 +33,7 @@ from moe_lightning.callbacks import LastCheckpoint, PredictionWriter, RandomStat
 from moe_lightning.cli.arguments import with_bare_flags
 from moe_lightning.cli.config_files import resolve_configs, run_name
 from moe_lightning.cli.errors import TRACEBACK_VARIABLE, OneLineErrors
-from moe_lightning.cli.messages import readable_messages
+from moe_lightning.cli.messages import for_the_command, readable_messages
 from moe_lightning.cli.run_callbacks import NoteBeginning, SaveRunConfig, check_names
 from moe_lightning.cli.run_directory import RunDirectory
 from moe_lightning.data import TextDataModule, holds_tokenizer
@@ -286,7 +286,8 @@ class MoELightningCLI(LightningCLI):
                     "; change that and go on from the last checkpoint with --ckpt_path last" if self._can_go_on else ""
                 )
                 where = f"stopped at step {self.trainer.global_step}"
-                print(f"moe-lightning {subcommand}: {where}: {error}{hint}", file=sys.stderr)
+                told = for_the_command(str(error), subcommand)
+                print(f"moe-lightning {subcommand}: {where}: {told}{hint}", file=sys.stderr)
             raise SystemExit(1) from error
         except (ValueError, OSError, MisconfigurationException) as error:
             # What Lightning or we find wrong with the options once data and model meet. Later errors keep their

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from moe_lightning.cli.errors import TRACEBACK_VARIABLE
 
@@ -28,10 +29,50 @@ def _note_is_of_use(record: logging.LogRecord) -> bool:
     return not NOTES_OF_NO_USE.search(record.getMessage())
 
 
-def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    return f"warning: {message}\n"
+IN_OPTIONS = (
+    ("give more batches to top_up, other text,", "raise --data.calibration, give other text,"),
+    ("top_up is exhausted", "the calibration split is exhausted"),
+    ("batches of top_up in a row", "further calibration batches in a row"),
+)
+"""What ml.compress says in words of its arguments, and how it is called on the command line."""
+
+MOST_NAMED = 8
+"""Experts or matrices named in a message."""
+
+_ITEM = r"[\w.]+(?: \(\d+\))?"
+_LAYER = rf"layer \d+: (?:experts )?{_ITEM}(?:, {_ITEM})*"
+_LAYERS = re.compile(rf"{_LAYER}(?:; {_LAYER})*")
+
+
+def _shortened(found: re.Match[str]) -> str:
+    left, parts, named = MOST_NAMED, [], 0
+    for part in found[0].split("; "):
+        head, colon, listed = part.partition(": ")
+        items = listed.split(", ")
+        named += len(items)
+        if left > 0:
+            parts.append(f"{head}{colon}{', '.join(items[:left])}")
+        left -= len(items)
+    more = f" and {named - MOST_NAMED} more" if named > MOST_NAMED else ""
+    return "; ".join(parts) + more
+
+
+def for_the_command(text: str, command: str) -> str:
+    """Say what ml.compress says in words of the command line, with lists of experts that end.
+
+    Args:
+        text: A warning or an error.
+        command: Name of the command that runs.
+    """
+    for ours, theirs in IN_OPTIONS:
+        text = text.replace(ours, theirs)
+    # In fit it is an option of Compress, which has no words of its own on the command line.
+    text = re.sub(r"starved='(\w+)'", r"starved: \1" if command == "fit" else r"--starved \1", text)
+    return _LAYERS.sub(_shortened, text)
+
+
+def _format_warning(command: str, message: Warning | str, *_: object, **__: object) -> str:
+    return f"warning: {for_the_command(str(message), command)}\n"
 
 
 @contextmanager
@@ -51,7 +92,7 @@ def readable_messages(command: str) -> Iterator[None]:
         return
     logger, format_before = logging.getLogger("lightning.pytorch.utilities.rank_zero"), warnings.formatwarning
     with warnings.catch_warnings():
-        warnings.formatwarning = _format_warning
+        warnings.formatwarning = partial(_format_warning, command)
         for message in (*WARNINGS_OF_NO_USE, *(() if command == "fit" else WARNINGS_OF_FIT)):
             warnings.filterwarnings("ignore", message=message)
         logger.addFilter(_note_is_of_use)
