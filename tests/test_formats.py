@@ -159,7 +159,7 @@ def test_formats_read_well() -> None:
         ),
         (
             (Sparsify(0, sparsity=0.5), Sparsify(0, sparsity=0.5)),
-            "layer 0.*stored as 0.5 zeros already: leave the edit",
+            "layer 0.*stored as 0.5 zeros already: ask for more zeros",
         ),
         ((Sparsify(0),), "layer 0: give either a sparsity or a pattern"),
         ((Sparsify(0, sparsity=0.5, pattern="2:4"),), "layer 0: give either a sparsity or a pattern"),

@@ -8,6 +8,7 @@ make matrices smaller measure, apply and fill layer by layer, see :mod:`moe_ligh
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,12 +42,14 @@ def as_methods(methods: Method | Sequence[Method]) -> list[Method]:
         ValueError: There is none.
         TypeError: Something else is among them.
     """
-    listed = [methods] if isinstance(methods, Method) else list(methods)
+    one = isinstance(methods, Method | str | type)
+    listed: list[Any] = [methods] if one else list(methods)  # type: ignore[arg-type]
     if not listed:
         raise ValueError("there is nothing to do: give at least one method, e.g. Novices(ratio=0.25)")
     for method in listed:
         if not isinstance(method, Method):
-            raise TypeError(f"{method!r} is not a compression method: give objects like Novices(ratio=0.25)")
+            hint = f"{method.__name__}()" if isinstance(method, type) else "Novices(ratio=0.25)"
+            raise TypeError(f"{method!r} is not a compression method: give objects like {hint}")
     return listed
 
 
@@ -124,6 +127,7 @@ def compress(
                 "the model is compressed already: replay a plan on the uncompressed model that it was made for"
             )
         methods = replays(plan)
+        _compare_policies(plan, policy)
     chosen = as_methods(methods if methods is not None else [])
     architecture = architecture_of(model)
     shape_before = architecture.shape(model)
@@ -190,6 +194,21 @@ def compress(
 def _once(batches: Batches) -> Iterator[Mapping[str, Any]]:
     """Go through batches once; nothing is asked of them before the first is."""
     yield from batches
+
+
+def _compare_policies(plan: CompressionPlan, policy: SlimmingPolicy) -> None:
+    """Warn where a plan was made under another policy for measurements than it is replayed under."""
+    mine = policy.describe()
+    recorded = [step.get("policy") for step in plan.origin.get("history", []) if isinstance(step, dict)]
+    for other in recorded:
+        if isinstance(other, dict) and other != mine:
+            words = [", ".join(f"{name}={value!r}" for name, value in sorted(item.items())) for item in (other, mine)]
+            warnings.warn(
+                f"the plan was made with {words[0]}, and is replayed with {words[1]}: matrices that few tokens "
+                "reach may differ. Give the same options for the same weights",
+                stacklevel=3,
+            )
+            return
 
 
 def _check_statistics(statistics: Statistics, method: Method, model: PreTrainedModel, shape: ModelShape) -> None:

@@ -85,8 +85,9 @@ def _with_format(shape: ModelShape, layer: int, target: str, new: WeightFormat, 
             f"layer {layer}: cannot {verb} the {target} again, their weights are {old}: prune before quantising, and "
             "quantise once"
         )
-    if old == new:
-        raise ValueError(f"layer {layer}: the weights of its {target} are stored as {old} already: leave the edit out")
+    if old is not None and old == new:
+        more = "leave the method out" if old.quantized else "ask for more zeros, or leave the method out"
+        raise ValueError(f"layer {layer}: the weights of its {target} are stored as {old} already: {more}")
     for name, (outputs, inputs) in sizes.items():
         try:
             new.check(outputs, inputs)

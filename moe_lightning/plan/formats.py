@@ -66,6 +66,12 @@ class WeightFormat:
         for size in sizes:
             if isinstance(size, int) and size > 0 and inputs % size == 0:
                 return size
+        if self.group_size == "auto":
+            tried = ", ".join(map(str, AUTO_GROUPS))
+            raise ValueError(
+                f"group_size 'auto' fits no group ({tried}) into the input size {inputs}: give a number that divides it, "
+                "or 'channel' for one scale for each row"
+            )
         raise ValueError(
             f"group_size {self.group_size} does not divide the input size {inputs}: give one that does, 'auto', or "
             "'channel' for one scale for each row"

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -284,7 +285,7 @@ def test_either_methods_or_a_plan() -> None:
 
 def test_other_things_are_no_methods() -> None:
     for methods in (["mone"], [ml.Novices], [None]):
-        with pytest.raises(TypeError, match=r"not a compression method.*Novices\(ratio"):
+        with pytest.raises(TypeError, match=r"not a compression method.*Novices\("):
             compress(tiny_mixtral(), methods)
 
 
@@ -416,3 +417,20 @@ def test_padding_has_no_part_in_the_sensitivity_of_layers() -> None:
     apart = layer_divergence(model, [{"input_ids": long}, {"input_ids": short}], method, statistics, False)
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-8)
     assert (together > 0).all()
+
+
+@pytest.mark.parametrize(("given", "hint"), [(ml.GPTQ, r"give objects like GPTQ\(\)"), ("GPTQ", r"'GPTQ' is not a")])
+def test_a_class_or_a_name_is_no_method(given: Any, hint: str) -> None:
+    with pytest.raises(TypeError, match=hint):
+        ml.compress(tiny_mixtral(), [], given)
+
+
+def test_a_replay_under_another_policy_says_so() -> None:
+    batches = random_batches(2, 3, 16)
+    plan = ml.compress(tiny_mixtral(), batches, ml.GPTQ(group_size=16), min_tokens=3, max_fallback=1.0).plan
+    with pytest.warns(UserWarning, match=r"made with max_fallback=1\.0, min_tokens=3, starved='warn'.*min_tokens=5"):
+        ml.compress(tiny_mixtral(), batches, plan=plan, min_tokens=5, max_fallback=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*min_tokens=3, but.*")
+        ml.compress(tiny_mixtral(), batches, plan=plan, min_tokens=3, max_fallback=1.0)
