@@ -69,8 +69,8 @@ class WeightFormat:
         if self.group_size == "auto":
             tried = ", ".join(map(str, AUTO_GROUPS))
             raise ValueError(
-                f"group_size 'auto' fits no group ({tried}) into the input size {inputs}: give a number that divides it, "
-                "or 'channel' for one scale for each row"
+                f"group_size 'auto': none of {tried} divides the input size {inputs}: give a number that "
+                "does, or 'channel' for one scale for each row"
             )
         raise ValueError(
             f"group_size {self.group_size} does not divide the input size {inputs}: give one that does, 'auto', or "
