@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -170,14 +170,6 @@ def mix_by_kernels(
     if why_not(hidden_NH, weights.gate_up, weights.down) is not None:
         return None
     novices = [] if novices_VH is None else [novices_VH, *(maps or ())]
-    with _launching_on(hidden_NH.device):
-        return mix_experts_op(
-            hidden_NH, index_NK, weight_NK, slot_map_E, weights.gate_up, weights.down, novices, weights.bias
-        )
-
-
-def _launching_on(device: torch.device) -> torch.cuda.device | nullcontext[None]:
-    """Triton launches on the current GPU, torch on that of the tensors: layers may be spread over several."""
-    if device.type != "cuda" or torch.cuda.device_count() == 1:
-        return nullcontext()
-    return torch.cuda.device(device)
+    return mix_experts_op(
+        hidden_NH, index_NK, weight_NK, slot_map_E, weights.gate_up, weights.down, novices, weights.bias
+    )

@@ -94,6 +94,18 @@ def test_the_kernels_say_what_torch_says(form: str, tokens: int, calls: list[int
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize("form", ["dense", "int4"])
+def test_is_traced_as_one_graph(form: str) -> None:
+    """int4 after a first pass: to change their form is nothing that a graph could hold."""
+    experts = module(form)
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad(), use_kernels("always"):
+        experts(*routed(1))
+        for tokens in (2, 5):
+            inputs = routed(tokens)
+            torch.testing.assert_close(compiled(*inputs), experts(*inputs))
+
+
 @pytest.mark.parametrize("form", ["int8", "int4 group 32"])
 def test_what_the_kernels_do_not_know_goes_the_way_of_torch(form: str, calls: list[int]) -> None:
     experts, inputs = module(form), routed(3)

@@ -9,6 +9,8 @@ Legend: N tokens, H hidden, I intermediate, E experts, K top-k, S slots, V novic
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -25,14 +27,31 @@ from moe_kernels.triton_kernels.int4_dequantize import int4_dequantize
 from moe_kernels.triton_kernels.int4_down import int4_down
 from moe_kernels.triton_kernels.int4_gate_up import int4_gate_up
 from moe_kernels.triton_kernels.int4_layout import Int4Tiles, dequantize_tiles
+from moe_kernels.triton_kernels.interpreting import INTERPRETED
 from moe_kernels.triton_kernels.router import choose_experts
 from moe_kernels.triton_kernels.routing import decode_routing
 from moe_kernels.triton_kernels.schedule import make_schedule
 
+Result = TypeVar("Result")
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def _on_its_device(compute: Callable[..., Result]) -> Callable[..., Result]:
+    """Make the GPU of the first argument the current one, on which triton launches: layers may lie on several."""
+
+    @functools.wraps(compute)
+    def on_its_device(hidden_NH: Tensor, *arguments: Any, **options: Any) -> Result:
+        if hidden_NH.device.type != "cuda" or hidden_NH.device.index == torch.cuda.current_device():
+            return compute(hidden_NH, *arguments, **options)
+        with torch.cuda.device(hidden_NH.device):
+            return compute(hidden_NH, *arguments, **options)
+
+    return on_its_device
+
+
 @torch.library.custom_op("moe_kernels::mix_experts", mutates_args=())
+@_on_its_device
 def mix_experts_op(
     hidden_NH: Tensor,
     index_NK: Tensor,
@@ -154,6 +173,7 @@ def _(hidden_NH, index_NK, weight_NK, slot_map_E, gate_up, down, novices, bias_S
 
 
 @torch.library.custom_op("moe_kernels::moe_block", mutates_args=())
+@_on_its_device
 def moe_block_op(
     hidden_NH: Tensor,
     router_EH: Tensor,
@@ -251,7 +271,7 @@ def why_not(hidden_NH: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> str
         return "weights are not contiguous"
     if any(tensor.device != hidden_NH.device for tensor in (*gate_up, *down)):
         return f"weights are on {gate_up[0].device} and {down[0].device}, the input is on {hidden_NH.device}"
-    if hidden_NH.device.type == "cpu" and not triton.knobs.runtime.interpret:
+    if hidden_NH.device.type == "cpu" and not INTERPRETED:
         return "there is no GPU, and kernels were not imported for the interpreter (TRITON_INTERPRET=1)"
     return None
 

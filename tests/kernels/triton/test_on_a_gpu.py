@@ -166,3 +166,14 @@ def test_nothing_waits_for_the_gpu(form: str, tokens: int) -> None:
         mix_experts_op(*inputs, *weights)
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@FORMS
+def test_tensors_on_another_gpu_than_the_current_one(form: str) -> None:
+    inputs, (slot_map, *stacks) = tokens_of(5), layer(form)
+    want = mix_experts_op(*inputs, slot_map, *stacks)
+    moved = [[tensor.to("cuda:1") for tensor in stack] for stack in stacks]
+    got = mix_experts_op(*(tensor.to("cuda:1") for tensor in inputs), slot_map.to("cuda:1"), *moved)
+    assert got.device == torch.device("cuda:1")
+    torch.testing.assert_close(got.to(DEVICE), want)
