@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 import moe_lightning as ml
-from moe_lightning.checkpoints import check_checkpoint, stored_bytes
+from moe_lightning.architectures import MixtralArchitecture
+from moe_lightning.checkpoints import check_checkpoint, check_format, stored_bytes
+from moe_lightning.plan import CompressionPlan, Quantize
 from moe_lightning.surgery import plan_of
 from tests.models import random_batches, tiny_mixtral
 
@@ -148,6 +150,16 @@ def test_formats_that_cannot_hold_the_model_are_refused_before_writing(tmp_path:
     with pytest.raises(ValueError, match="choose auto, native or transformers"):
         ml.save_pretrained(compressed("drop"), tmp_path / "out", format="hub")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_messages_name_a_few_layers() -> None:
+    config = MixtralConfig(num_hidden_layers=40, num_local_experts=4)
+    shape = MixtralArchitecture().shape_of_config(config)
+    after = CompressionPlan([Quantize(layer) for layer in range(30)]).check(shape)
+    with pytest.raises(
+        ValueError, match=r"layers \[0, 1, 2, 3, 4, 5, 6, 7\] and 22 more have experts of integers: use"
+    ):
+        check_format(after, "transformers")
 
 
 def test_hub_layout_in_bf16_written_by_transformers_alone_is_compressed_and_loads(tmp_path: Path) -> None:

@@ -300,8 +300,8 @@ def test_plan_of_slimming(int4: Path, place: Path, tmp_path: Path, capsys: pytes
     assert "group_size 128 does not divide" in capsys.readouterr().err
     twice = f"[{sparse}, {GPTQ[1:-1]}, {GPTQ[1:-1]}]"
     assert run("plan", "--statistics", statistics, "--methods", twice) == 2
-    printed = capsys.readouterr()
-    assert not printed.out and "cannot quantise the attention again" in printed.err
+    both = capsys.readouterr()
+    assert not both.out and "cannot quantise the attention again" in both.err
     none = "[{class_path: Wanda, init_args: {sparsity: 0.001}}]"
     assert run("plan", "--statistics", statistics, "--methods", none) == 2
     assert "would set no weight to zero" in capsys.readouterr().err
