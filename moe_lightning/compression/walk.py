@@ -174,7 +174,10 @@ class View:
         """Return lists of slots whose moments fit into memory."""
         limit = self._walk.policy.max_moment_bytes
         inputs, weight_bytes = self.weight_inputs(name), self._shape.weight_bytes
-        one, beside = moment_bytes(inputs, kind, weight_bytes), solving_bytes(inputs, kind, weight_bytes)
+        # Several are solved with at once on a GPU only; elsewhere as few as are together still faster, which are small.
+        together = self.slots if next(self._walk.model.parameters()).device.type == "cuda" else 1
+        one = moment_bytes(inputs, kind, weight_bytes)
+        beside = solving_bytes(inputs, kind, weight_bytes, slots=together)
         if one + beside > limit and not self._walk.memory_warned:
             self._walk.memory_warned = True
             warnings.warn(
