@@ -60,8 +60,11 @@ class Timer:
     def __init__(self, runs: Sequence[Callable[[], Tensor]], sizes: Sizes, record: bool) -> None:
         """Warm up, which compiles kernels, and record."""
         self.runs, self.sizes, self.graph, self.why_no_graph = runs, sizes, None, ""
+        self.outputs: list[Tensor] = []
+        if sizes.device != "cuda":
+            return  # nothing to compile
         self.outputs = [run() for run in runs]
-        if sizes.device != "cuda" or not record:
+        if not record:
             return
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
