@@ -142,8 +142,9 @@ class Compress(AtStep):
 
     @property
     def next_step(self) -> Moment:
-        """When it acts next."""
-        return "end" if self.at_step == "end" else self.at_step + self.acts[self.acts_done].after_steps
+        """When it acts next; when it acted last, once all acts are behind."""
+        act = self.acts[min(self.acts_done, len(self.acts) - 1)]
+        return "end" if self.at_step == "end" else self.at_step + act.after_steps
 
     @property
     def last_step(self) -> Moment:

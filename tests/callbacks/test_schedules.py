@@ -34,6 +34,7 @@ def test_a_schedule_prunes_step_by_step(method: str, tmp_path: Path) -> None:
     assert [type(edit) for edit in edits] == [Sparsify] * 9
     assert [edit.sparsity for edit in edits[2::3]] == [schedule.at(step) for step in (2, 4, 6)]
     assert callback.done and callback.state_dict()["acts"] == 3
+    assert callback.next_step == callback.last_step == 7
     names = {path.name for path in (tmp_path / "results").iterdir()}
     assert names == {f"compression-{step}.{kind}" for step in (3, 5, 7) for kind in ("json", "plan.json")}
     events = EventAccumulator(str(tmp_path / "logs")).Reload()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from moe_kernels.upcast import upcast_grouped_linear
 from torch import Tensor
 
 import moe_lightning as ml
@@ -373,3 +374,28 @@ def test_a_model_without_its_moe_sub_layers(model: Any) -> None:
     seen = Seen(live, batches) if hasattr(live.model.layers[0].mlp, "experts") else None
     assert seen is None
     assert inputs.expert_tokens().sum() == 2 * 2 * 2 * 7
+
+
+def test_layers_that_attend_in_different_ways_are_refused() -> None:
+    model = tiny_mixtral()
+    model.config.layer_types = ["sliding_attention"] * LAYERS
+    LayerInputs(model, random_batches(1))
+    model.config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    with pytest.raises(ValueError, match=r"different ways \(full_attention, sliding_attention in config.*RTN"):
+        LayerInputs(model, random_batches(1))
+
+
+def test_products_on_a_cpu_that_emulates_bf16_take_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_mixtral(dtype=torch.bfloat16)
+    inputs = LayerInputs(model, random_batches(3, 2, 7))
+    want = inputs.expert_moments("down_proj", "full", ALL)
+    taken: list[int] = []
+
+    def tiles(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        taken.append(len(rows))
+        return upcast_grouped_linear(rows, weight, ends)
+
+    monkeypatch.setattr("moe_kernels.experts.upcast_pays", lambda rows, weight: rows.dtype == torch.bfloat16)
+    monkeypatch.setattr("moe_kernels.experts.upcast_grouped_linear", tiles)
+    torch.testing.assert_close(inputs.expert_moments("down_proj", "full", ALL), want, rtol=0.02, atol=0.05)
+    assert taken and sum(taken) == int(inputs.expert_tokens().sum())
