@@ -35,7 +35,7 @@ class Walk:
             model: The model.
             batches: Calibration batches.
             policy: What holds for measurements.
-            original: Measure later layers on the outputs of the model as this method found it, earlier methods included.
+            original: Measure later layers on the outputs of the model as this method found it.
         """
         self.model = model
         self.batches = batches
