@@ -137,7 +137,7 @@ def test_further_batches_are_those_that_calibration_leaves_out(options: dict[str
     whole = list(data.calibration_batches())
     assert [batch["input_ids"].tolist() for batch in parts] == [batch["input_ids"].tolist() for batch in whole]
     for taken in (3, None):
-        with pytest.raises(ValueError, match="no further calibration batches: .* set it to less than 3"):
+        with pytest.raises(ValueError, match=r"no further calibration batches: .* set it to less than 3"):
             data.further_batches(taken)
 
 
