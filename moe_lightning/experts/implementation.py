@@ -22,6 +22,8 @@ _SLOTS = "_moe_kernels_slots"
 def moe_kernels_experts_forward(experts: Any, hidden_NH: Tensor, index_NK: Tensor, weight_NK: Tensor) -> Tensor:
     """Mix experts as transformers' own implementations do: by Triton kernels on a GPU, else by grouped products.
 
+    The kernels are taken where they are switched on, see :mod:`moe_lightning.experts.kernel_path`.
+
     Args:
         experts: A module of transformers with stacks ``gate_up_proj`` and ``down_proj``.
         hidden_NH: Input of the block after its norm, ``[tokens, hidden]``.

@@ -1,7 +1,8 @@
 """When a sum over experts goes through the Triton kernels, and the way there.
 
 Nothing else changes: state dicts, training and everything on a CPU go the way of plain torch, which says the same.
-``MOE_KERNELS_GPU=off`` switches the kernels off for a process, `use_kernels` for a stretch of code.
+``MOE_KERNELS_GPU=auto`` switches the kernels on for a process, `use_kernels` for a stretch of code. They are off by
+themselves as long as no GPU has run their tests: until then they were only interpreted and compiled.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from moe_lightning.experts.stacks import Int4
 from moe_lightning.experts.storage import Dense, Packed
 
 VARIABLE = "MOE_KERNELS_GPU"
-"""Environment variable read at import: ``auto`` or ``off``."""
+"""Environment variable read at import: ``off`` (the default) or ``auto``."""
 
 Use = Literal["auto", "off", "always"]
 """``auto``: on a GPU, without gradients. ``always``: on a CPU too, in triton's interpreter (for tests)."""
@@ -38,7 +39,7 @@ def _said(word: str) -> Use:
     return found
 
 
-_use: Use = _said(os.environ.get(VARIABLE, "auto"))
+_use: Use = _said(os.environ.get(VARIABLE, "off"))
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Which sums over experts go through the Triton kernels, and that they say there what plain torch says."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -141,6 +143,18 @@ def reason(device: str = "cuda", activation=silu, grad: bool = False, capability
         return why_torch(hidden, weight, trained, activation)
 
 
+@pytest.fixture
+def switched_on() -> Iterator[None]:
+    """Let the kernels be taken where they can be."""
+    with use_kernels("auto"):
+        yield
+
+
+def test_the_kernels_are_off_until_a_gpu_has_run_their_tests() -> None:
+    assert reason() == "the kernels are switched off"
+
+
+@pytest.mark.usefixtures("switched_on")
 def test_the_decision() -> None:
     assert reason() is None
     assert all(reason(activation=ACT2FN[name]) is None for name in ("silu", "swish"))
@@ -161,6 +175,7 @@ def test_the_decision() -> None:
     assert reason("cpu") == "the input is on cpu"
 
 
+@pytest.mark.usefixtures("switched_on")
 def test_words_of_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="MOE_KERNELS_GPU=on: give auto, off or always"), use_kernels("on"):
         pass
