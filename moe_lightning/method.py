@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -19,6 +19,11 @@ class Method(ABC):
 
     # No annotated attributes here: the YAML parser evaluates those of a base class among the names of the child's
     # module, and where one fails it takes every option of the child unchecked.
+
+    @property
+    def granularity(self) -> Literal["model", "layer"]:
+        """Whether the method decides for the whole model at once, or is asked layer by layer (`Slimming`)."""
+        return "model"
 
     @property
     @abstractmethod

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
-from moe_kernels import NoviceMaps, RoutedPairs, expert_channels, project_channels
+from moe_kernels import NoviceMaps, RoutedPairs
 from moe_kernels.experts import Activation
 from torch import Tensor, nn
 
-from moe_lightning.experts import Packed
+from moe_lightning.experts import Dense, Packed, WeightStack
 from moe_lightning.plan import CompressionPlan, ModelShape
 
 CONFIG_KEY = "moe_lightning"
@@ -49,15 +49,15 @@ class OpenExperts:
     """The weights inside an experts module, whatever class it is.
 
     Attributes:
-        storage: What holds the weights: transformers' experts, or a storage of ours. Of a packed one the weights in
-            floating point are made when they are first asked for, and live as long as this object.
+        storage: What holds the weights; a view of transformers' where the experts are still its own. Of a packed one
+            the weights in floating point are made when they are first asked for, and live as long as this object.
         slot_map: Slot, novice or ``ABSENT`` of each router row, int64 ``[experts]``.
         novices: ``[novices, hidden]`` or None.
         activation: Activation of the gate half.
         maps: Low-rank maps of the novices, or None.
     """
 
-    storage: Any
+    storage: Dense | Packed
     slot_map: Tensor
     novices: Tensor | None
     activation: Activation
@@ -71,41 +71,39 @@ class OpenExperts:
     @cached_property
     def gate_up_proj(self) -> Tensor:
         """Gate rows, then up rows, ``[slots, 2 * intermediate, hidden]``."""
-        return self.storage.gate_up_proj.dense() if self.packed else self.storage.gate_up_proj
+        return _in_floating_point(self.storage.gate_up_proj)
 
     @cached_property
     def down_proj(self) -> Tensor:
         """Down matrices, ``[slots, hidden, intermediate]``."""
-        return self.storage.down_proj.dense() if self.packed else self.storage.down_proj
+        return _in_floating_point(self.storage.down_proj)
 
     @property
     def bias(self) -> Tensor | None:
         """Bias of each slot, ``[slots, hidden]``, or None."""
-        return getattr(self.storage, "bias", None)
+        return self.storage.bias
 
     @property
     def num_slots(self) -> int:
         """Real experts, without making their weights."""
-        return self.storage.num_slots if self.packed else self.storage.gate_up_proj.shape[0]
+        return self.storage.num_slots
 
     @property
     def num_weights(self) -> int:
         """Weights of all real experts, without making them."""
-        if self.packed:
-            return self.storage.num_weights
-        return self.storage.gate_up_proj.numel() + self.storage.down_proj.numel()
+        return self.storage.num_weights
 
     def channels(self, hidden_NH: Tensor, pairs: RoutedPairs) -> Tensor:
         """Compute the inner activations of routed pairs, ``[pairs, intermediate]``."""
-        if self.packed:
-            return self.storage.channels(hidden_NH, pairs, self.activation)
-        return expert_channels(hidden_NH, pairs, self.gate_up_proj, self.activation)
+        return self.storage.channels(hidden_NH, pairs, self.activation)
 
     def project(self, channels_PI: Tensor, pairs: RoutedPairs) -> Tensor:
         """Compute the outputs of routed pairs from their inner activations, ``[pairs, hidden]``."""
-        if self.packed:
-            return self.storage.project(channels_PI, pairs)
-        return project_channels(channels_PI, pairs, self.down_proj, self.bias)
+        return self.storage.project(channels_PI, pairs)
+
+
+def _in_floating_point(weights: Tensor | WeightStack) -> Tensor:
+    return weights.dense() if isinstance(weights, WeightStack) else weights
 
 
 class Changes(Protocol):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lightning.architectures.base import CONFIG_KEY, Architecture, Changes, MoELayer, OpenExperts
-from moe_lightning.experts import CompressedExperts, NoMoE
+from moe_lightning.experts import CompressedExperts, Dense, NoMoE
 from moe_lightning.plan import ExpertLayout, ModelShape
 
 
@@ -118,7 +118,7 @@ class MixtralArchitecture(Architecture):
             maps = experts.maps_on(device)
             return OpenExperts(experts.storage, experts.slot_map_on(device), experts.novices, experts.act_fn, maps)
         slot_map = torch.arange(experts.gate_up_proj.shape[0], device=experts.gate_up_proj.device)
-        return OpenExperts(experts, slot_map, None, experts.act_fn)
+        return OpenExperts(Dense(experts.gate_up_proj, experts.down_proj), slot_map, None, experts.act_fn)
 
     def attention_of(self, decoder_layer: Any) -> Any:
         """Return ``self_attn``."""

@@ -14,7 +14,7 @@ from moe_lightning.callbacks.compression_log import log_compression
 from moe_lightning.callbacks.gradual import Act, acts_of, check_acts
 from moe_lightning.callbacks.strategies import check_strategy, wrap_again
 from moe_lightning.compression import CompressionResult, as_methods, compress
-from moe_lightning.compression.layerwise import is_layerwise, measures
+from moe_lightning.compression.layerwise import measures, need_batches
 from moe_lightning.method import Method
 from moe_lightning.plan import ModelShape
 from moe_lightning.slimming.policy import SlimmingPolicy, Starved
@@ -187,7 +187,7 @@ class Compress(AtStep):
     def _calibration(self, trainer: Trainer) -> Iterable[Mapping[str, Any]] | None:
         if self.batches is not None:
             return self.batches
-        if all(is_layerwise(method) and not measures(method) for method in self.methods):
+        if not need_batches(self.methods):
             return None
         datamodule: Any = getattr(trainer, "datamodule", None)
         if not hasattr(datamodule, "calibration_batches"):

@@ -22,7 +22,7 @@ from moe_lightning.checkpoints import (
 )
 from moe_lightning.cli.commands import check_vocabulary, device_named, dtype_named, inspected
 from moe_lightning.compression import trial_edits
-from moe_lightning.compression.layerwise import is_layerwise, measures
+from moe_lightning.compression.layerwise import measures, need_batches
 from moe_lightning.compression.replay import replays
 from moe_lightning.data import TextDataModule
 from moe_lightning.method import Method
@@ -60,7 +60,7 @@ class Prepared:
     @property
     def calibration(self) -> Any:
         """Calibration batches; none where nothing is measured."""
-        if all(is_layerwise(method) and not measures(method) for method in self.methods):
+        if not need_batches(self.methods):
             return []
         return self.data.calibration_batches(self.calibration_batches)
 

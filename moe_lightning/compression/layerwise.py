@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from moe_lightning.compression.ranks import take_from_first_rank
 from moe_lightning.compression.starved import REMEDIES, enough_batches, in_words
 from moe_lightning.compression.walk import SlimmingEdit, View, Walk
 from moe_lightning.experts.stacks import Int4, Int8, Masked, Sparse24, WeightStack
+from moe_lightning.method import Method
 from moe_lightning.plan import CompressionPlan, Edit, ExpertLayout, ModelShape, WeightFormat
 from moe_lightning.slimming.policy import SlimmingPolicy, TooFewTokens
 from moe_lightning.slimming.pruning import Pruned
@@ -34,14 +35,19 @@ from moe_lightning.statistics.batches import Batches, size_in_words
 from moe_lightning.surgery import Surgery, apply_plan, plan_of
 
 
-def is_layerwise(method: object) -> bool:
+def is_layerwise(method: Method) -> bool:
     """Say whether a method goes through the model layer by layer."""
-    return getattr(method, "granularity", "model") == "layer"
+    return method.granularity == "layer"
 
 
-def measures(method: object) -> bool:
-    """Say whether a method asks for what enters the matrices."""
-    return is_layerwise(method) and getattr(method, "moment_kind", "full") is not None
+def measures(method: Any) -> bool:
+    """Say whether a method goes through the model layer by layer and asks for what enters the matrices."""
+    return is_layerwise(method) and method.moment_kind is not None
+
+
+def need_batches(methods: Iterable[Method]) -> bool:
+    """Say whether any of some methods reads calibration data: all do but those of matrices that measure nothing."""
+    return any(not is_layerwise(method) or measures(method) for method in methods)
 
 
 _THEN = ", then "
@@ -179,7 +185,7 @@ def slim_layers(
                 layers = sorted({edit.layer for run in runs for edit in run if edit.target == "experts"})
                 batches, named = enough_batches(model, batches, layers, policy, progress)
             for run in runs:
-                original = measures(method) and getattr(method, "propagate", "compressed") == "original"
+                original = measures(method) and method.propagate == "original"
                 walk = Walk(model, batches, policy, original)
                 for layer, group in itertools.groupby(run, key=lambda edit: edit.layer):
                     of_layer = list(group)
@@ -222,7 +228,7 @@ def _slim(
     with torch.autocast(next(walk.model.parameters()).device.type, enabled=False):
         slimmed = method.slim(edit, view)
     _check_fit(view, slimmed, method)
-    format = _format_after(walk.model, edit, plan)
+    format = _format_after(walk.model, edit)
     stacks = {(edit.layer, name): _stack(view, name, slimmed.matrices[name], format) for name in view.matrices}
     # Before an optimizer's moments are cut to the places of what is kept.
     take_from_first_rank(tensor for stack in stacks.values() for tensor in (*stack.parameters(), *stack.buffers()))
@@ -265,8 +271,8 @@ def _shape(model: PreTrainedModel) -> ModelShape:
     return architecture_of(model).shape(model)
 
 
-def _format_after(model: PreTrainedModel, edit: SlimmingEdit, plan: CompressionPlan) -> WeightFormat:
-    after = plan.check(_shape(model).uncompressed())
+def _format_after(model: PreTrainedModel, edit: SlimmingEdit) -> WeightFormat:
+    after = edit.apply(_shape(model))
     format = after.attention_format(edit.layer) if edit.target == "attention" else after.layout(edit.layer).format
     assert format is not None
     return format

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from moe_lightning.compression.layerwise import measures
 from moe_lightning.compression.sensitivity import SENSITIVITY_TOKENS
@@ -114,11 +115,9 @@ def calibration_bytes(
     return most
 
 
-def _slimming_bytes(
-    shape: ModelShape, method: Method, edits: Sequence[Edit], tokens: int, max_moment_bytes: int
-) -> int:
+def _slimming_bytes(shape: ModelShape, method: Any, edits: Sequence[Edit], tokens: int, max_moment_bytes: int) -> int:
     """Return the memory of what enters a layer, and of the moments of the largest stack with what solving takes."""
-    kind: MomentKind = getattr(method, "moment_kind", "full")
+    kind: MomentKind = method.moment_kind
     moments = [0]
     for edit in edits:
         experts = getattr(edit, "target", "experts") == "experts"
@@ -133,6 +132,6 @@ def _slimming_bytes(
         shape.hidden_size,
         shape.top_k,
         shape.weight_bytes,
-        ahead=getattr(method, "propagate", "compressed") == "original",
+        ahead=method.propagate == "original",
     )
     return kept + max(moments)

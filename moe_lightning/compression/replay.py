@@ -46,9 +46,9 @@ class SlimmingReplay(Replay):
         return self.method.moment_kind
 
     @property
-    def propagate(self) -> str:
-        """That of the method."""
-        return getattr(self.method, "propagate", "compressed")
+    def propagate(self) -> Any:
+        """That of the method, where it measures."""
+        return getattr(self.method, "propagate", None)
 
     def slim(self, edit: Edit, view: LayerView) -> SlimmedLayer:
         """Let the method do the work; see :meth:`Slimming.slim`."""

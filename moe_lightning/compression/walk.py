@@ -137,8 +137,7 @@ class View:
         if self.target == "attention":
             linear: Any = self.linears[name]
             return linear.stack if isinstance(linear, PackedLinear) else linear.weight
-        experts = self.moe.experts
-        return getattr(getattr(experts, "storage", experts), name)
+        return getattr(self._opened.storage, name)
 
     def weight(self, name: str) -> Tensor:
         """Return a stack as it is now, dense ``[S, O, I]``."""

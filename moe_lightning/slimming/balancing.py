@@ -153,9 +153,9 @@ class _Work:
             measured = self.measured if fits else Measured(view, "diagonal")
             size_SI = weight_SOI.new_zeros(len(weight_SOI), weight_SOI.shape[-1], dtype=work_type(weight_SOI))
             square_SI = torch.zeros_like(size_SI)
-            for slots, moment in measured.walk(name):
+            for slots, moment in measured.walk(name, weight_SOI):
                 with smoothed(moment, self._tokens(slots)):
-                    square_SI[list(slots)] = diagonal_of(moment).to(square_SI)
+                    square_SI[slots] = diagonal_of(moment).to(square_SI)
             for places in handfuls(len(weight_SOI), weight_SOI):
                 size_SI[list(places)] = column_sizes(take(weight_SOI, places), scheme)
             size_ZI.append(size_SI.sum(0, keepdim=True) if shared else size_SI)
@@ -171,8 +171,8 @@ class _Work:
             points=self.method.points,
         )
 
-    def _tokens(self, slots: Sequence[int]) -> Tensor:
-        return self.view.tokens[list(slots)]
+    def _tokens(self, slots: list[int]) -> Tensor:
+        return self.view.tokens[slots]
 
     def shared_scale(self, names: Sequence[str]) -> Tensor:
         """Return the scale ``[1, I]`` of the stacks that read what the norm makes."""
@@ -180,12 +180,10 @@ class _Work:
         loss = scales.new_zeros(scales.shape[:2])
         for name in names:
             weight_SOI = self.view.weight(name)
-            for group, moment in self.measured.walk(name):
-                for places in handfuls(len(group), weight_SOI):
-                    slots, part = [group[place] for place in places], take(moment, places)
-                    with smoothed(part, self._tokens(slots)):
-                        found = rounding_losses(scales, take(weight_SOI, slots), part, self.method.scheme)
-                    loss += found.sum(1, keepdim=True)
+            for slots, moment in self.measured.walk(name, weight_SOI):
+                with smoothed(moment, self._tokens(slots)):
+                    found = rounding_losses(scales, take(weight_SOI, slots), moment, self.method.scheme)
+                loss += found.sum(1, keepdim=True)
         return best_scale(scales, ratios, loss).scale
 
     def rows_between(self, producer: str, last: str) -> int | None:
@@ -219,22 +217,20 @@ class _Work:
         shape = (slots_count, outputs, columns // scheme.group_of(columns))
         clip_SOG = torch.ones(shape, dtype=scale_ZI.dtype, device=scale_ZI.device)
         status, error = [""] * slots_count, torch.empty(slots_count, dtype=torch.float64)
-        for group, moment in self.measured.walk(name):
-            for places in handfuls(len(group), weight_SOI):
-                slots = [group[place] for place in places]
-                part, old_SOI = take(moment, places), take(weight_SOI, slots)
-                with smoothed(part, self._tokens(slots)):
-                    if scales is not None:
-                        loss = rounding_losses(scales[:, slots], old_SOI, part, scheme)
-                        scale_ZI[slots] = best_scale(scales[:, slots], ratios, loss).scale
-                    scale = scale_ZI if len(scale_ZI) == 1 else scale_ZI[slots]
-                    wide_SOI = old_SOI.to(scale.dtype) * scale[:, None, :]
-                    back_SOI = dequantize(round_to_nearest(wide_SOI, scheme)) / scale[:, None, :]
-                    if clip:
-                        clip_SOG[slots], back_SOI = self._clipped(old_SOI, wide_SOI, scale, part, back_SOI)
-                error[slots] = relative_error(old_SOI, back_SOI, part)
-                for slot, empty in zip(slots, (diagonal_of(part) <= 0).all(1).tolist(), strict=True):
-                    status[slot] = "rtn fallback: no input reached it" if empty else "awq"
+        for slots, moment in self.measured.walk(name, weight_SOI):
+            old_SOI = take(weight_SOI, slots)
+            with smoothed(moment, self._tokens(slots)):
+                if scales is not None:
+                    loss = rounding_losses(scales[:, slots], old_SOI, moment, scheme)
+                    scale_ZI[slots] = best_scale(scales[:, slots], ratios, loss).scale
+                scale = scale_ZI if len(scale_ZI) == 1 else scale_ZI[slots]
+                wide_SOI = old_SOI.to(scale.dtype) * scale[:, None, :]
+                back_SOI = dequantize(round_to_nearest(wide_SOI, scheme)) / scale[:, None, :]
+                if clip:
+                    clip_SOG[slots], back_SOI = self._clipped(old_SOI, wide_SOI, scale, moment, back_SOI)
+            error[slots] = relative_error(old_SOI, back_SOI, moment)
+            for slot, empty in zip(slots, (diagonal_of(moment) <= 0).all(1).tolist(), strict=True):
+                status[slot] = "rtn fallback: no input reached it" if empty else "awq"
         self.clips[name] = clip_SOG
         self.statuses[name], self.errors[name] = with_tokens(status, self.view), error
         return scale_ZI

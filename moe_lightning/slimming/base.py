@@ -185,10 +185,18 @@ class Measured:
             self._last = (source, wanted, self.view.moments(source, self.kind, list(slots), gated=self.gated))
         return self._last[2]
 
-    def walk(self, name: str) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """Go through a stack in groups that fit into memory, and yield slots with their moments."""
-        for slots in self.view.groups(name, self.kind):
-            yield slots, self.moments(name, slots)
+    def walk(self, name: str, weight_SOI: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+        """Go through a stack a few matrices at a time, and yield their slots and moments.
+
+        Args:
+            name: Stack.
+            weight_SOI: Its weights. Moments are measured for as many matrices as fit into memory; of those as many are
+                shown at a time as :func:`handfuls` says.
+        """
+        for group in self.view.groups(name, self.kind):
+            moment = self.moments(name, group)
+            for places in handfuls(len(group), weight_SOI):
+                yield [group[place] for place in places], take(moment, places)
 
 
 def relative_error(weight_SOI: Tensor, other_SOI: Tensor, moment: Tensor) -> Tensor:

@@ -111,17 +111,15 @@ def _prune(view: LayerView, prune: Prune, measured: Measured | None, sequential:
         new_SOI = torch.empty_like(weight_SOI, memory_format=torch.contiguous_format)
         new_keep_SOI = torch.empty_like(new_SOI, dtype=torch.bool)
         status, error = [""] * len(weight_SOI), torch.empty(len(weight_SOI), dtype=torch.float64)
-        for group, moment in [(range(len(weight_SOI)), None)] if measured is None else measured.walk(name):
-            for places in handfuls(len(group), weight_SOI):
-                slots = [group[place] for place in places]
-                part = None if moment is None else take(moment, places)
-                old_SOI = take(weight_SOI, slots)
-                pruned = prune(old_SOI, None if keep_SOI is None else take(keep_SOI, slots), part, slots)
-                new_SOI[slots], new_keep_SOI[slots] = pruned.weight, pruned.keep
-                if part is not None:
-                    error[slots] = relative_error(old_SOI, pruned.weight, part)
-                for slot, said in zip(slots, pruned.status, strict=True):
-                    status[slot] = said
+        unmeasured = ((list(places), None) for places in handfuls(len(weight_SOI), weight_SOI))
+        for slots, moment in unmeasured if measured is None else measured.walk(name, weight_SOI):
+            old_SOI = take(weight_SOI, slots)
+            pruned = prune(old_SOI, None if keep_SOI is None else take(keep_SOI, slots), moment, slots)
+            new_SOI[slots], new_keep_SOI[slots] = pruned.weight, pruned.keep
+            if moment is not None:
+                error[slots] = relative_error(old_SOI, pruned.weight, moment)
+            for slot, said in zip(slots, pruned.status, strict=True):
+                status[slot] = said
         statuses[name], errors[name] = with_tokens(status, view), error
         matrices[name] = Pruned(new_SOI, new_keep_SOI, statuses[name])
         if sequential and name != view.matrices[-1]:

@@ -181,24 +181,22 @@ class GPTQ(Rounding):
             weight_SOI, keep_SOI = view.weight(name), view.keep(name)
             quantized = None
             status, error = [""] * len(weight_SOI), torch.empty(len(weight_SOI), dtype=torch.float64)
-            for group, moment in measured.walk(name):
-                for places in handfuls(len(group), weight_SOI):
-                    slots = [group[place] for place in places]
-                    old_SOI, hessian_SII = take(weight_SOI, slots), take(moment, places)
-                    result = round_by_gptq(
-                        old_SOI,
-                        hessian_SII,
-                        self.scheme,
-                        None if keep_SOI is None else take(keep_SOI, slots),
-                        desc_act=self.desc_act,
-                        static_groups=self.static_groups,
-                        damping=self.damping,
-                        tokens=view.tokens[slots],
-                    )
-                    quantized = put(quantized, slots, result.quantized, len(weight_SOI))
-                    error[slots] = relative_error(old_SOI, dequantize(result.quantized), hessian_SII)
-                    for slot, said in zip(slots, result.status, strict=True):
-                        status[slot] = said
+            for slots, hessian_SII in measured.walk(name, weight_SOI):
+                old_SOI = take(weight_SOI, slots)
+                result = round_by_gptq(
+                    old_SOI,
+                    hessian_SII,
+                    self.scheme,
+                    None if keep_SOI is None else take(keep_SOI, slots),
+                    desc_act=self.desc_act,
+                    static_groups=self.static_groups,
+                    damping=self.damping,
+                    tokens=view.tokens[slots],
+                )
+                quantized = put(quantized, slots, result.quantized, len(weight_SOI))
+                error[slots] = relative_error(old_SOI, dequantize(result.quantized), hessian_SII)
+                for slot, said in zip(slots, result.status, strict=True):
+                    status[slot] = said
             assert quantized is not None
             matrices[name] = quantized
             statuses[name], errors[name] = with_tokens(status, view), error

@@ -84,7 +84,7 @@ def _new_storage(
     if after.width is None:
         change.replaced += items
         return Dense(items[0].new, items[1].new)
-    old_bias = getattr(source, "bias", None)
+    old_bias = source.bias
     rows = slots if old_bias is not None else [-1] * len(slots)
     bias = _vectors(gate_up, old_bias, rows)
     index = None if old_bias is None else torch.tensor(rows, dtype=torch.int64, device="cpu")
@@ -105,7 +105,7 @@ def _new_packed_storage(
     new = {}
     for name, stack in stacks.items():
         new[name] = replace_weights(change, f"{prefix}.{name}", getattr(source, name), slots, stack)
-    old_bias = getattr(source, "bias", None)
+    old_bias = source.bias
     bias = None
     if after.width is not None:
         bias = _vectors(like, old_bias, slots if old_bias is not None else [-1] * len(slots))
@@ -126,14 +126,15 @@ def _change_layer(
     experts = layer.experts
     opened = architecture.open_experts(layer)
     prefix = f"{layer.name}.experts"
-    source = experts.storage if isinstance(experts, CompressedExperts) else experts
     owners = dict(zip(before.router, before.slot_map, strict=True))
     slots = [owners[expert] for expert in after.real]
     storage: Dense | Packed
     if after.format is None:
-        storage = _new_storage(change, f"{prefix}.storage", source, slots, after, channels)
+        storage = _new_storage(change, f"{prefix}.storage", opened.storage, slots, after, channels)
     else:
-        storage = _new_packed_storage(change, f"{prefix}.storage", source, slots, after, packed, layer.router.weight)
+        storage = _new_packed_storage(
+            change, f"{prefix}.storage", opened.storage, slots, after, packed, layer.router.weight
+        )
     rows = [before.novices.index(expert) if expert in before.novices else -1 for expert in after.novices]
     maps = _map_rows(before, after)
     stacks: dict[str, nn.Parameter | None] = {}
