@@ -22,10 +22,12 @@ from moe_kernels.experts import (
     sort_pairs,
 )
 from moe_kernels.int4 import Int4Matrices, WordMatrices, dequantize_int4, grouped_product, int4_grouped_linear
+from moe_kernels.lora import GroupedLora, lora_term
 
 __all__ = [
     "ABSENT",
     "CpuMatrices",
+    "GroupedLora",
     "Int4Matrices",
     "NoviceMaps",
     "RoutedPairs",
@@ -40,6 +42,7 @@ __all__ = [
     "grouped_linear",
     "grouped_product",
     "int4_grouped_linear",
+    "lora_term",
     "mix_experts",
     "mix_experts_by_loop",
     "novice_weights",
