@@ -145,6 +145,10 @@ class Architecture(ABC):
         """Return the weights of a layer's experts."""
 
     @abstractmethod
+    def plain_experts(self, layer: MoELayer) -> Any:
+        """Return the family's own experts module with the weights of a layer, which has every expert whole."""
+
+    @abstractmethod
     def decoder_layers(self, model: nn.Module) -> Sequence[Any]:
         """Return the list of decoder layers that a live model has; ``shape(model).blocks`` are their numbers."""
 
@@ -168,6 +172,10 @@ class Architecture(ABC):
     @abstractmethod
     def keep_blocks(self, model: Any, layers: Sequence[Any], change: Changes) -> None:
         """Make ``layers`` the decoder layers of a model, numbered anew for the key/value cache."""
+
+    @abstractmethod
+    def fuse_layers(self, model: Any, change: Changes) -> None:
+        """Let the decoder layers of a compressed model run their MoE half as one operation, where kernels are used."""
 
     @abstractmethod
     def route(self, layer: MoELayer, logits_NR: Tensor) -> tuple[Tensor, Tensor]:

@@ -105,6 +105,20 @@ class MixtralArchitecture(Architecture):
         for place, layer in enumerate(layers):
             change.set(layer.self_attn, "layer_idx", place)
 
+    def fuse_layers(self, model: Any, change: Changes) -> None:
+        """Give the decoder layers our class, and its name to those who keep whole layers on one device."""
+        # Not before there is a model: the import of transformers makes our own classes known, which need this module.
+        from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
+
+        from moe_lightning.architectures.mixtral_layer import CompressedMixtralDecoderLayer
+
+        for layer in self.decoder_layers(model):
+            if type(layer) is MixtralDecoderLayer:
+                change.set(layer, "__class__", CompressedMixtralDecoderLayer)
+        for module in (model, model.model):
+            whole = {*(module._no_split_modules or ()), CompressedMixtralDecoderLayer.__name__}
+            change.set(module, "_no_split_modules", whole)
+
     def route(self, layer: MoELayer, logits_NR: Tensor) -> tuple[Tensor, Tensor]:
         """Softmax in fp32, the top k, renormalised to 1."""
         weight_NK, index_NK = logits_NR.float().softmax(-1).topk(layer.router.top_k, dim=-1)
@@ -119,6 +133,18 @@ class MixtralArchitecture(Architecture):
             return OpenExperts(experts.storage, experts.slot_map_on(device), experts.novices, experts.act_fn, maps)
         slot_map = torch.arange(experts.gate_up_proj.shape[0], device=experts.gate_up_proj.device)
         return OpenExperts(Dense(experts.gate_up_proj, experts.down_proj), slot_map, None, experts.act_fn)
+
+    def plain_experts(self, layer: MoELayer) -> Any:
+        """Return a ``MixtralExperts`` that shares the weights of the layer's experts."""
+        # Not before it is needed: transformers' model file is slow to import.
+        from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+        config = layer.decoder_layer.self_attn.config
+        held = layer.block.experts
+        with torch.device("meta"):
+            experts = MixtralExperts(config)
+        experts.gate_up_proj, experts.down_proj = held.storage.gate_up_proj, held.storage.down_proj
+        return experts.train(held.training)
 
     def attention_of(self, decoder_layer: Any) -> Any:
         """Return ``self_attn``."""

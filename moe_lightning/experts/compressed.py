@@ -13,7 +13,13 @@ from moe_kernels import ABSENT, NoviceMaps, add_novices, combine_pairs, sort_pai
 from moe_kernels.experts import Activation
 from torch import Tensor, nn
 
-from moe_lightning.experts.kernel_path import mix_by_kernels, storage_weights, why_torch
+from moe_lightning.experts.kernel_path import (
+    KernelInputs,
+    kernel_inputs,
+    mix_by_kernels,
+    storage_weights,
+    why_torch,
+)
 from moe_lightning.experts.storage import Dense, Packed
 
 
@@ -125,9 +131,10 @@ class CompressedExperts(nn.Module):
         Returns:
             ``[tokens, hidden]`` in the type of ``hidden_NH``; sums are in fp32.
         """
-        mixed_NH = self._mixed_by_kernels(hidden_NH, index_NK, weight_NK)
-        if mixed_NH is not None:
-            return mixed_NH
+        if why_torch(hidden_NH, weight_NK, self.parameters(), self.act_fn) is None:
+            inputs = self.kernel_inputs(hidden_NH)
+            if inputs is not None:
+                return mix_by_kernels(hidden_NH, index_NK, weight_NK, inputs)
         slot_map = self.slot_map_on(hidden_NH.device)
         pairs = sort_pairs(index_NK, slot_map, self.storage.num_slots)
         mixed_NH = combine_pairs(self.storage(hidden_NH, pairs, self.act_fn), pairs, weight_NK)
@@ -135,15 +142,17 @@ class CompressedExperts(nn.Module):
         mixed_NH = add_novices(mixed_NH, index_NK, weight_NK, slot_map, self.novices, hidden_NH, maps)
         return mixed_NH.to(hidden_NH.dtype)
 
-    def _mixed_by_kernels(self, hidden_NH: Tensor, index_NK: Tensor, weight_NK: Tensor) -> Tensor | None:
-        """Do what `forward` does by the Triton kernels; None where plain torch must."""
-        if why_torch(hidden_NH, weight_NK, self.parameters(), self.act_fn) is not None:
-            return None
+    def kernel_inputs(self, hidden_NH: Tensor) -> KernelInputs | None:
+        """Return what the Triton kernels take of this layer; None where they do not know it.
+
+        Args:
+            hidden_NH: Input of the block after its norm.
+        """
         weights = storage_weights(self.storage, hidden_NH)
         if isinstance(weights, str):
             return None
         slot_map, maps = self.slot_map_on(hidden_NH.device), self.maps_on(hidden_NH.device)
-        return mix_by_kernels(hidden_NH, index_NK, weight_NK, slot_map, weights, self.novices, maps)
+        return kernel_inputs(hidden_NH, slot_map, weights, self.novices, maps)
 
     def extra_repr(self) -> str:
         """Say how many experts are real and how many are novices, of what rank together."""

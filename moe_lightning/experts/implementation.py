@@ -13,7 +13,7 @@ from moe_kernels import mix_experts
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
-from moe_lightning.experts.kernel_path import KernelWeights, mix_by_kernels, why_torch
+from moe_lightning.experts.kernel_path import KernelInputs, KernelWeights, kernel_inputs, mix_by_kernels, why_torch
 
 NAME = "moe_kernels"
 _SLOTS = "_moe_kernels_slots"
@@ -42,12 +42,24 @@ def moe_kernels_experts_forward(experts: Any, hidden_NH: Tensor, index_NK: Tenso
             f'experts_implementation="{NAME}" does not know {type(experts).__name__} ({reason}): take "grouped_mm"'
         )
     gate_up, down = experts.gate_up_proj, experts.down_proj
-    slot_map = _one_slot_each(experts, gate_up.shape[0], hidden_NH.device)
     if why_torch(hidden_NH, weight_NK, (gate_up, down), experts.act_fn) is None:
-        mixed_NH = mix_by_kernels(hidden_NH, index_NK, weight_NK, slot_map, KernelWeights([gate_up], [down]))
-        if mixed_NH is not None:
-            return mixed_NH
+        inputs = stock_inputs(experts, hidden_NH)
+        if inputs is not None:
+            return mix_by_kernels(hidden_NH, index_NK, weight_NK, inputs)
+    slot_map = _one_slot_each(experts, gate_up.shape[0], hidden_NH.device)
     return mix_experts(hidden_NH, index_NK, weight_NK, gate_up, down, slot_map, None, experts.act_fn)
+
+
+def stock_inputs(experts: Any, hidden_NH: Tensor) -> KernelInputs | None:
+    """Return what the kernels take of an experts module of transformers; None where they do not know it.
+
+    Args:
+        experts: A module with stacks ``gate_up_proj`` and ``down_proj``, as `moe_kernels_experts_forward` takes it.
+        hidden_NH: Input of the block after its norm.
+    """
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    slot_map = _one_slot_each(experts, gate_up.shape[0], hidden_NH.device)
+    return kernel_inputs(hidden_NH, slot_map, KernelWeights([gate_up], [down]))
 
 
 def _why_not_these(experts: Any) -> str | None:

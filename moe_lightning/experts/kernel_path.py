@@ -74,8 +74,26 @@ class KernelWeights(NamedTuple):
     bias: Tensor | None = None
 
 
+class KernelInputs(NamedTuple):
+    """What the operations take of a layer's experts, in the order in which they take it after the routing.
+
+    Attributes:
+        slot_map_E: Slot or novice of each expert.
+        gate_up: Of `KernelWeights`.
+        down: Of `KernelWeights`.
+        novices: Nothing; or vectors; or those and the fields of `NoviceMaps`.
+        bias_SH: Bias of each slot, or None.
+    """
+
+    slot_map_E: Tensor
+    gate_up: list[Tensor]
+    down: list[Tensor]
+    novices: list[Tensor]
+    bias_SH: Tensor | None
+
+
 def why_torch(
-    hidden_NH: Tensor, weight_NK: Tensor, parameters: Iterable[Tensor | None], activation: Activation
+    hidden_NH: Tensor, weight_NK: Tensor | None, parameters: Iterable[Tensor | None], activation: Activation
 ) -> str | None:
     """Say why a sum over experts does not go through the kernels; None where nothing is known against it.
 
@@ -83,7 +101,7 @@ def why_torch(
 
     Args:
         hidden_NH: Input of the block.
-        weight_NK: Routing weights.
+        weight_NK: Routing weights; None where the router is among what is asked about.
         parameters: Everything that might be trained.
         activation: Of the gate half.
     """
@@ -142,35 +160,75 @@ def storage_weights(storage: Dense | Packed, hidden_NH: Tensor) -> KernelWeights
     return KernelWeights([gate_up.words_SGOW, gate_up.pairs_SGO], [down.words_SGOW, down.pairs_SGO], storage.bias)
 
 
-def mix_by_kernels(
+def kernel_inputs(
     hidden_NH: Tensor,
-    index_NK: Tensor,
-    weight_NK: Tensor,
     slot_map_E: Tensor,
     weights: KernelWeights,
     novices_VH: Tensor | None = None,
     maps: NoviceMaps | None = None,
-) -> Tensor | None:
-    """Compute a sum over experts by the kernels.
+) -> KernelInputs | None:
+    """Put together what the kernels take of a layer's experts.
 
     Args:
         hidden_NH: Input of the block.
-        index_NK: Experts chosen by the router.
-        weight_NK: Their routing weights.
         slot_map_E: Slot or novice of each expert.
         weights: Of the real experts.
         novices_VH: Novice vectors, or None.
         maps: Their low-rank maps, or None.
 
     Returns:
-        ``[N, H]`` in the type of the input; None where the kernels do not know these types or sizes.
+        The inputs; None where the kernels do not know these types or sizes.
     """
-    # Not before they are needed: triton is slow to import, and is not everywhere.
-    from moe_kernels.triton_kernels.block import mix_experts_op, why_not
+    # Not before it is needed: triton is slow to import, and is not everywhere.
+    from moe_kernels.triton_kernels.block import why_not
 
     if why_not(hidden_NH, weights.gate_up, weights.down) is not None:
         return None
     novices = [] if novices_VH is None else [novices_VH, *(maps or ())]
-    return mix_experts_op(
-        hidden_NH, index_NK, weight_NK, slot_map_E, weights.gate_up, weights.down, novices, weights.bias
-    )
+    return KernelInputs(slot_map_E, weights.gate_up, weights.down, novices, weights.bias)
+
+
+def mix_by_kernels(
+    hidden_NH: Tensor, index_NK: Tensor, weight_NK: Tensor, inputs: KernelInputs, residual_NH: Tensor | None = None
+) -> Tensor:
+    """Compute a sum over experts by the kernels.
+
+    Args:
+        hidden_NH: Input of the block.
+        index_NK: Experts chosen by the router.
+        weight_NK: Their routing weights.
+        inputs: Of the experts.
+        residual_NH: Added to everything, or None.
+
+    Returns:
+        ``[N, H]`` in the type of the input.
+    """
+    from moe_kernels.triton_kernels.block import mix_experts_op
+
+    return mix_experts_op(hidden_NH, index_NK, weight_NK, *inputs, residual_NH)
+
+
+def block_by_kernels(
+    hidden_NH: Tensor,
+    router_EH: Tensor,
+    top_k: int,
+    renormalize: bool,
+    inputs: KernelInputs,
+    residual_NH: Tensor | None = None,
+) -> Tensor:
+    """Compute a whole block by the kernels: router, sum over experts and residual.
+
+    Args:
+        hidden_NH: Input of the block.
+        router_EH: Weight of the router.
+        top_k: Experts of a token.
+        renormalize: Make the routing weights of a token add up to one.
+        inputs: Of the experts.
+        residual_NH: Added to everything, or None.
+
+    Returns:
+        ``[N, H]`` in the type of the input.
+    """
+    from moe_kernels.triton_kernels.block import moe_block_op
+
+    return moe_block_op(hidden_NH, router_EH, top_k, renormalize, *inputs, residual_NH)[0]

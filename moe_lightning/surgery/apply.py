@@ -61,6 +61,15 @@ class Surgery:
             ranks = [dict(zip(layout.novices, layout.novice_ranks, strict=True)) for layout in (old, new)]
             total += sum((1 + 2 * ranks[0][expert]) * hidden for expert in ranks[0].keys() - ranks[1].keys())
             total += sum((1 + 2 * ranks[1][expert]) * hidden for expert in ranks[1].keys() - ranks[0].keys())
+        for old in after.layouts:  # what goes with its layer was counted above
+            terms = before.layout(old.layer), old
+            if terms[0].lora != old.lora:
+                total += sum(layout.lora_parameters(hidden, whole) for layout in terms)
+        changed_terms = dict(before.attention_lora), dict(after.attention_lora)
+        for block in before.blocks:
+            if changed_terms[0].get(block) != changed_terms[1].get(block):
+                total += before.attention_lora_parameters(block)
+                total += after.attention_lora_parameters(block)
         matrices = before.block_parameters - hidden
         changed = [
             number for number in after.blocks if before.attention_format(number) != after.attention_format(number)
@@ -187,6 +196,7 @@ def apply_plan(
         new = compressed_config(model.config, plan, after)
         _set_config(change, model, model.config, new)
         change.set(model, "__class__", CompressedMixtralForCausalLM)
+        architecture.fuse_layers(model, change)
         if "_weight_conversions" in vars(model):
             # How the names of the folder that the model came from are written back: the compressed class has its own.
             change.set(model, "_weight_conversions", None)

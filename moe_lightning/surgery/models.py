@@ -76,7 +76,8 @@ class CompressedMixtralForCausalLM(MixtralForCausalLM):
         entry, config.moe_lightning = config.moe_lightning, None
         try:
             super().__init__(config)
-            change_layouts(self, architecture, after.uncompressed(), after)
+            change = change_layouts(self, architecture, after.uncompressed(), after)
+            architecture.fuse_layers(self, change)
         finally:
             config.num_hidden_layers, config.moe_lightning = left, entry
 
