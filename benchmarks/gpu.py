@@ -6,25 +6,23 @@
 First the machine's ceilings: a copy and a large product. Then a layer, router included, for all numbers of tokens,
 formats and routings. An output is compared with a loop over experts in float32 before it is timed: the very buffers
 that are timed, poisoned before. What differs is refused and makes the run fail in the end. Times are medians of replays
-of a CUDA graph (transformers' eager loop waits for the GPU and cannot be recorded), in which several sets of weights
-and inputs take turns, so that no weight is in a cache. The floor of a call is the larger of its bytes at the speed of
-the copy and its operations at the speed of the product: weights of the experts that its tokens reach, inputs, outputs.
+of a CUDA graph (loops over experts wait for the GPU and cannot be recorded), in which several sets of weights and
+inputs take turns, so that no weight is in a cache. The floor of a call is the larger of its bytes at the speed of the
+copy and its operations at the speed of the product: weights of the experts that its tokens reach, inputs, outputs. Then
+training steps with LoRA, whose output and gradients are compared with float32 autograd.
 
-Needs torch, triton and 40 GB on the GPU; transformers where it is to be compared. A dry run does everything on a CPU
+Needs torch, triton and 60 GB on the GPU; transformers where it is to be compared. A dry run does everything on a CPU
 with tiny sizes, kernels in triton's interpreter: its times mean nothing.
 """
 
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,6 @@ if "--dry-run" in sys.argv:  # before triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
-import triton
 from gpu_layers import (
     DRY,
     EXPERTS,
@@ -41,121 +38,44 @@ from gpu_layers import (
     ROUTINGS,
     SETS,
     THEIRS,
-    TOP_K,
     Call,
-    Sizes,
     Weights,
     make_call,
     ours,
     transformers_block,
 )
+from int4_loop import int4_loop
+from tables import INT4_LOOP, document
+from timing import Unavailable, environment, measure, measured_ceilings
 from torch import Tensor
+from training_step import training_rows
 
-TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
+Layer = Callable[[Tensor], Tensor]
+
+OTHERS = {**{name: ("bf16", most, name != "eager") for name, most in THEIRS.items()}, INT4_LOOP: ("int4", 8192, False)}
+"""Whom ours is timed against: on which format, up to how many tokens, and whether a graph can record it."""
 
 
-class Timer:
-    """Runs of all calls one after another: recorded as a graph where that is possible."""
-
-    def __init__(self, runs: Sequence[Callable[[], Tensor]], sizes: Sizes, record: bool) -> None:
-        """Warm up, which compiles kernels, and record."""
-        self.runs, self.sizes, self.graph, self.why_no_graph = runs, sizes, None, ""
-        self.outputs: list[Tensor] = []
-        if sizes.device != "cuda":
-            return  # nothing to compile
-        self.outputs = [run() for run in runs]
-        if not record:
-            return
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
+def opponents(weights: list[Weights]) -> dict[str, list[Layer] | str]:
+    """Return everybody else's layers, one for each set of weights, or why there are none."""
+    blocks: dict[str, list[Layer] | str] = {}
+    for name in THEIRS:
         try:
-            with torch.cuda.graph(graph):
-                self.outputs = [run() for run in runs]
-        except RuntimeError as error:
-            self.why_no_graph = first_line(error)
-            torch.cuda.synchronize()
-            self.outputs = [run() for run in runs]
-        else:
-            self.graph = graph
-
-    def run(self) -> None:
-        """Run all calls."""
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            self.outputs = [run() for run in self.runs]
-
-    def checked_outputs(self) -> list[Tensor]:
-        """Return what a run writes over buffers full of NaN."""
-        for output in self.outputs:
-            output.fill_(torch.nan)
-        self.run()
-        return self.outputs
-
-    def seconds(self) -> float:
-        """Return the median time of a call."""
-        repeats = 1
-        if self.sizes.seconds:
-            repeats = max(5, min(100, int(self.sizes.seconds / min(self._times(2)))))
-        return statistics.median(self._times(repeats)) / len(self.runs)
-
-    def _times(self, repeats: int) -> list[float]:
-        if self.sizes.device != "cuda":
-            times = [time.perf_counter()]
-            for _ in range(repeats):
-                self.run()
-                times.append(time.perf_counter())
-            return [after - before for before, after in pairwise(times)]
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-        events[0].record()
-        for event in events[1:]:
-            self.run()
-            event.record()
-        torch.cuda.synchronize()
-        return [before.elapsed_time(after) / 1e3 for before, after in pairwise(events)]
-
-
-def measured_ceilings(sizes: Sizes) -> dict[str, float]:
-    """Measure the speed of a copy and of a large product."""
-    left = torch.randn(sizes.product, sizes.product, device=sizes.device).to(sizes.dtype)
-    right, result = torch.randn_like(left), torch.empty_like(left)
-    product = Timer([lambda: torch.mm(left, right, out=result)], sizes, False).seconds()
-    source = torch.randint(0, 256, (sizes.copied,), dtype=torch.uint8, device=sizes.device)
-    target = torch.empty_like(source)
-    copied = Timer([lambda: target.copy_(source)], sizes, False).seconds()
-    return {"flops_per_second": 2 * sizes.product**3 / product, "bytes_per_second": 2 * sizes.copied / copied}
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """Return ``|got - want| / |want|``; infinite where a number is not finite."""
-    error = float((got.float() - want).norm() / want.norm().clamp(min=1e-30))
-    return error if error == error else float("inf")
-
-
-def measure(
-    make: Callable[[], list[Callable[[], Tensor]]], expected: list[Tensor], sizes: Sizes, record: bool
-) -> dict[str, Any]:
-    """Check and time one implementation; say what went wrong where something did."""
+            blocks[name] = [transformers_block(each, name) for each in weights]
+        except ImportError as error:
+            blocks[name] = str(error)
     try:
-        timer = Timer(make(), sizes, record)
-        outputs = timer.checked_outputs()
-        error = max(relative_error(got, want) for got, want in zip(outputs, expected, strict=True))
-        if error > TOLERANCE[sizes.dtype]:
-            return {"refused": f"relative error {error:.2e}"}
-        found = {"microseconds": timer.seconds() * 1e6, "relative_error": error, "graph": timer.graph is not None}
-        return found | ({"why_no_graph": timer.why_no_graph} if timer.why_no_graph else {})
-    except Exception as error:  # whatever it is, the other measurements go on
-        return {"refused": f"{type(error).__name__}: {first_line(error)}"}
+        blocks[INT4_LOOP] = [int4_loop(each) for each in weights]
+    except Unavailable as reason:
+        blocks[INT4_LOOP] = str(reason)
+    return blocks
 
 
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
-
-
+@torch.inference_mode()
 def rows_of(
-    calls: list[Call], blocks: dict[str, list[Callable[[Tensor], Tensor]]], ceilings: dict[str, float]
+    calls: list[Call], blocks: dict[str, list[Layer] | str], ceilings: dict[str, float]
 ) -> list[dict[str, Any]]:
-    """Time all formats, and transformers, on the same inputs."""
+    """Time all formats, and everybody else, on the same inputs."""
     sizes, tokens, rows = calls[0].weights.sizes, calls[0].hidden.shape[0], []
     for name, (form, novices) in FORMATS.items():
         real = EXPERTS - novices
@@ -168,19 +88,14 @@ def rows_of(
         }
         found = measure(lambda form=form, real=real: [ours(call, form, real) for call in calls], expected, sizes, True)
         rows.append({**common, "implementation": "ours", **found})
-        if name != "bf16":
-            continue
-        for implementation, theirs in blocks.items():
-            if tokens > THEIRS[implementation]:
+        for implementation, (their_format, most, record) in OTHERS.items():
+            if name != their_format or tokens > most:
                 continue
-
-            def runs(theirs: list[Callable[[Tensor], Tensor]] = theirs) -> list[Callable[[], Tensor]]:
-                return [
-                    lambda block=theirs[number % SETS], call=call: block(call.hidden)
-                    for number, call in enumerate(calls)
-                ]
-
-            found = measure(runs, expected, sizes, implementation != "eager")
+            theirs = blocks[implementation]
+            if isinstance(theirs, str):
+                found = {"unavailable": theirs}
+            else:
+                found = measure(lambda theirs=theirs: _runs(theirs, calls), expected, sizes, record)
             rows.append({**common, "implementation": implementation, **found})
     for row in rows:
         if "microseconds" in row:
@@ -188,64 +103,18 @@ def rows_of(
     return rows
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """Print one line for each number of tokens and routing, and what was refused."""
-    print("\nmicroseconds a layer; (share of the floor) and, for ours, times as fast as transformers on bf16 weights")
-    print("| tokens | routing | " + " | ".join(THEIRS) + " | " + " | ".join(f"ours {name}" for name in FORMATS) + " |")
-    print("|--:|---|" + "--:|" * (len(THEIRS) + len(FORMATS)))
-    for tokens, routing in dict.fromkeys((row["tokens"], row["routing"]) for row in rows):
-        here = [row for row in rows if (row["tokens"], row["routing"]) == (tokens, routing) and "microseconds" in row]
-        theirs = {row["implementation"]: row for row in here if row["implementation"] != "ours"}
-        mine = {row["format"]: row for row in here if row["implementation"] == "ours"}
-        cells = [_cell(theirs.get(name)) for name in THEIRS]
-        cells += [
-            _cell(mine.get(name), [theirs[other]["microseconds"] if other in theirs else None for other in THEIRS])
-            for name in FORMATS
-        ]
-        print(f"| {tokens} | {routing} | " + " | ".join(cells) + " |")
-    for row in rows:
-        if "refused" in row:
-            print(
-                f"REFUSED {row['tokens']} tokens, {row['routing']}, {row['format']}, {row['implementation']}: "
-                f"{row['refused']}"
-            )
+def _runs(layers: list[Layer], calls: list[Call]) -> list[Callable[[], Tensor]]:
+    return [partial(layers[number % len(layers)], call.hidden) for number, call in enumerate(calls)]
 
 
-def _cell(row: dict[str, Any] | None, others: Sequence[float | None] = ()) -> str:
-    if row is None:
-        return "-"
-    text = f"{row['microseconds']:,.0f} ({row['share_of_floor']:.0%})"
-    ratios = ["-" if other is None else f"{other / row['microseconds']:.1f}" for other in others]
-    return f"{text} {' / '.join(ratios)}x" if ratios else text
+def keep(result: dict[str, Any], target: Path | None, began: float) -> None:
+    """Write what was measured so far, whatever comes."""
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps({**result, "seconds": time.monotonic() - began}, indent=2) + "\n")
 
 
-def environment(sizes: Sizes) -> dict[str, Any]:
-    """Say what this runs on."""
-    try:
-        import transformers
-
-        version = transformers.__version__
-    except ImportError:
-        version = None
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=False
-    )
-    return {
-        "device": torch.cuda.get_device_name() if sizes.device == "cuda" else f"{platform.machine()} CPU",
-        "dtype": str(sizes.dtype),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": triton.__version__,
-        "transformers": version,
-        "commit": os.environ.get("COMMIT") or found.stdout.strip() or "unknown",
-        "changed_files": len(changed.stdout.splitlines()),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "sizes": {"hidden": sizes.hidden, "inner": sizes.inner, "experts": EXPERTS, "top_k": TOP_K, "sets": SETS},
-    }
-
-
-@torch.inference_mode()
+@torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write and print; return how many measurements were refused, 1 at most."""
     parser = argparse.ArgumentParser(description="Time one MoE layer on a GPU.")
@@ -258,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.dry_run and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device here: on a CPU, make bench; --dry-run tries this script out")
     began, sizes = time.monotonic(), DRY if options.dry_run else GPU
-    result: dict[str, Any] = {**environment(sizes), "ceilings": measured_ceilings(sizes), "rows": [], "left_out": []}
+    result: dict[str, Any] = {**environment(sizes), "ceilings": measured_ceilings(sizes), "rows": []}
+    result |= {"training": [], "left_out": []}
     print(
         f"{result['device']}, {result['dtype']}, torch {result['torch']}, triton {result['triton']}, transformers "
         f"{result['transformers']}\ncopy {result['ceilings']['bytes_per_second'] / 1e12:.2f} TB/s, product "
@@ -266,9 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flush=True,
     )
     weights = [Weights(sizes, seed) for seed in range(SETS)]
-    blocks = {}
-    if result["transformers"]:
-        blocks = {name: [transformers_block(each, name) for each in weights] for name in THEIRS}
+    blocks = opponents(weights)
     target = Path(options.output) / f"gpu-{result['device'].lower().replace(' ', '-')}.json" if options.output else None
     for routing in options.routings:
         for tokens in options.tokens or sizes.tokens:
@@ -282,23 +150,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             calls = [make_call(weights[number % SETS], tokens, routing, number) for number in range(inputs)]
             rows = [{"tokens": tokens, "routing": routing, **row} for row in rows_of(calls, blocks, result["ceilings"])]
             result["rows"] += rows
-            spent = time.monotonic() - began
             mine = {
                 row["format"]: f"{row['share_of_floor']:.0%}"
                 for row in rows
                 if row["implementation"] == "ours" and "share_of_floor" in row
             }
-            print(f"{spent:.0f} s: {tokens} tokens, {routing}: ours / floor {mine}", flush=True)
-            if target is not None:
-                # After each case: what was measured is kept whatever comes.
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_text(json.dumps({**result, "seconds": spent}, indent=2) + "\n")
-    print_table(result["rows"])
-    if result["left_out"]:
-        print(f"left out after {options.minutes} minutes: {result['left_out']}")
+            print(f"{time.monotonic() - began:.0f} s: {tokens} tokens, {routing}: ours / floor {mine}", flush=True)
+            keep(result, target, began)
+        if routing != options.routings[0]:
+            continue
+        # After the first routing, so that the others, and not this, are left out where time is short.
+        for tokens in sizes.steps:
+            if time.monotonic() - began > 60 * options.minutes:
+                result["left_out"].append({"tokens": tokens, "routing": "training step"})
+                continue
+            result["training"] += training_rows(weights[0], tokens, result["ceilings"], 1 if options.dry_run else 10)
+            print(f"{time.monotonic() - began:.0f} s: training step, {tokens} tokens", flush=True)
+            keep(result, target, began)
+    print("\n" + document(result))
     if target is not None:
         print(f"wrote {target}")
-    return int(any("refused" in row for row in result["rows"]))
+    return int(any("refused" in row for row in [*result["rows"], *result["training"]]))
 
 
 if __name__ == "__main__":

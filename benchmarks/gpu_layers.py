@@ -1,16 +1,20 @@
 """What `gpu.py` times: layers with random weights and inputs that choose the experts they shall, and the oracle."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from moe_kernels import dequantize_int4
 from moe_kernels.packing import pack_int4
-from moe_kernels.triton_kernels.block import moe_block_op
-from moe_kernels.triton_kernels.int4_layout import to_tiles
 from torch import Tensor
 from torch.nn.functional import linear, silu
+
+if TYPE_CHECKING:  # not before it is needed: layers are made on CPUs without triton, too
+    from moe_kernels.triton_kernels.int4_layout import Int4Tiles
 
 EXPERTS, TOP_K, SETS = 8, 2, 4
 TOKENS = (1, 4, 16, 64, 512, 2048, 8192)
@@ -44,6 +48,7 @@ class Sizes:
         product: Rows of the large product.
         copied: Bytes of the copy.
         seconds: Time of one measurement.
+        steps: Numbers of tokens of a training step.
     """
 
     device: str
@@ -55,10 +60,11 @@ class Sizes:
     product: int
     copied: int
     seconds: float
+    steps: tuple[int, ...]
 
 
-GPU = Sizes("cuda", torch.bfloat16, 4096, 14336, 128, TOKENS, 8192, 2**31, 0.2)
-DRY = Sizes("cpu", torch.float32, 64, 64, 64, (1, 66), 64, 2**12, 0.0)
+GPU = Sizes("cuda", torch.bfloat16, 4096, 14336, 128, TOKENS, 8192, 2**31, 0.2, (512, 2048))
+DRY = Sizes("cpu", torch.float32, 64, 64, 64, (1, 66), 64, 2**12, 0.0, (66,))
 
 
 class Weights:
@@ -73,7 +79,15 @@ class Weights:
         shapes = [(2 * sizes.inner, sizes.hidden), (sizes.hidden, sizes.inner)]
         self.dense = [self._normal(EXPERTS, *shape, scale=shape[1] ** -0.5) for shape in shapes]
         self.stored = [self._int4(*shape) for shape in shapes]
-        self.tiles = [to_tiles(*stored, shape[1]) for stored, shape in zip(self.stored, shapes, strict=True)]
+
+    @cached_property
+    def tiles(self) -> list[Int4Tiles]:
+        """The same int4 weights in the layout of the kernels."""
+        from moe_kernels.triton_kernels.int4_layout import to_tiles
+
+        sizes = (self.sizes.hidden, self.sizes.inner)
+        with torch.inference_mode(False):  # training steps take them, too
+            return [to_tiles(*stored, inputs) for stored, inputs in zip(self.stored, sizes, strict=True)]
 
     def _normal(self, *size: int, scale: float) -> Tensor:
         numbers = torch.randn(size, generator=self._draw, device=self.sizes.device, dtype=self.sizes.dtype)
@@ -178,6 +192,8 @@ def make_call(weights: Weights, tokens: int, routing: str, seed: int) -> Call:
 
 def ours(call: Call, form: str, real: int) -> Callable[[], Tensor]:
     """Return the layer as one operation of ours."""
+    from moe_kernels.triton_kernels.block import moe_block_op
+
     places = [*range(real), *(-1 - number for number in range(EXPERTS - real))]
     slot_map = torch.tensor(places, device=call.hidden.device)
     novices = [call.weights.novices[: EXPERTS - real]] if real < EXPERTS else []

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -33,14 +34,21 @@ def test_a_dry_run(gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixtur
     found = {(row["tokens"], row["format"], row["implementation"]) for row in result["rows"]}
     ours = {(tokens, name, "ours") for tokens in (1, 66) for name in gpu.FORMATS}
     theirs = {(1, "bf16", name) for name in gpu.THEIRS} | {(66, "bf16", "eager"), (66, "bf16", "grouped_mm")}
-    assert found == ours | theirs
+    assert found == ours | theirs | {(tokens, "int4", "int4 loop") for tokens in (1, 66)}
     assert all(row["microseconds"] > 0 and row["relative_error"] < 1e-4 for row in result["rows"])
     assert all(
         row["share_of_floor"] * row["microseconds"] == pytest.approx(row["floor_microseconds"])
-        for row in result["rows"]
+        for row in [*result["rows"], *result["training"]]
+        if "unavailable" not in row
     )
-    lines = capsys.readouterr().out.splitlines()
-    assert len([line for line in lines if line.startswith(("| 1 | skewed", "| 66 | skewed"))]) == 2
+    steps = {(row["tokens"], row["format"], row["implementation"]): row for row in result["training"]}
+    ways = ("ours", "plain torch", "whole stack")
+    assert steps.keys() == {(66, form, way) for form in ("bf16", "int4") for way in ways}
+    timed = [row for row in steps.values() if "unavailable" not in row]
+    assert all(len(row["relative_errors"]) == 7 and row["relative_error"] < 1e-4 for row in timed)
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for line in printed if line.startswith(("| int4 | 1 |", "| int4 | 66 |"))]
+    assert len(lines) == 2 + sum(row["format"] == "int4" for row in timed)
 
 
 @interpreted
@@ -55,9 +63,43 @@ def test_wrong_outputs_are_not_timed(
     monkeypatch.setattr(gpu, "ours", broken)
     assert gpu.main(["--dry-run", "--tokens", "1", "--routings", "uniform"]) == 1
     text = capsys.readouterr().out
-    assert "REFUSED 1 tokens, uniform, novices 25 %, ours: relative error 1.00e-01" in text
-    assert "REFUSED 1 tokens, uniform, int4, ours: ValueError: no such kernel" in text
+    assert "* ours, novices 25 %: refused: relative error 1.00e-01 (1 tokens, uniform)" in text
+    assert "* ours, int4: refused: ValueError: no such kernel (1 tokens, uniform)" in text
     assert "'bf16': " not in text
+
+
+def test_wrong_gradients_are_not_timed(gpu: ModuleType) -> None:
+    import training_step
+
+    weights = gpu.Weights(gpu.DRY, 0)
+
+    def without_gate(case, inputs):
+        """The right output, and no gradient for the first low-rank matrix."""
+        return training_step.plain_torch(
+            case, inputs._replace(gate_up_reads_ERH=1 * inputs[2].detach() + 0 * inputs[2])
+        )
+
+    ways = {"right": training_step.plain_torch, "wrong": without_gate}
+    ceilings = {"bytes_per_second": 1e9, "flops_per_second": 1e12}
+    rows = training_step.training_rows(weights, 20, ceilings, 1, ways)
+    assert [row.get("refused") for row in rows] == 2 * [None, "relative error of gate_up_reads_ERH 1.00e+00"]
+    # By hand: 64 x 64 x 3 weights of each expert in fp32 are read twice, and 20 rows go in and out.
+    assert rows[0]["floor_microseconds"] == pytest.approx(2 * (8 * 12288 * 4 + 2 * 20 * 64 * 4) / 1e9 * 1e6)
+    assert rows[0]["share_of_floor"] == pytest.approx(rows[0]["floor_microseconds"] / rows[0]["microseconds"])
+
+
+def test_what_torch_does_not_take_is_not_there(gpu: ModuleType) -> None:
+    import int4_loop
+    import timing
+
+    with pytest.raises(timing.Unavailable, match="torch's int4 product"):
+        # Groups of 16.
+        int4_loop.int4_loop(gpu.Weights(replace(gpu.DRY, group=16), 0))(torch.randn(3, 64))
+
+    def gone():
+        raise timing.Unavailable("no such product")
+
+    assert timing.measure(gone, [], gpu.DRY, False) == {"unavailable": "no such product"}
 
 
 def test_not_without_a_gpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
