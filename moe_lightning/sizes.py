@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from moe_lightning.architectures import architecture_of
-from moe_lightning.experts import WeightStack
+from moe_lightning.experts import WeightStack, is_lora
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,11 @@ def _shares(routed_share: float | Sequence[float] | None, num_layers: int) -> li
     return shares
 
 
+def _beside(linear: nn.Module) -> list[nn.Parameter]:
+    """Return the low-rank terms beside a linear layer."""
+    return [parameter for name, parameter in linear.named_parameters() if is_lora(name)]
+
+
 def measure(
     model: nn.Module, sequence_length: int = 2048, routed_share: float | Sequence[float] | None = None
 ) -> ModelSize:
@@ -110,7 +115,7 @@ def measure(
     shape = architecture.shape(model)
     tokens = sequence_length
     attention = sum(
-        module.in_features * module.out_features
+        module.in_features * module.out_features + sum(term.numel() for term in _beside(module))
         for layer in architecture.decoder_layers(model)
         for module in architecture.attention_linears(layer).values()
     )
@@ -126,7 +131,7 @@ def measure(
         if opened.maps is not None:
             products += opened.maps.in_RH.numel() + opened.maps.out_RH.numel()
         if real:
-            one = opened.num_weights // real
+            one = (opened.num_weights + opened.storage.num_lora) // real
             # Merged experts share weights, and a token that picks two of them is computed twice.
             reachable = int(sum(place >= 0 for place in shape.layout(layer.index).slot_map))
             picks = min(shape.top_k, reachable) if routed_share is None else min(shape.top_k * (1.0 - share), reachable)

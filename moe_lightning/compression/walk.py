@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_lightning.architectures import MoELayer, OpenExperts, architecture_of
-from moe_lightning.experts.stacks import PackedLinear, WeightStack
+from moe_lightning.experts import PackedLinear, WeightStack
 from moe_lightning.plan import ExpertLayout, Quantize, Sparsify
 from moe_lightning.slimming.policy import SlimmingPolicy
 from moe_lightning.statistics.batches import Batches, size_in_words

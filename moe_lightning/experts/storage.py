@@ -6,15 +6,61 @@ Legend: S real experts (slots), I intermediate, H hidden, P routed pairs.
 from __future__ import annotations
 
 import torch
-from moe_kernels import RoutedPairs, add_bias, expert_channels, expert_outputs, project_channels
+from moe_kernels import RoutedPairs, add_bias
 from moe_kernels.experts import Activation
 from torch import Tensor, nn
 
+from moe_lightning.experts.lora import LoraStack, adapted_linear
 from moe_lightning.experts.stacks import WeightStack
 from moe_lightning.plan import WeightFormat
 
 
-class Dense(nn.Module):
+class Storage(nn.Module):
+    """The two stacks of matrices of the real experts of a layer, with what may stand beside them.
+
+    Attributes:
+        gate_up_proj: Gate rows, then up rows: ``[experts, 2 * intermediate, hidden]``.
+        down_proj: ``[experts, hidden, intermediate]``.
+        bias: ``[experts, hidden]``, or None.
+        gate_up_lora: Low-rank terms beside ``gate_up_proj``, or None.
+        down_lora: Low-rank terms beside ``down_proj``, or None.
+    """
+
+    gate_up_proj: nn.Parameter | WeightStack
+    down_proj: nn.Parameter | WeightStack
+    bias: nn.Parameter | None
+    gate_up_lora: LoraStack | None
+    down_lora: LoraStack | None
+
+    def __init__(self) -> None:
+        """Start without low-rank terms; children hold the weights."""
+        super().__init__()
+        self.register_module("gate_up_lora", None)
+        self.register_module("down_lora", None)
+
+    @property
+    def num_lora(self) -> int:
+        """Parameters of the low-rank terms."""
+        stacks = (stack for stack in (self.gate_up_lora, self.down_lora) if stack is not None)
+        return sum(parameter.numel() for stack in stacks for parameter in stack.parameters())
+
+    def channels(self, hidden_NH: Tensor, pairs: RoutedPairs, activation: Activation) -> Tensor:
+        """Compute the inner activations of the routed pairs, ``[P, I]``; see `moe_kernels.expert_channels`."""
+        rows_PH = hidden_NH[pairs.tokens]
+        gate_PI, up_PI = adapted_linear(rows_PH, pairs.offsets, self.gate_up_proj, self.gate_up_lora).chunk(2, dim=-1)
+        return activation(gate_PI) * up_PI
+
+    def project(self, channels_PI: Tensor, pairs: RoutedPairs) -> Tensor:
+        """Compute the outputs of routed pairs from their inner activations, ``[P, H]``."""
+        outputs_PH = adapted_linear(channels_PI, pairs.offsets, self.down_proj, self.down_lora)
+        return add_bias(outputs_PH, pairs, self.bias)
+
+    def forward(self, hidden_NH: Tensor, pairs: RoutedPairs, activation: Activation) -> Tensor:
+        """Compute the experts' outputs for the routed pairs, before the routing weight: ``[P, H]``."""
+        return self.project(self.channels(hidden_NH, pairs, activation), pairs)
+
+
+class Dense(Storage):
     """Fused floating-point weights, laid out as in transformers.
 
     I may be smaller than the config's: see :class:`Channels`.
@@ -25,7 +71,8 @@ class Dense(nn.Module):
         bias: None: whole experts have none.
     """
 
-    bias: nn.Parameter | None
+    gate_up_proj: nn.Parameter
+    down_proj: nn.Parameter
 
     def __init__(self, gate_up_proj: nn.Parameter, down_proj: nn.Parameter) -> None:
         """Hold two stacks of weights.
@@ -81,18 +128,6 @@ class Dense(nn.Module):
         """Weights of all experts, without biases."""
         return self.gate_up_proj.numel() + self.down_proj.numel()
 
-    def channels(self, hidden_NH: Tensor, pairs: RoutedPairs, activation: Activation) -> Tensor:
-        """Compute the inner activations of the routed pairs, ``[P, I]``; see `moe_kernels.expert_channels`."""
-        return expert_channels(hidden_NH, pairs, self.gate_up_proj, activation)
-
-    def project(self, channels_PI: Tensor, pairs: RoutedPairs) -> Tensor:
-        """Compute the outputs of routed pairs from their inner activations, ``[P, H]``."""
-        return project_channels(channels_PI, pairs, self.down_proj, self.bias)
-
-    def forward(self, hidden_NH: Tensor, pairs: RoutedPairs, activation: Activation) -> Tensor:
-        """Compute the experts' outputs for the routed pairs, before the routing weight: ``[P, H]``."""
-        return expert_outputs(hidden_NH, pairs, self.gate_up_proj, self.down_proj, activation, self.bias)
-
     def extra_repr(self) -> str:
         """Say how many experts of what size are held."""
         slots, double, hidden = self.gate_up_proj.shape
@@ -127,7 +162,7 @@ class Channels(Dense):
         self.bias = bias
 
 
-class Packed(nn.Module):
+class Packed(Storage):
     """Experts whose matrices are stored packed: integers with scales, or what is left after pruning.
 
     Attributes:
@@ -136,7 +171,8 @@ class Packed(nn.Module):
         bias: ``[experts, hidden]``, or None.
     """
 
-    bias: nn.Parameter | None
+    gate_up_proj: WeightStack
+    down_proj: WeightStack
 
     def __init__(self, gate_up_proj: WeightStack, down_proj: WeightStack, bias: nn.Parameter | None = None) -> None:
         """Hold two stacks, and a bias.
@@ -182,16 +218,3 @@ class Packed(nn.Module):
     def dense(self) -> tuple[Tensor, Tensor]:
         """Return ``gate_up [S, 2I, H]`` and ``down [S, H, I]`` as floating-point tensors, made for the occasion."""
         return self.gate_up_proj.dense(), self.down_proj.dense()
-
-    def channels(self, hidden_NH: Tensor, pairs: RoutedPairs, activation: Activation) -> Tensor:
-        """Compute the inner activations of the routed pairs, ``[P, I]``; see `moe_kernels.expert_channels`."""
-        gate_PI, up_PI = self.gate_up_proj.linear(hidden_NH[pairs.tokens], pairs.offsets).chunk(2, dim=-1)
-        return activation(gate_PI) * up_PI
-
-    def project(self, channels_PI: Tensor, pairs: RoutedPairs) -> Tensor:
-        """Compute the outputs of routed pairs from their inner activations, ``[P, H]``."""
-        return add_bias(self.down_proj.linear(channels_PI, pairs.offsets), pairs, self.bias)
-
-    def forward(self, hidden_NH: Tensor, pairs: RoutedPairs, activation: Activation) -> Tensor:
-        """Compute the experts' outputs for the routed pairs, before the routing weight: ``[P, H]``."""
-        return self.project(self.channels(hidden_NH, pairs, activation), pairs)

@@ -33,7 +33,7 @@ from moe_lightning.modules.checks import (
 from moe_lightning.modules.losses import next_token_loss
 from moe_lightning.modules.packed import ignore_packed_buffers
 from moe_lightning.plan import CompressionPlan
-from moe_lightning.surgery import GROUP_NAMES, parameter_groups, plan_of, rebuild
+from moe_lightning.surgery import GROUP_NAMES, add_missing_groups, parameter_groups, plan_of, rebuild
 
 
 def plain_values(plan: CompressionPlan) -> dict[str, Any]:
@@ -220,6 +220,8 @@ class MixtralModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give the model the structure of the checkpoint before its weights are loaded."""
         self.configure_model()
+        for state in checkpoint.get("optimizer_states", ()):
+            add_missing_groups(state)
         plan = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY].get("plan")
         if plan is not None:
             rebuild(self.model, CompressionPlan.from_dict(plan))

@@ -16,14 +16,16 @@ from moe_lightning.plan.edits import (
 )
 from moe_lightning.plan.format_edits import Quantize, Sparsify
 from moe_lightning.plan.formats import AUTO_GROUPS, MaskScope, Pattern, WeightFormat
+from moe_lightning.plan.lora_edits import AddLora, MergeLora
 from moe_lightning.plan.plan import PLAN_VERSION, CompressionPlan
-from moe_lightning.plan.shape import ABSENT, ExpertLayout, ModelShape, sizes_of_model
+from moe_lightning.plan.shape import ABSENT, ExpertLayout, LoraRank, ModelShape, sizes_of_model
 from moe_lightning.plan.table import formats_of, plan_table
 
 __all__ = [
     "ABSENT",
     "AUTO_GROUPS",
     "PLAN_VERSION",
+    "AddLora",
     "CompressionPlan",
     "DropBlock",
     "DropMoE",
@@ -31,8 +33,10 @@ __all__ = [
     "ExpertLayout",
     "KeepChannels",
     "KeepExperts",
+    "LoraRank",
     "MaskScope",
     "MergeExperts",
+    "MergeLora",
     "ModelShape",
     "NoviceExperts",
     "Pattern",

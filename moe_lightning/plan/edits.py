@@ -96,6 +96,9 @@ _FIELD_TYPES = {
     "group_size": (lambda value: _whole(value) or value in ("channel", "auto"), "a number, 'channel' or 'auto'"),
     "symmetric": (lambda value: isinstance(value, bool), "true or false"),
     "method": (lambda value: isinstance(value, str), "a name"),
+    "dequantize": (lambda value: isinstance(value, bool), "true or false"),
+    "rank": (_whole, "a whole number"),
+    "alpha": (lambda value: value is not None and _share(value), "a number"),
 }
 
 
@@ -124,6 +127,14 @@ def _refuse_format(layout: ExpertLayout, method: str, what: str) -> None:
         raise ValueError(
             f"layer {layout.layer}: cannot {what}, because their weights are stored as {layout.format}: put {method} "
             "before the methods that prune or quantise weights"
+        )
+
+
+def refuse_lora(shape: ModelShape, layer: int, target: str, verb: str) -> None:
+    """Raise ValueError where low-rank terms stand beside the matrices that an edit is about."""
+    if shape.lora(layer, target) is not None:
+        raise ValueError(
+            f"layer {layer}: cannot {verb} {target} that have low-rank terms beside them: merge those first (MergeLoRA)"
         )
 
 
@@ -161,6 +172,7 @@ class KeepExperts(Edit):
         """Return the shape after this edit; see :meth:`Edit.apply`."""
         layout = shape.layout(self.layer)
         _refuse_merged(layout, "drop")
+        refuse_lora(shape, self.layer, "experts", "drop")
         known = tuple(expert for expert in layout.router if expert not in layout.absent)
         _checked_experts(self.layer, self.experts, known, "keep")
         if not self.experts:
@@ -200,6 +212,7 @@ class NoviceExperts(Edit):
         """Return the shape after this edit; see :meth:`Edit.apply`."""
         layout = shape.layout(self.layer)
         _refuse_merged(layout, "replace")
+        refuse_lora(shape, self.layer, "experts", "replace")
         if not self.experts:
             raise ValueError(f"layer {self.layer}: there is no expert to replace by a novice: leave the edit out")
         _checked_experts(self.layer, self.experts, layout.real, "replace by novices")
@@ -236,6 +249,7 @@ class MergeExperts(Edit):
         """Return the shape after this edit; see :meth:`Edit.apply`."""
         layout = shape.layout(self.layer)
         _refuse_merged(layout, "merge")
+        refuse_lora(shape, self.layer, "experts", "merge")
         _refuse_format(layout, "Merge", "merge experts")
         members = sorted(expert for group in self.groups for expert in group)
         ordered = all(group and tuple(sorted(group)) == group for group in self.groups)
@@ -265,6 +279,7 @@ class KeepChannels(Edit):
         """Return the shape after this edit; see :meth:`Edit.apply`."""
         layout = shape.layout(self.layer)
         now = shape.intermediate_size if layout.width is None else layout.width
+        refuse_lora(shape, self.layer, "experts", "take channels out of")
         _refuse_format(layout, "ChannelDrop", "take channels out of experts")
         if not layout.real:
             raise ValueError(f"layer {self.layer} has no real expert whose channels could go: leave the edit out")

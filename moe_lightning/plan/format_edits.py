@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moe_lightning.plan.edits import Edit, Target
+from moe_lightning.plan.edits import Edit, Target, refuse_lora
 from moe_lightning.plan.formats import WeightFormat
 from moe_lightning.plan.shape import ModelShape
 
@@ -80,6 +80,7 @@ def _with_format(shape: ModelShape, layer: int, target: str, new: WeightFormat, 
             raise ValueError(f"layer {layer} has no real expert to {verb}: leave the edit out")
         old = layout.format
         sizes = shape.expert_sizes(layout)
+    refuse_lora(shape, layer, target, verb)
     if old is not None and old.quantized:
         raise ValueError(
             f"layer {layer}: cannot {verb} the {target} again, their weights are {old}: prune before quantising, and "

@@ -54,6 +54,12 @@ class WeightFormat:
         """Whether the weights are integers with a scale."""
         return self.bits is not None
 
+    def without_bits(self) -> WeightFormat | None:
+        """Return the format of the same weights in floating point; None where no zeros are known among them."""
+        if self.sparsity is None and self.pattern is None:
+            return None
+        return WeightFormat(sparsity=self.sparsity, pattern=self.pattern, scope=self.scope)
+
     def group_of(self, inputs: int) -> int:
         """Return how many inputs share a scale in a matrix of an input size.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,23 @@ from moe_lightning.plan.formats import WeightFormat, format_of
 
 ABSENT = -(2**31)
 """Entry of a slot map: the router still knows the expert, and it contributes nothing."""
+
+
+@dataclass(frozen=True)
+class LoraRank:
+    """Low-rank terms beside matrices.
+
+    Attributes:
+        rank: Rank of each.
+        alpha: Numerator of their factor, ``alpha / rank``.
+    """
+
+    rank: int
+    alpha: float
+
+    def parameters(self, slots: int, sizes: Iterable[tuple[int, int]]) -> int:
+        """Count the parameters of the terms beside so many matrices of each of some sizes (outputs, inputs)."""
+        return slots * self.rank * sum(outputs + inputs for outputs, inputs in sizes)
 
 
 @dataclass(frozen=True)
@@ -25,6 +43,7 @@ class ExpertLayout:
         merged: Pairs ``(expert, owner)``, ascending: the expert is computed by the weights of the owner.
         width: Channels that are left in each real expert, which then has a bias; None where all are there.
         format: How the matrices of the real experts are stored; None for floating-point numbers.
+        lora: Low-rank terms beside the matrices of the real experts, or None.
     """
 
     layer: int
@@ -35,6 +54,7 @@ class ExpertLayout:
     merged: tuple[tuple[int, int], ...] = ()
     width: int | None = None
     format: WeightFormat | None = None
+    lora: LoraRank | None = None
 
     def __post_init__(self) -> None:
         """Write ranks that are all zero as none, so that equal layouts compare equal."""
@@ -75,12 +95,22 @@ class ExpertLayout:
         width = intermediate_size if self.width is None else self.width
         one = 3 * hidden_size * width + (hidden_size if self.width is not None else 0)
         vectors = len(self.router) + len(self.novices) + 2 * self.stored_rank
-        return len(self.real) * one + vectors * hidden_size
+        return len(self.real) * one + vectors * hidden_size + self.lora_parameters(hidden_size, intermediate_size)
+
+    def sizes(self, hidden_size: int, intermediate_size: int) -> dict[str, tuple[int, int]]:
+        """Return outputs and inputs of the matrices of one real expert, by name."""
+        width = intermediate_size if self.width is None else self.width
+        return {"gate_up_proj": (2 * width, hidden_size), "down_proj": (hidden_size, width)}
+
+    def lora_parameters(self, hidden_size: int, intermediate_size: int) -> int:
+        """Count the parameters of the low-rank terms beside the experts."""
+        sizes = self.sizes(hidden_size, intermediate_size).values()
+        return 0 if self.lora is None else self.lora.parameters(len(self.real), sizes)
 
     def same_for_all(self) -> tuple[object, ...]:
-        """Return what engines that want all layers alike compare: rows, numbers of experts, width, format."""
+        """Return what engines that want all layers alike compare: rows, numbers of experts, width, format, terms."""
         counts = tuple(map(len, (self.router, self.real, self.novices, self.absent, self.merged)))
-        return (*counts, self.width, self.format)
+        return (*counts, self.width, self.format, self.lora)
 
 
 @dataclass(frozen=True)
@@ -105,6 +135,8 @@ class ModelShape:
         weight_bytes: Bytes of one parameter. It is no part of the shape when shapes are compared.
         attention: Formats of the attention matrices that are no floating-point numbers any more: pairs of the number of
             the decoder layer and its format, ascending.
+        attention_lora: Low-rank terms beside the attention matrices: pairs of the number of the decoder layer and the
+            terms, ascending.
     """
 
     architecture: str
@@ -123,6 +155,7 @@ class ModelShape:
     blocks: tuple[int, ...] = ()
     weight_bytes: int = field(default=4, compare=False)
     attention: tuple[tuple[int, WeightFormat], ...] = ()
+    attention_lora: tuple[tuple[int, LoraRank], ...] = ()
 
     def __post_init__(self) -> None:
         """Fill in what an uncompressed model leaves out."""
@@ -154,7 +187,13 @@ class ModelShape:
         embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * hidden
         # Each MoE sub-layer has a norm of its own.
         experts = sum(layout.parameters(hidden, self.intermediate_size) + hidden for layout in self.layouts)
-        return len(self.blocks) * self.block_parameters + embeddings + hidden + experts
+        beside = sum(self.attention_lora_parameters(block) for block in self.blocks)
+        return len(self.blocks) * self.block_parameters + embeddings + hidden + experts + beside
+
+    def attention_lora_parameters(self, block: int) -> int:
+        """Count the parameters of the low-rank terms beside the attention of a decoder layer."""
+        term = dict(self.attention_lora).get(block)
+        return 0 if term is None else term.parameters(1, self.attention_sizes.values())
 
     @property
     def attention_sizes(self) -> dict[str, tuple[int, int]]:
@@ -170,16 +209,28 @@ class ModelShape:
 
     def expert_sizes(self, layout: ExpertLayout) -> dict[str, tuple[int, int]]:
         """Return outputs and inputs of the matrices of one expert of a layer, by name."""
-        width = self.intermediate_size if layout.width is None else layout.width
-        return {"gate_up_proj": (2 * width, self.hidden_size), "down_proj": (self.hidden_size, width)}
+        return layout.sizes(self.hidden_size, self.intermediate_size)
+
+    def lora(self, layer: int, target: str) -> LoraRank | None:
+        """Return the low-rank terms beside the experts or the attention of a layer, or None.
+
+        Raises:
+            ValueError: The model has no such layer.
+        """
+        if target == "experts":
+            return self.layout(layer).lora
+        self._check_block(layer)
+        return dict(self.attention_lora).get(layer)
 
     def attention_format(self, block: int) -> WeightFormat | None:
         """Return how the attention matrices of a decoder layer are stored; None for floating-point numbers."""
         return dict(self.attention).get(block)
 
-    def with_attention_format(self, block: int, new: WeightFormat) -> ModelShape:
+    def with_attention_format(self, block: int, new: WeightFormat | None) -> ModelShape:
         """Return the same shape with the attention matrices of a decoder layer in another format."""
-        formats = {**dict(self.attention), block: new}
+        formats = {number: packed for number, packed in self.attention if number != block}
+        if new is not None:
+            formats[block] = new
         return dataclasses.replace(self, attention=tuple(sorted(formats.items(), key=lambda pair: pair[0])))
 
     @property
@@ -222,21 +273,27 @@ class ModelShape:
         Raises:
             ValueError: There is no such layer.
         """
-        if layer not in self.blocks:
-            raise ValueError(f"layer {layer} is not a decoder layer of this model: it has layers {list(self.blocks)}")
+        self._check_block(layer)
         layouts = tuple(layout for layout in self.layouts if layout.layer != layer)
         return dataclasses.replace(
             self,
             layouts=layouts,
             blocks=tuple(block for block in self.blocks if block != layer),
             attention=tuple(pair for pair in self.attention if pair[0] != layer),
+            attention_lora=tuple(pair for pair in self.attention_lora if pair[0] != layer),
         )
+
+    def _check_block(self, layer: int) -> None:
+        if layer not in self.blocks:
+            raise ValueError(f"layer {layer} is not a decoder layer of this model: it has layers {list(self.blocks)}")
 
     def uncompressed(self) -> ModelShape:
         """Return the shape with every layer, and every expert of every layer, back in its place."""
         everyone = tuple(range(self.num_experts))
         layouts = tuple(ExpertLayout(layer, everyone) for layer in self.original_moe_layers)
-        return dataclasses.replace(self, layouts=layouts, blocks=tuple(range(self.num_layers)), attention=())
+        return dataclasses.replace(
+            self, layouts=layouts, blocks=tuple(range(self.num_layers)), attention=(), attention_lora=()
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types that JSON can hold."""
@@ -251,6 +308,8 @@ class ModelShape:
         fields["layouts"] = tuple(ExpertLayout(**_with_tuples(item)) for item in values["layouts"])
         pairs = ((block, format_of(packed)) for block, packed in fields.get("attention", ()))
         fields["attention"] = tuple((block, packed) for block, packed in pairs if packed is not None)
+        terms = fields.get("attention_lora", ())
+        fields["attention_lora"] = tuple((block, LoraRank(**term)) for block, term in terms)
         return cls(**fields)
 
 
@@ -262,7 +321,8 @@ def sizes_of_model(shape: ModelShape) -> dict[str, Any]:
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
     found = {name: tuples(value) for name, value in values.items()}
-    return {**found, "format": format_of(values.get("format"))}
+    lora = values.get("lora")
+    return {**found, "format": format_of(values.get("format")), "lora": None if lora is None else LoraRank(**lora)}
 
 
 def tuples(value: Any) -> Any:

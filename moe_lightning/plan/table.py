@@ -48,6 +48,9 @@ def plan_table(plan: CompressionPlan, shape: ModelShape) -> str:
         lines += [f"Layers dropped as a whole: {numbers(gone)}", ""]
     for packed in dict.fromkeys(packed for _, packed in shape.attention):
         lines += [f"Attention of layers {numbers(n for n, other in shape.attention if other == packed)}: {packed}", ""]
+    for term in dict.fromkeys(term for _, term in shape.attention_lora):
+        blocks = numbers(n for n, other in shape.attention_lora if other == term)
+        lines += [f"Attention of layers {blocks}: low-rank terms of rank {term.rank}", ""]
     lines += ["| layer | real experts | novices | dropped |", "|--:|---|---|---|"]
     for layer in shape.original_moe_layers:
         if layer in gone:
@@ -64,6 +67,8 @@ def plan_table(plan: CompressionPlan, shape: ModelShape) -> str:
             real += f", {layout.width} channels each"
         if layout.format is not None and layout.real:
             real += f" ({layout.format})"
+        if layout.lora is not None:
+            real += f" + rank {layout.lora.rank}"
         ranks = dict(zip(layout.novices, layout.novice_ranks, strict=True))
         novices = numbers(f"{expert} (rank {rank})" if rank else expert for expert, rank in ranks.items())
         dropped = (

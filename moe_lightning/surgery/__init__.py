@@ -8,7 +8,14 @@ from moe_lightning.surgery.models import (
     as_config,
     register_with_transformers,
 )
-from moe_lightning.surgery.optimizer import GROUP_NAMES, carry_optimizer, is_novice, parameter_groups, planned_carry
+from moe_lightning.surgery.optimizer import (
+    GROUP_NAMES,
+    add_missing_groups,
+    carry_optimizer,
+    is_novice,
+    parameter_groups,
+    planned_carry,
+)
 from moe_lightning.surgery.packed import Stacks, open_stacks
 
 __all__ = [
@@ -17,6 +24,7 @@ __all__ = [
     "CompressedMixtralForCausalLM",
     "Stacks",
     "Surgery",
+    "add_missing_groups",
     "apply_plan",
     "as_config",
     "build",

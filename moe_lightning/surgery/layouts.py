@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from moe_lightning.architectures import Architecture, MoELayer
 from moe_lightning.experts import Channels, CompressedExperts, Dense, Packed, WeightStack
 from moe_lightning.plan import ExpertLayout, ModelShape
-from moe_lightning.surgery.packed import Stacks, change_attention, check_stacks, expert_stacks, replace_weights
+from moe_lightning.surgery.lora import change_lora
+from moe_lightning.surgery.packed import (
+    Stacks,
+    change_attention,
+    check_stacks,
+    expert_stacks,
+    replace_weights,
+    spelled_out,
+)
 from moe_lightning.surgery.replaced import LayoutChange, ReplacedParameter, pick
 
 
@@ -71,6 +79,8 @@ def _new_storage(
     channels: Tensor | None,
 ) -> Dense:
     """Slice the stacks of the real experts; a slot that several experts will share starts as its owner's."""
+    if isinstance(source, Packed):
+        return _in_floating_point(change, prefix, source, slots)
     gate_up, down = source.gate_up_proj, source.down_proj
     width_now = down.shape[-1]
     picks = None
@@ -90,6 +100,20 @@ def _new_storage(
     index = None if old_bias is None else torch.tensor(rows, dtype=torch.int64, device="cpu")
     change.replaced += [*items, ReplacedParameter(f"{prefix}.bias", old_bias, bias, index)]
     return Channels(items[0].new, items[1].new, bias)
+
+
+def _in_floating_point(change: LayoutChange, prefix: str, source: Packed, slots: list[int]) -> Dense:
+    """Spell out packed matrices: parameters that train from here on."""
+    if slots != list(range(source.num_slots)):
+        raise ValueError(f"{prefix}: experts leave their format as they are, and not fewer or in another order")
+    parameters = {}
+    for name, stack in (("gate_up_proj", source.gate_up_proj), ("down_proj", source.down_proj)):
+        with torch.inference_mode(False), torch.no_grad():
+            parameters[name] = nn.Parameter(stack.dense())
+        spelled_out(change, f"{prefix}.{name}", stack, parameters[name])
+    if source.bias is None:
+        return Dense(parameters["gate_up_proj"], parameters["down_proj"])
+    return Channels(parameters["gate_up_proj"], parameters["down_proj"], source.bias)
 
 
 def _new_packed_storage(
@@ -135,6 +159,8 @@ def _change_layer(
         storage = _new_packed_storage(
             change, f"{prefix}.storage", opened.storage, slots, after, packed, layer.router.weight
         )
+    # Of experts that have low-rank terms none goes, so that these only move along.
+    storage.gate_up_lora, storage.down_lora = opened.storage.gate_up_lora, opened.storage.down_lora
     rows = [before.novices.index(expert) if expert in before.novices else -1 for expert in after.novices]
     maps = _map_rows(before, after)
     stacks: dict[str, nn.Parameter | None] = {}
@@ -197,7 +223,7 @@ def change_layouts(
                 architecture.drop_moe(layer, change)
                 continue
             new = after.layout(layer.index)
-            if old != new:
+            if dataclasses.replace(old, lora=None) != dataclasses.replace(new, lora=None):
                 packed = expert_stacks(after, old, new, stacks, layer.router.weight, opened)
                 _change_layer(change, architecture, layer, old, new, channels.get(layer.index), packed)
             picks = min(after.top_k, len(new.router))
@@ -209,6 +235,7 @@ def change_layouts(
             if block in after.blocks and before.attention_format(block) != after.attention_format(block):
                 prefix = f"{architecture.layers_prefix}.{place}"
                 change_attention(change, architecture, decoder_layer, prefix, after, block, stacks, opened)
+        change_lora(model, architecture, before, after, change)
         if before.blocks != after.blocks:
             _keep_blocks(model, architecture, change, [before.blocks.index(block) for block in after.blocks])
     except BaseException:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_lightning.experts import is_lora
 from moe_lightning.surgery.replaced import ReplacedParameter
 
-GROUP_NAMES = ("decay", "no_decay", "novices")
+GROUP_NAMES = ("decay", "no_decay", "novices", "adapters")
 NOVICE_PARAMETERS = ("novices", "novice_in", "novice_out")
 """Last part of the names of the parameters that make up novices."""
 
@@ -27,21 +28,23 @@ def is_novice(name: str) -> bool:
 def _group_of(name: str, parameter: nn.Parameter) -> str:
     if is_novice(name):
         return "novices"
+    if is_lora(name):
+        return "adapters"
     # Biases of experts are stacked, and vectors all the same.
     return "decay" if parameter.ndim >= 2 and not name.endswith(".bias") else "no_decay"
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Sort a model's parameters into three groups for an optimizer.
+    """Sort a model's parameters into groups for an optimizer.
 
     Args:
         model: The model.
         weight_decay: Decay of the matrices.
 
     Returns:
-        Always three groups, some perhaps empty: ``decay`` (matrices), ``no_decay`` (vectors) and ``novices`` (no
-        decay, a learning rate of their own where wished). Always the same number, so that schedulers survive a change
-        of structure.
+        Always four groups, some perhaps empty: ``decay`` (matrices), ``no_decay`` (vectors), ``novices`` and
+        ``adapters`` (the low-rank terms beside matrices; both without decay, with a learning rate of their own where
+        wished). Always the same number, so that schedulers survive a change of structure.
     """
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUP_NAMES}
     for name, parameter in model.named_parameters():
@@ -50,6 +53,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"name": name, "params": groups[name], "weight_decay": weight_decay if name == "decay" else 0.0}
         for name in GROUP_NAMES
     ]
+
+
+def add_missing_groups(state: dict[str, Any]) -> None:
+    """Add to an optimizer's saved state the empty groups that an earlier release did not have yet.
+
+    Args:
+        state: ``state_dict`` of an optimizer over :func:`parameter_groups`; another one is left alone.
+    """
+    groups = state.get("param_groups", [])
+    names = [group.get("name") for group in groups]
+    if not groups or names == list(GROUP_NAMES) or names != list(GROUP_NAMES[: len(names)]):
+        return
+    groups += [{**groups[-1], "name": name, "params": [], "weight_decay": 0.0} for name in GROUP_NAMES[len(names) :]]
 
 
 def _carried_state(state: dict[str, Any], item: ReplacedParameter) -> dict[str, Any]:
@@ -151,24 +167,24 @@ def _add_new_ones(
     replaced: Sequence[ReplacedParameter],
     names: dict[int, str],
 ) -> None:
-    """Give novices and biases that have no predecessor a group: their own, their layer's experts', or the last."""
+    """Give novices, low-rank terms and biases without a predecessor a group: theirs, their layer's experts', the last.
+
+    Weights that were integers before join the matrices, where the optimizer has a group of that name.
+    """
     held = {id(parameter) for members in groups for parameter in members}
     home_of = {names[id(parameter)]: members for members in groups for parameter in members if id(parameter) in names}
     named = list(zip((group.get("name") for group in optimizer.param_groups), groups, strict=True))
-    own = [members for name, members in named if name == "novices"]
-    vectors = [members for name, members in named if name == "no_decay"]
+    own = {name: members for name, members in named if name is not None}
     for item in replaced:
         if item.new is None or id(item.new) in held or id(item.new) not in names:
             continue
-        if not is_novice(item.name) and not item.name.endswith(".bias"):
+        wanted = _group_of(item.name, item.new)
+        if wanted == "decay" and (item.old is not None or wanted not in own):
             continue
         # Its name now: a later surgery may have numbered the layers anew.
         prefix = names[id(item.new)].partition(".experts.")[0] + ".experts.storage.down_proj"
         # A packed matrix has its parameter one level further down.
         experts = home_of.get(prefix, home_of.get(f"{prefix}.values", home_of.get(f"{prefix}.weight")))
-        if not is_novice(item.name):  # a bias: with the vectors, where there is such a group
-            home = vectors[0] if vectors else experts if experts is not None else groups[-1]
-        else:
-            home = own[0] if own else experts if experts is not None else groups[-1]
+        home = own.get(wanted, experts if experts is not None else groups[-1])
         home.append(item.new)
         held.add(id(item.new))

@@ -5,6 +5,7 @@ Legend: S real experts (slots).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -149,6 +150,14 @@ def replace_weights(
     return new
 
 
+def spelled_out(change: LayoutChange, name: str, old: WeightStack, new: nn.Parameter) -> None:
+    """Note that weights in floating point take the place of packed ones."""
+    for inner, parameter in old.named_parameters():
+        change.replaced.append(ReplacedParameter(f"{name}.{inner}", parameter, None, None, counts=False))
+    change.packed_weights += old.num_weights
+    change.replaced.append(ReplacedParameter(name, None, new, None, counts=False))
+
+
 def change_attention(
     change: LayoutChange,
     architecture: Architecture,
@@ -175,18 +184,30 @@ def change_attention(
         ValueError: An attention with biases.
     """
     format = shape.attention_format(block)
-    assert format is not None
     attention = architecture.attention_of(decoder_layer)
     for name, linear in architecture.attention_linears(decoder_layer).items():
         packed = isinstance(linear, PackedLinear)
         if getattr(linear, "bias", None) is not None:
             raise ValueError(f"layer {block}: {name} has a bias, which packed matrices do not: target the experts only")
         old = linear.stack if packed else linear.weight
+        path = f"{prefix}.{architecture.attention_name}.{name}"
+        if format is None:
+            change.set(attention, name, _plain_linear(change, path, linear))
+            continue
         reference = next(iter(decoder_layer.parameters()))
         size = (1, *shape.attention_sizes[name])
         new = _given_or_empty(given.get((block, name)), format, size, reference, opened)
-        path = f"{prefix}.{architecture.attention_name}.{name}"
         replace_weights(change, f"{path}.{'stack' if packed else 'weight'}", old, [0], new, f"{path}.stack")
         module = PackedLinear(new)
         module.train(linear.training)
         change.set(attention, name, module)
+
+
+def _plain_linear(change: LayoutChange, path: str, packed: PackedLinear) -> nn.Linear:
+    """Spell out a packed matrix of attention."""
+    module = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
+    with torch.inference_mode(False), torch.no_grad():
+        module.weight = nn.Parameter(packed.stack.dense()[0])
+    spelled_out(change, f"{path}.stack", packed.stack, module.weight)
+    change.replaced[-1] = dataclasses.replace(change.replaced[-1], name=f"{path}.weight")
+    return module.train(packed.training)

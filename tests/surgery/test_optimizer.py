@@ -34,8 +34,8 @@ def test_groups_hold_every_parameter_once() -> None:
     model = tiny_mixtral()
     apply_plan(model, PLAN)
     groups = parameter_groups(model, 0.1)
-    assert [group["name"] for group in groups] == ["decay", "no_decay", "novices"]
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0]
+    assert [group["name"] for group in groups] == ["decay", "no_decay", "novices", "adapters"]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0, 0.0]
     held = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
     names = {id(parameter): name for name, parameter in model.named_parameters()}
