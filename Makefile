@@ -51,9 +51,10 @@ bench: $(STAMP)  ## Time a MoE layer, the statistics pass and slimming on the CP
 	$(BIN)/python benchmarks/statistics_pass.py
 	$(BIN)/python benchmarks/slimming_speed.py
 
-bench-gpu: $(STAMP)  ## Time a MoE layer and slimming on the GPU
+bench-gpu: $(STAMP)  ## Time a MoE layer, training steps and slimming on the GPU, and draw the figures
 	$(BIN)/python benchmarks/gpu.py --output benchmarks/results
-	$(BIN)/python benchmarks/slimming_speed.py --device cuda
+	$(BIN)/python benchmarks/slimming_speed.py --device cuda --output benchmarks/results
+	$(BIN)/python benchmarks/figures.py benchmarks/results/gpu-*.json
 
 docs: $(STAMP)  ## Write the API reference to build/docs
 	$(BIN)/pdoc --docformat google --output-directory build/docs moe_lightning $(ROOMS) moe_kernels

@@ -16,6 +16,7 @@ with tiny sizes, kernels in triton's interpreter: its times mean nothing.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -81,10 +82,12 @@ def rows_of(
         real = EXPERTS - novices
         expected = [call.oracle(form, real) for call in calls]
         floors = [call.floor(form, real, ceilings) for call in calls]
+        held = itertools.chain(*calls[0].weights.for_kernels(form, real))
         common = {
             "format": name,
             "floor_microseconds": statistics.mean(floor for floor, _ in floors) * 1e6,
             "bound_by": statistics.mode(bound for _, bound in floors),
+            "weight_bytes": sum(part.numel() * part.element_size() for part in held),
         }
         found = measure(lambda form=form, real=real: [ours(call, form, real) for call in calls], expected, sizes, True)
         rows.append({**common, "implementation": "ours", **found})

@@ -64,7 +64,7 @@ class Sizes:
 
 
 GPU = Sizes("cuda", torch.bfloat16, 4096, 14336, 128, TOKENS, 8192, 2**31, 0.2, (512, 2048))
-DRY = Sizes("cpu", torch.float32, 64, 64, 64, (1, 66), 64, 2**12, 0.0, (66,))
+DRY = Sizes("cpu", torch.float32, 64, 64, 64, (1, 66), 64, 2**12, 0.0, (20,))
 
 
 class Weights:

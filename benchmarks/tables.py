@@ -81,6 +81,25 @@ def layer_table(rows: Sequence[Row], routing: str, on_gpu: bool = True) -> str:
     return markdown(header, lines)
 
 
+def summary_table(rows: Sequence[Row], routing: str) -> str:
+    """Return a small table, formats against tokens: share of the floor, and how many times as fast as transformers."""
+    ours, others = ours_by_case(rows), others_by_case(rows)
+    tokens = sorted({key[2] for key in ours if key[0] == routing})
+    lines = []
+    for form in formats_of(rows):
+        cells = [form]
+        for number in tokens:
+            row, here = ours.get((routing, form, number)), others.get((routing, number), {})
+            if row is None:
+                cells.append("-")
+                continue
+            times = [ratio(row, here.get(name)) for name in THEIRS]
+            ratios = " / ".join("-" if value is None else f"{value:.1f}" for value in times)
+            cells.append(f"{row['share_of_floor']:.0%}; {ratios}")
+        lines.append(cells)
+    return markdown(["format", *(f"{number} token{'s' * (number > 1)}" for number in tokens)], lines)
+
+
 def training_table(rows: Sequence[Row]) -> str:
     """Return the table of training steps: time, memory, and how many times as fast ours is."""
     header = ["base", "tokens", "implementation", "step [ms]", "peak beside the weights [MiB]", "weights [MiB]", "ours"]
@@ -140,6 +159,7 @@ def document(result: dict[str, Any]) -> str:
     """Return everything as one Markdown text."""
     rows, on_gpu = result["rows"], result.get("threads") is None
     ceilings, sizes = result["ceilings"], result["sizes"]
+    routings = list(dict.fromkeys(row["routing"] for row in rows))
     lines = [
         f"# One MoE layer on {result['device']}",
         "",
@@ -154,8 +174,14 @@ def document(result: dict[str, Any]) -> str:
         "product. `x eager`: how many times as fast as that implementation of transformers on the dense weights of all",
         "experts; `x int4 loop`: as a loop over experts with torch's own int4 product. Every output was compared with",
         "float32 before it was timed.",
+        "",
+        f"## In short, {routings[0]} routing",
+        "",
+        f"Floor / ours, then how many times as fast as transformers' {' / '.join(THEIRS)}.",
+        "",
+        summary_table(rows, routings[0]),
     ]
-    for routing in dict.fromkeys(row["routing"] for row in rows):
+    for routing in routings:
         lines += ["", f"## Routing: {routing}", "", layer_table(rows, routing, on_gpu)]
     if result.get("training"):
         lines += [

@@ -188,14 +188,14 @@ def _sum_over(
 def kernels(case: Case, inputs: Inputs) -> Tensor:
     """Compute with the Triton kernels, int4 from its packed form."""
     try:
-        from moe_kernels.triton_kernels.training import train_experts
+        from moe_kernels.triton_kernels.training.operation import train_experts
     except ImportError as error:
         raise Unavailable(first_line(error)) from error
     gate_up, down = case.weights.for_kernels(case.form, EXPERTS)
     hidden_NH, weight_NK, *lora = inputs
-    return train_experts(
-        hidden_NH, case.index_NK, weight_NK, case.slot_map_E, gate_up, down, lora, [SCALE, SCALE], None
-    )
+    scales = [SCALE, SCALE]
+    mixed_NH = train_experts(hidden_NH, case.index_NK, weight_NK, case.slot_map_E, gate_up, down, lora, scales)
+    return mixed_NH.to(hidden_NH.dtype)
 
 
 def weight_bytes(case: Case, compute: Sum) -> int:

@@ -39,32 +39,41 @@ def test_a_dry_run(gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(
         row["share_of_floor"] * row["microseconds"] == pytest.approx(row["floor_microseconds"])
         for row in [*result["rows"], *result["training"]]
-        if "unavailable" not in row
     )
     steps = {(row["tokens"], row["format"], row["implementation"]): row for row in result["training"]}
     ways = ("ours", "plain torch", "whole stack")
-    assert steps.keys() == {(66, form, way) for form in ("bf16", "int4") for way in ways}
-    timed = [row for row in steps.values() if "unavailable" not in row]
-    assert all(len(row["relative_errors"]) == 7 and row["relative_error"] < 1e-4 for row in timed)
+    assert steps.keys() == {(20, form, way) for form in ("bf16", "int4") for way in ways}
+    assert all(len(row["relative_errors"]) == 7 and row["relative_error"] < 1e-4 for row in steps.values())
     printed = capsys.readouterr().out.splitlines()
-    lines = [line for line in printed if line.startswith(("| int4 | 1 |", "| int4 | 66 |"))]
-    assert len(lines) == 2 + sum(row["format"] == "int4" for row in timed)
+    lines = [line for line in printed if line.startswith(("| int4 | 1 |", "| int4 | 66 |", "| int4 | 20 |"))]
+    assert len(lines) == 2 + len(ways)
+
+    figures = pytest.importorskip("figures")
+    figures.main([str(path), "--output", str(tmp_path / "drawn")])
+    names = {f"{path.stem}-{name}.png" for name in ("floor", "latency", "ratios", "memory", "training")}
+    assert {drawn.name for drawn in (tmp_path / "drawn").iterdir()} == {*names, f"{path.stem}.md"}
+    tables = (tmp_path / "drawn" / f"{path.stem}.md").read_text().splitlines()
+    assert set(lines) <= set(tables)
 
 
 @interpreted
 def test_wrong_outputs_are_not_timed(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    refused = {"implementation": "ours", "refused": "relative error of output 2.00e-01"}
+
     def broken(call, form: str, real: int):
         if form == "int4":
             raise ValueError("no such kernel")
         return lambda: 1.1 * call.oracle(form, real)
 
     monkeypatch.setattr(gpu, "ours", broken)
+    monkeypatch.setattr(gpu, "training_rows", lambda *_: [{"tokens": 1, "format": "bf16", **refused}])
     assert gpu.main(["--dry-run", "--tokens", "1", "--routings", "uniform"]) == 1
     text = capsys.readouterr().out
     assert "* ours, novices 25 %: refused: relative error 1.00e-01 (1 tokens, uniform)" in text
     assert "* ours, int4: refused: ValueError: no such kernel (1 tokens, uniform)" in text
+    assert "* ours, bf16: refused: relative error of output 2.00e-01 (1 tokens)" in text
     assert "'bf16': " not in text
 
 
