@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_lightning.architectures import architecture_of
+from moe_lightning.compression.adapters import apply_adapters
 from moe_lightning.compression.filling import apply_edits, settled_edits, undo
 from moe_lightning.compression.layerwise import SlimmingReport, is_layerwise, measures, slim_layers
 from moe_lightning.compression.memory import trial_edits
@@ -26,6 +27,7 @@ from moe_lightning.compression.sensitivity import layer_divergence
 from moe_lightning.compression.statuses import module_statuses
 from moe_lightning.method import Method
 from moe_lightning.plan import CompressionPlan, Edit, ModelShape
+from moe_lightning.recovery.lora import AdapterMethod
 from moe_lightning.sizes import measure
 from moe_lightning.slimming.policy import SlimmingPolicy, Starved
 from moe_lightning.statistics import Statistics, collect
@@ -152,6 +154,11 @@ def compress(
             edits = method.propose(architecture.shape(model), measured)
             edits = settled_edits(model, batches, method, edits, measured, progress)
             step = history_step(method, shape_before, origin)
+            if isinstance(method, AdapterMethod):
+                adapted = apply_adapters(model, method, edits, step)
+                surgeries += adapted.surgeries
+                report.merge(SlimmingReport(matrices=adapted.statuses, losses=adapted.losses))
+                continue
             if is_layerwise(method):
                 step |= {"policy": policy.describe()} if measures(method) else {}
                 slimmed = slim_layers(model, enough, method, edits, policy, step, progress)

@@ -46,8 +46,8 @@ def measures(method: Any) -> bool:
 
 
 def need_batches(methods: Iterable[Method]) -> bool:
-    """Say whether any of some methods reads calibration data: all do but those of matrices that measure nothing."""
-    return any(not is_layerwise(method) or measures(method) for method in methods)
+    """Say whether any of some methods reads calibration data: those of whole models do, of the others some."""
+    return any(method.granularity == "model" or measures(method) for method in methods)
 
 
 _THEN = ", then "
@@ -67,11 +67,14 @@ class SlimmingReport:
         errors: Squared error of the outputs in units of their squares, by the same keys, where the last method that
             changed the matrix measured it: against the weights that this method found, not the original ones.
         tokens: Calibration tokens that reached each expert, by layer and original number.
+        losses: Share of the squared low-rank term that rounding took when it was folded into a matrix, by the same
+            keys.
     """
 
     matrices: dict[int, dict[str, str]] = field(default_factory=dict)
     errors: dict[int, dict[str, float]] = field(default_factory=dict)
     tokens: dict[int, dict[int, int]] = field(default_factory=dict)
+    losses: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def add(self, edit: SlimmingEdit, layout: ExpertLayout | None, slimmed: SlimmedLayer) -> None:
         """Take over what a method says of an edit."""
@@ -102,6 +105,8 @@ class SlimmingReport:
                 self.errors.get(layer, {}).pop(key, None)
         for layer, errors in later.errors.items():
             self.errors.setdefault(layer, {}).update(errors)
+        for layer, losses in later.losses.items():
+            self.losses.setdefault(layer, {}).update(losses)
         for layer, tokens in later.tokens.items():
             self.tokens.setdefault(layer, {}).update(tokens)
 

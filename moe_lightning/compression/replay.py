@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from moe_lightning.compression.walk import SlimmingEdit
 from moe_lightning.method import Method
-from moe_lightning.plan import CompressionPlan, Edit
+from moe_lightning.plan import AddLora, CompressionPlan, Edit, MergeLora, ModelShape
+from moe_lightning.recovery.lora import LoRA
 from moe_lightning.slimming.balancing import AWQ
 from moe_lightning.slimming.base import Slimming
 from moe_lightning.slimming.pruners import Magnitude, SparseGPT, Wanda
 from moe_lightning.slimming.quantizers import GPTQ, RTN
 from moe_lightning.slimming.view import LayerView, MomentKind, SlimmedLayer
+from moe_lightning.statistics import Statistics
 from moe_lightning.trimming import Replay
 
 METHODS: dict[str, Any] = {kind.__name__.lower(): kind for kind in (Magnitude, Wanda, SparseGPT, RTN, GPTQ, AWQ)}
@@ -59,6 +61,25 @@ class SlimmingReplay(Replay):
         return str(self.method)
 
 
+@dataclass
+class AdapterReplay(LoRA):
+    """Apply edits of low-rank terms once more. What the terms learnt is in no plan: they begin anew.
+
+    Attributes:
+        plan: The edits, and where they come from.
+    """
+
+    plan: CompressionPlan = field(default_factory=CompressionPlan)
+
+    def propose(self, shape: ModelShape, statistics: Statistics) -> tuple[Edit, ...]:
+        """Return the plan's edits; see :meth:`Method.propose`."""
+        return self.plan.edits
+
+    def describe(self) -> dict[str, Any]:
+        """Return the origin of the plan."""
+        return {"method": "Replay", "origin": self.plan.origin}
+
+
 def _options_of(plan: CompressionPlan) -> tuple[str, dict[str, Any]]:
     """Return the name and the options of the method that the history says made a step; empty where it does not say."""
     entry = plan.origin
@@ -91,7 +112,9 @@ def method_of(edit: SlimmingEdit, plan: CompressionPlan) -> Slimming:
 
 
 def _recipe(edit: Edit) -> Any:
-    """Return what edits of one method have in common; None for edits that are not about formats."""
+    """Return what edits of one method have in common; None for edits of whole experts and layers."""
+    if isinstance(edit, AddLora | MergeLora):
+        return AddLora
     if not isinstance(edit, SlimmingEdit):
         return None
     return type(edit), tuple((name, value) for name, value in vars(edit).items() if name not in ("layer", "target"))
@@ -116,6 +139,9 @@ def replays(plan: CompressionPlan) -> list[Method]:
                 found.append(Replay(part))
                 continue
             first = part.edits[0]
+            if recipe is AddLora:
+                found.append(AdapterReplay(plan=part))
+                continue
             assert isinstance(first, SlimmingEdit)
             found.append(SlimmingReplay(part, method_of(first, part)))
     return found or [Replay(plan)]

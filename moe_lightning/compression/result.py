@@ -26,12 +26,15 @@ class ModuleStatus:
         errors: Squared error of the outputs of each matrix in units of their squares, on the calibration tokens, by the
             same names; empty where it was not measured. Of several methods it is that of the last one, against the
             weights that it found: zeros that the method before made are no error.
+        losses: Share of the squared low-rank term that rounding took when it was folded into a matrix, by the same
+            names.
     """
 
     status: str
     tokens: dict[int, int] = field(default_factory=dict)
     matrices: dict[str, str] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -93,6 +96,7 @@ class CompressionResult:
             **self._of_modules("tokens"),
             **self._of_modules("matrices"),
             **self._of_modules("errors"),
+            **self._of_modules("losses"),
         }
 
     def _of_modules(self, what: str) -> dict[str, Any]:

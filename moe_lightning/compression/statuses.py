@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from moe_lightning.compression.layerwise import SlimmingReport
 from moe_lightning.compression.result import ModuleStatus
-from moe_lightning.plan import CompressionPlan, ExpertLayout, ModelShape, NoviceExperts
+from moe_lightning.plan import CompressionPlan, ExpertLayout, LoraRank, ModelShape, NoviceExperts
 
 
 def _experts_status(
@@ -26,12 +26,18 @@ def _experts_status(
         parts.append(f"{len(after.merged)} merged into others")
     if after.width != before.width:
         parts.append(f"{after.width} of {before.width or whole} channels in each, and a bias")
-    if after.format is not None and after.format != before.format:
-        parts.append(str(after.format))
+    if after.format != before.format:
+        parts.append("in floating point" if after.format is None else str(after.format))
+    if after.lora != before.lora:
+        parts.append(_terms(after.lora))
     fallen = [f"{expert}: {fits[expert]}" for expert in after.novices if "constant" in fits.get(expert, "")]
     if fallen:
         parts.append(f"no map for {'; '.join(fallen)}")
     return ", ".join(parts)
+
+
+def _terms(lora: LoraRank | None) -> str:
+    return "low-rank terms merged" if lora is None else f"low-rank terms of rank {lora.rank}"
 
 
 def _slimmed(
@@ -44,7 +50,8 @@ def _slimmed(
     fallen = [key for key in report.fallbacks.get(layer, ()) if key in matrices]
     if fallen:
         status = f"{status}, {len(fallen)} of {len(matrices)} matrices without measurement"
-    return ModuleStatus(status, tokens, matrices, errors)
+    losses = {key: lost for key, lost in report.losses.get(layer, {}).items() if key in matrices}
+    return ModuleStatus(status, tokens, matrices, errors, losses)
 
 
 def module_statuses(
@@ -76,8 +83,14 @@ def module_statuses(
             found[name] = ModuleStatus("dropped, the whole layer")
             continue
         attention = after.attention_format(number)
-        if attention is not None and attention != before.attention_format(number):
-            found[f"{name}.self_attn"] = _slimmed(str(attention), {}, number, before.attention_sizes, report)
+        terms = after.lora(number, "attention")
+        said = []
+        if attention != before.attention_format(number):
+            said.append("in floating point" if attention is None else str(attention))
+        if terms != before.lora(number, "attention"):
+            said.append(_terms(terms))
+        if said:
+            found[f"{name}.self_attn"] = _slimmed(", ".join(said), {}, number, before.attention_sizes, report)
         if number in before.moe_layers and number not in after.moe_layers:
             found[f"{name}.mlp"] = ModuleStatus("dropped with its norm")
         elif number in before.moe_layers and before.layout(number) != after.layout(number):

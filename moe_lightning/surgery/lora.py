@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from moe_lightning.architectures import Architecture, MoELayer
@@ -104,20 +103,3 @@ def _change_attention(
             module = LoraLinear(linear.weight, terms)
         module.train(linear.training)
         change.set(attention, name, module)
-
-
-@torch.no_grad()
-def reset_terms(stack: LoraStack, seed: int) -> None:
-    """Let terms begin as in the paper: ``lora_A`` random, ``lora_B`` zero, so that they change nothing.
-
-    ``lora_A`` is uniform with the bound ``1 / sqrt(inputs)``, as peft draws it.
-
-    Args:
-        stack: The terms.
-        seed: Of a generator of their own: the same on every process and after a resume.
-    """
-    bound = stack.lora_A.shape[2] ** -0.5
-    if stack.lora_A.device.type != "meta":
-        drawn = torch.empty(stack.lora_A.shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
-        stack.lora_A.copy_(drawn)
-    stack.lora_B.zero_()

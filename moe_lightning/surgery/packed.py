@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lightning.architectures import Architecture
-from moe_lightning.experts import Masked, PackedLinear, WeightStack
+from moe_lightning.experts import LoraLinear, Masked, PackedLinear, WeightStack
 from moe_lightning.plan import ExpertLayout, ModelShape, WeightFormat
 from moe_lightning.surgery.replaced import LayoutChange, ReplacedParameter
 
@@ -199,15 +199,18 @@ def change_attention(
         new = _given_or_empty(given.get((block, name)), format, size, reference, opened)
         replace_weights(change, f"{path}.{'stack' if packed else 'weight'}", old, [0], new, f"{path}.stack")
         module = PackedLinear(new)
+        module.lora = getattr(linear, "lora", None)
         module.train(linear.training)
         change.set(attention, name, module)
 
 
-def _plain_linear(change: LayoutChange, path: str, packed: PackedLinear) -> nn.Linear:
-    """Spell out a packed matrix of attention."""
+def _plain_linear(change: LayoutChange, path: str, packed: PackedLinear) -> nn.Module:
+    """Spell out a packed matrix of attention; a low-rank term moves along."""
     module = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
     with torch.inference_mode(False), torch.no_grad():
         module.weight = nn.Parameter(packed.stack.dense()[0])
     spelled_out(change, f"{path}.stack", packed.stack, module.weight)
     change.replaced[-1] = dataclasses.replace(change.replaced[-1], name=f"{path}.weight")
+    if packed.lora is not None:
+        return LoraLinear(module.weight, packed.lora).train(packed.training)
     return module.train(packed.training)
