@@ -20,17 +20,28 @@ from moe_kernels.experts import NoviceMaps, add_novices, combine_pairs, expert_o
 from moe_kernels.triton_kernels.combine import combine
 from moe_kernels.triton_kernels.dense_down import dense_down
 from moe_kernels.triton_kernels.dense_gate_up import dense_gate_up
-from moe_kernels.triton_kernels.dispatch import Choice, Device, Format, choose
+from moe_kernels.triton_kernels.dispatch import Choice, Device, choose, format_of
 from moe_kernels.triton_kernels.grouped_down import grouped_down
 from moe_kernels.triton_kernels.grouped_gate_up import grouped_gate_up
-from moe_kernels.triton_kernels.int4_dequantize import int4_dequantize
 from moe_kernels.triton_kernels.int4_down import int4_down
 from moe_kernels.triton_kernels.int4_gate_up import int4_gate_up
-from moe_kernels.triton_kernels.int4_layout import Int4Tiles, dequantize_tiles
+from moe_kernels.triton_kernels.int4_layout import Int4Tiles
 from moe_kernels.triton_kernels.interpreting import INTERPRETED
 from moe_kernels.triton_kernels.router import choose_experts
 from moe_kernels.triton_kernels.routing import decode_routing
 from moe_kernels.triton_kernels.schedule import make_schedule
+from moe_kernels.triton_kernels.sparse24_down import sparse24_down
+from moe_kernels.triton_kernels.sparse24_gate_up import sparse24_gate_up
+from moe_kernels.triton_kernels.sparse24_layout import Sparse24Tiles
+from moe_kernels.triton_kernels.weight_forms import (
+    Matrices,
+    form_of,
+    matrices_of,
+    outputs_of,
+    to_dense,
+    to_dense_twin,
+    why_no_form,
+)
 
 Result = TypeVar("Result")
 
@@ -70,7 +81,8 @@ def mix_experts_op(
         index_NK: Experts chosen by the router, int64 ``[N, K]``; numbers outside ``[0, E)`` mean nobody.
         weight_NK: Their routing weights.
         slot_map_E: Slot (``>= 0``), novice (``-1 - number``) or ``ABSENT`` of each expert, int64 ``[E]``.
-        gate_up: ``[S, 2I, H]`` in the type of the input, alone; or words and pairs of `Int4Tiles`.
+        gate_up: ``[S, 2I, H]`` in the type of the input, alone; or words and pairs of `Int4Tiles`; or values, in the
+            type of the input, and metadata of `Sparse24Tiles`.
         down: ``[S, H, I]`` in the same form.
         novices: Nothing; or vectors ``[V, H]``; or those and the fields of `NoviceMaps`.
         bias_SH: Bias of each slot, or None.
@@ -91,17 +103,14 @@ def mix_experts_op(
     maps = NoviceMaps(*(tensor.contiguous() for tensor in novices[1:])) if len(novices) > 1 else None
     weight_NK = weight_NK.float().contiguous()
     slots = gate_up[0].shape[0]
-    tiles = (Int4Tiles(*gate_up), Int4Tiles(*down)) if len(gate_up) == 2 else None
-    inner_size = (tiles[0].outputs if tiles else gate_up[0].shape[1]) // 2
+    form, both = form_of(gate_up), (matrices_of(gate_up), matrices_of(down))
+    assert form is not None
     device = device_of(hidden_NH.device)
-    form: Format = "int4" if tiles else "dense"
-    if hidden_NH.dtype == torch.float32:
-        form = "int4 fp32" if tiles else "dense fp32"
-    choice = choose(num_tokens, form, hidden_size, inner_size, device)
+    choice = choose(num_tokens, format_of(form, hidden_NH.dtype), hidden_size, outputs_of(both[0]) // 2, device)
     if choice.path == "decode":
-        parts, slot_NK = _decode(hidden_NH, index_NK, weight_NK, slot_map_E, tiles, gate_up[0], down[0], slots, choice)
+        parts, slot_NK = _decode(hidden_NH, index_NK, weight_NK, slot_map_E, both, slots, choice)
     else:
-        dense = [int4_dequantize(tile, hidden_NH.dtype) for tile in tiles] if tiles else [gate_up[0], down[0]]
+        dense = [to_dense(matrices, hidden_NH.dtype) for matrices in both]
         schedule = make_schedule(index_NK, slot_map_E, max(slots, 1), choice.block_tokens)
         first, second = choice.gate_up, choice.down
         inner_PI = grouped_gate_up(
@@ -134,9 +143,7 @@ def _decode(
     index_NK: Tensor,
     weight_NK: Tensor,
     slot_map_E: Tensor,
-    tiles: tuple[Int4Tiles, Int4Tiles] | None,
-    gate_up_S2IH: Tensor,
-    down_SHI: Tensor,
+    both: tuple[Matrices, Matrices],
     slots: int,
     choice: Choice,
 ) -> tuple[Tensor, Tensor]:
@@ -150,20 +157,25 @@ def _decode(
         "num_warps": second.num_warps,
         "num_stages": second.num_stages,
     }
-    group = tiles[0].group if tiles else None
+    gate_up, down = both
+    group = gate_up.group if isinstance(gate_up, Int4Tiles) else None
     routing = decode_routing(hidden_NH, index_NK, weight_NK, slot_map_E, slots, group)
-    if tiles:
-        assert routing.sums_NG is not None
-        sum_over = min(first.block_out, tiles[1].group)
+    if isinstance(gate_up, Int4Tiles):
+        assert isinstance(down, Int4Tiles) and routing.sums_NG is not None
+        sum_over = min(first.block_out, down.group)
         inner_SNI, sums_SNB = int4_gate_up(
-            hidden_NH, routing.sums_NG, tiles[0], routing, sum_over, **gate_up_options, **common
+            hidden_NH, routing.sums_NG, gate_up, routing, sum_over, **gate_up_options, **common
         )
-        parts = int4_down(inner_SNI, sums_SNB, tiles[1], routing, **down_options, **common)
+        return int4_down(inner_SNI, sums_SNB, down, routing, **down_options, **common), routing.slot_NK
+    gate_up_options["block_in"], down_options["block_in"] = first.block_in, second.block_in
+    if isinstance(gate_up, Sparse24Tiles):
+        assert isinstance(down, Sparse24Tiles)
+        inner_SNI = sparse24_gate_up(hidden_NH, gate_up, routing, **gate_up_options, **common)
+        parts = sparse24_down(inner_SNI, down, routing, **down_options, **common)
     else:
-        inner_SNI = dense_gate_up(
-            hidden_NH, gate_up_S2IH, routing, block_in=first.block_in, **gate_up_options, **common
-        )
-        parts = dense_down(inner_SNI, down_SHI, routing, block_in=second.block_in, **down_options, **common)
+        assert isinstance(down, Tensor)
+        inner_SNI = dense_gate_up(hidden_NH, gate_up, routing, **gate_up_options, **common)
+        parts = dense_down(inner_SNI, down, routing, **down_options, **common)
     return parts, routing.slot_NK
 
 
@@ -239,9 +251,7 @@ def mix_experts_twin(
 ) -> Tensor:
     """Say the same as :func:`mix_experts_op` in plain torch, in fp32 or wider."""
     wide = torch.promote_types(hidden_NH.dtype, torch.float32)
-    gate_up_S2IH, down_SHI = (
-        dequantize_tiles(Int4Tiles(*form), wide) if len(form) == 2 else form[0].to(wide) for form in (gate_up, down)
-    )
+    gate_up_S2IH, down_SHI = to_dense_twin(gate_up, wide), to_dense_twin(down, wide)
     hidden_NH = hidden_NH.to(wide)
     pairs = sort_pairs(index_NK, slot_map_E, gate_up_S2IH.shape[0])
     bias_SH = None if bias_SH is None else bias_SH.to(wide)
@@ -263,12 +273,11 @@ def why_not(hidden_NH: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> str
     """
     if hidden_NH.dtype not in _DTYPES:
         return f"numbers are {hidden_NH.dtype}, and the kernels know {', '.join(map(str, _DTYPES))}"
-    if len(gate_up) not in (1, 2) or len(gate_up) != len(down):
-        return f"weights come as {len(gate_up)} and {len(down)} tensors: one each for dense, two each for int4"
-    if len(gate_up) == 1 and any(weight.dtype != hidden_NH.dtype for weight in (*gate_up, *down)):
-        return f"weights are {gate_up[0].dtype} and {down[0].dtype}, the input is {hidden_NH.dtype}"
-    if any(not tensor.is_contiguous() for tensor in (*gate_up, *down)):
-        return "weights are not contiguous"
+    reason = why_no_form(gate_up, hidden_NH.dtype) or why_no_form(down, hidden_NH.dtype)
+    if reason is not None:
+        return reason
+    if form_of(gate_up) != form_of(down):
+        return f"weights are {form_of(gate_up)} and {form_of(down)}: the kernels want both stacks in one form"
     if any(tensor.device != hidden_NH.device for tensor in (*gate_up, *down)):
         return f"weights are on {gate_up[0].device} and {down[0].device}, the input is on {hidden_NH.device}"
     if hidden_NH.device.type == "cpu" and not INTERPRETED:

@@ -12,11 +12,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+import torch
 
 FOLDER = Path(__file__).parent / "configs"
 
-Format = Literal["dense", "int4", "dense fp32", "int4 fp32"]
+Format = Literal["dense", "int4", "sparse24", "dense fp32", "int4 fp32", "sparse24 fp32"]
 """Of the weights; fp32 where the activations are, which have no tensor cores and take twice the memory."""
 
 
@@ -106,6 +108,23 @@ def _dividing(tiles: Tiles, rows: int, what: str) -> Tiles:
     if block_out < 16:
         raise ValueError(f"{what} size {rows}: int4 kernels want a multiple of 16")
     return replace(tiles, block_out=block_out)
+
+
+def format_of(form: str, dtype: torch.dtype) -> Format:
+    """Return the row of the tables for weights of a form and activations of a type.
+
+    Args:
+        form: ``dense``, ``int4`` or ``sparse24``; see `weight_forms.form_of`.
+        dtype: Of the activations.
+
+    Raises:
+        ValueError: Another form.
+    """
+    wanted = f"{form} fp32" if dtype == torch.float32 else form
+    found = next((known for known in get_args(Format) if known == wanted), None)
+    if found is None:
+        raise ValueError(f"there are no tables for weights of the form {form}")
+    return found
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from moe_kernels.triton_kernels.router import choose_experts
 from torch import Tensor
 
 from tests.kernels.triton.problems import DTYPES, TOLERANCE, int4_problem, relative_error, routing_problem
+from tests.kernels.triton.sparse24_problems import sparse24_problem
 
 HIDDEN, INNER, GROUP = 64, 64, 64
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,6 +74,11 @@ def make_case(
         problems = [int4_problem(slots, 2 * INNER, HIDDEN, GROUP), int4_problem(slots, HIDDEN, INNER, GROUP, seed=1)]
         weights = [[problem.tiles.words_SGOW, problem.tiles.pairs_SGO] for problem in problems]
         dense = (problems[0].dense, problems[1].dense)
+    elif form == "sparse24":
+        sizes = [(2 * INNER, HIDDEN), (HIDDEN, INNER)]
+        pruned = [sparse24_problem(slots, *size, dtype, seed) for seed, size in enumerate(sizes)]
+        weights = [[problem.tiles.values_SOV, problem.tiles.metadata_SOB] for problem in pruned]
+        dense = (pruned[0].dense, pruned[1].dense)
     else:
         tensors = [torch.randn(slots, 2 * INNER, HIDDEN) / 8, torch.randn(slots, HIDDEN, INNER) / 4]
         weights = [[tensor.to(dtype)] for tensor in tensors]
@@ -113,9 +119,9 @@ def run(case: Case) -> Tensor:
     return mix_experts_op(*case.arguments).cpu()
 
 
-FORMS = pytest.mark.parametrize("form", ["dense", "int4"])
-# More than 64 tokens are sorted by expert; int4 weights then are dequantised, and the rest is as with dense ones.
-PATHS = pytest.mark.parametrize(("form", "tokens"), [("dense", 5), ("dense", 66), ("int4", 5)])
+FORMS = pytest.mark.parametrize("form", ["dense", "int4", "sparse24"])
+# More than 64 tokens are sorted by expert; packed weights are made dense then, and the rest is as with dense ones.
+PATHS = pytest.mark.parametrize(("form", "tokens"), [("dense", 5), ("dense", 66), ("int4", 5), ("sparse24", 5)])
 
 
 @FORMS
@@ -269,7 +275,14 @@ def test_what_the_kernels_do_not_know() -> None:
     assert why_not(case.hidden.to(DEVICE), *case.arguments[4:6]) is None
     assert "float64" in str(why_not(case.hidden.double(), gate_up, down))
     assert "float16" in str(why_not(case.hidden, [gate_up[0].half()], down))
-    assert "2 and 1 tensors" in str(why_not(case.hidden, gate_up * 2, down))
+    assert "3 tensors (torch.float32" in str(why_not(case.hidden, gate_up * 3, down))
+    int4, pruned = make_case("int4"), make_case("sparse24")
+    assert "int4 and sparse24: the kernels want both" in str(why_not(case.hidden, int4.gate_up, pruned.down))
+    assert "2 tensors (torch.int64" in str(why_not(case.hidden, [tensor.long() for tensor in int4.gate_up], down))
+    assert "metadata of 2:4 are torch.float32" in str(why_not(case.hidden, gate_up * 2, pruned.down))
+    assert "weights are torch.float32, the input is torch.float16" in str(
+        why_not(case.hidden.half(), pruned.gate_up, pruned.down)
+    )
     assert "not contiguous" in str(why_not(case.hidden, [gate_up[0].transpose(1, 2)], down))
     assert "the input is on meta" in str(why_not(case.hidden.to("meta"), gate_up, down))
     with pytest.raises(ValueError, match="cannot compute this: numbers are"):

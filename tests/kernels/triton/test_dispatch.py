@@ -1,13 +1,15 @@
 """The choice of kernels is a function of sizes and device, and the shipped tables are whole."""
 
 import json
+from typing import get_args
 
 import pytest
+import torch
 from moe_kernels.triton_kernels import dispatch
-from moe_kernels.triton_kernels.dispatch import FOLDER, Device, Tiles, choose, slug
+from moe_kernels.triton_kernels.dispatch import FOLDER, Device, Format, Tiles, choose, format_of, slug
 
 
-@pytest.mark.parametrize("form", ["dense", "int4", "dense fp32", "int4 fp32"])
+@pytest.mark.parametrize("form", get_args(Format))
 @pytest.mark.parametrize("arch", [0, 80, 86, 89, 90, 100, 120])
 def test_every_number_of_tokens_has_a_choice(form: str, arch: int) -> None:
     for tokens in (0, 1, 8, 9, 16, 17, 64, 65, 8192):
@@ -15,6 +17,12 @@ def test_every_number_of_tokens_has_a_choice(form: str, arch: int) -> None:
         assert choice.path == ("decode" if tokens <= (16 if form == "int4 fp32" else 64) else "grouped")
         if choice.path == "decode":
             assert choice.block_tokens >= tokens
+
+
+def test_rows_of_forms_and_types() -> None:
+    assert format_of("sparse24", torch.bfloat16) == "sparse24" and format_of("int4", torch.float32) == "int4 fp32"
+    with pytest.raises(ValueError, match="no tables for weights of the form int8"):
+        format_of("int8", torch.float16)
 
 
 def test_tiles_of_int4_divide_the_rows() -> None:
