@@ -201,8 +201,8 @@ def ours(call: Call, form: str, real: int) -> Callable[[], Tensor]:
     return lambda: moe_block_op(call.hidden, call.weights.router, TOP_K, True, slot_map, gate_up, down, novices)[0]
 
 
-def transformers_block(weights: Weights, implementation: str) -> Callable[[Tensor], Tensor]:
-    """Return transformers' block around weights of ours."""
+def mixtral_block(weights: Weights, implementation: str) -> torch.nn.Module:
+    """Return transformers' block with weights of ours, which has the router too."""
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -219,4 +219,10 @@ def transformers_block(weights: Weights, implementation: str) -> Callable[[Tenso
     block.experts.gate_up_proj, block.experts.down_proj = (
         torch.nn.Parameter(weight, requires_grad=False) for weight in weights.dense
     )
+    return block
+
+
+def transformers_block(weights: Weights, implementation: str) -> Callable[[Tensor], Tensor]:
+    """Return transformers' block as a function of its input ``[N, H]``."""
+    block = mixtral_block(weights, implementation)
     return lambda hidden: block(hidden[None])[0]

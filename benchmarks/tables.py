@@ -102,7 +102,9 @@ def summary_table(rows: Sequence[Row], routing: str) -> str:
 
 def training_table(rows: Sequence[Row]) -> str:
     """Return the table of training steps: time, memory, and how many times as fast ours is."""
-    header = ["base", "tokens", "implementation", "step [ms]", "peak beside the weights [MiB]", "weights [MiB]", "ours"]
+    has_peak = any(row.get("peak_bytes") is not None for row in rows)
+    peak = ["all else at the peak [MiB]"] if has_peak else []
+    header = ["base", "tokens", "implementation", "step [ms]", "weights [MiB]", *peak, "ours"]
     lines = []
     for row in rows:
         if "microseconds" not in row:
@@ -123,8 +125,8 @@ def training_table(rows: Sequence[Row]) -> str:
                 str(row["tokens"]),
                 row["implementation"],
                 f"{row['microseconds'] / 1e3:,.2f}",
-                _mebibytes(row.get("peak_bytes")),
                 _mebibytes(row.get("weight_bytes")),
+                *([_mebibytes(row.get("peak_bytes"))] if has_peak else []),
                 "-" if times is None else f"{times:.2f}x as fast",
             ]
         )
@@ -164,9 +166,8 @@ def document(result: dict[str, Any]) -> str:
         f"# One MoE layer on {result['device']}",
         "",
         f"{result['date']}, commit {result['commit']}, {result['dtype'].removeprefix('torch.')}, torch "
-        f"{result['torch']}, triton {result['triton']}, transformers {result['transformers']}"
-        + ("" if on_gpu else f", {result['threads']} threads")
-        + ".",
+        f"{result['torch']}, triton {result['triton']}, transformers {result['transformers']}" + ".",
+        *_about_cpu(result),
         f"Hidden {sizes['hidden']}, intermediate {sizes['inner']}, {sizes['experts']} experts, top-{sizes['top_k']}. "
         f"Ceilings measured in this run: copy {ceilings['bytes_per_second'] / 1e9:,.0f} GB/s, product "
         f"{ceilings['flops_per_second'] / 1e12:,.2f} TFLOP/s.",
@@ -201,6 +202,16 @@ def document(result: dict[str, Any]) -> str:
     if missing:
         lines += ["", "## Not timed", "", *(f"* {line}" for line in missing)]
     return "\n".join(lines) + "\n"
+
+
+def _about_cpu(result: dict[str, Any]) -> list[str]:
+    if result.get("threads") is None:
+        return []
+    emulated = "emulated" if result["machine"]["bf16_emulated"] else "native"
+    return [
+        f"{result['threads']} thread{'s' * (result['threads'] > 1)}, {result['clock']} clock, bf16 {emulated}; load of "
+        f"the machine {result['load_before']:.1f} before and {result['load_after']:.1f} after."
+    ]
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -25,8 +25,15 @@ class Unavailable(Exception):
 class Timer:
     """Runs of all calls one after another: recorded as a graph where that is possible."""
 
-    def __init__(self, runs: Sequence[Callable[[], Tensor]], sizes: Sizes, record: bool) -> None:
-        """Warm up, which compiles kernels, and record."""
+    def __init__(
+        self,
+        runs: Sequence[Callable[[], Tensor]],
+        sizes: Sizes,
+        record: bool,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Warm up, which compiles kernels, and record; the clock is for CPUs."""
+        self.clock = clock
         self.runs, self.sizes, self.graph, self.why_no_graph = runs, sizes, None, ""
         self.outputs: list[Tensor] = []
         if sizes.device != "cuda":
@@ -69,10 +76,10 @@ class Timer:
 
     def _times(self, repeats: int) -> list[float]:
         if self.sizes.device != "cuda":
-            times = [time.perf_counter()]
+            times = [self.clock()]
             for _ in range(repeats):
                 self.run()
-                times.append(time.perf_counter())
+                times.append(self.clock())
             return [after - before for before, after in pairwise(times)]
         events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
         events[0].record()
@@ -83,14 +90,14 @@ class Timer:
         return [before.elapsed_time(after) / 1e3 for before, after in pairwise(events)]
 
 
-def measured_ceilings(sizes: Sizes) -> dict[str, float]:
+def measured_ceilings(sizes: Sizes, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """Measure the speed of a copy and of a large product."""
     left = torch.randn(sizes.product, sizes.product, device=sizes.device).to(sizes.dtype)
     right, result = torch.randn_like(left), torch.empty_like(left)
-    product = Timer([lambda: torch.mm(left, right, out=result)], sizes, False).seconds()
+    product = Timer([lambda: torch.mm(left, right, out=result)], sizes, False, clock).seconds()
     source = torch.randint(0, 256, (sizes.copied,), dtype=torch.uint8, device=sizes.device)
     target = torch.empty_like(source)
-    copied = Timer([lambda: target.copy_(source)], sizes, False).seconds()
+    copied = Timer([lambda: target.copy_(source)], sizes, False, clock).seconds()
     return {"flops_per_second": 2 * sizes.product**3 / product, "bytes_per_second": 2 * sizes.copied / copied}
 
 

@@ -20,7 +20,15 @@ from typing import Any, NamedTuple
 
 import torch
 from gpu_layers import EXPERTS, Call, Weights, make_call
-from moe_kernels import GroupedLora, RoutedPairs, combine_pairs, grouped_linear, lora_term, sort_pairs
+from moe_kernels import (
+    GroupedLora,
+    RoutedPairs,
+    combine_pairs,
+    grouped_linear,
+    int4_grouped_linear,
+    lora_term,
+    sort_pairs,
+)
 from timing import Unavailable, first_line, relative_error
 from torch import Tensor
 from torch.nn.functional import linear, silu
@@ -198,49 +206,54 @@ def kernels(case: Case, inputs: Inputs) -> Tensor:
     return mixed_NH.to(hidden_NH.dtype)
 
 
+def packed_torch(case: Case, inputs: Inputs) -> Tensor:
+    """Multiply with int4 weights from their packed form in plain torch, tile by tile, and add the low-rank terms."""
+    pairs = sort_pairs(case.index_NK, case.slot_map_E, EXPERTS)
+    hidden_NH, rows_PH = inputs.hidden_NH, inputs.hidden_NH[pairs.tokens]
+    sizes = case.weights.sizes
+    (first, second), (gate_up, down) = inputs.lora, case.weights.stored
+    both_P2I = int4_grouped_linear(rows_PH, pairs.offsets, *gate_up, sizes.hidden)
+    gate_PI, up_PI = (both_P2I + lora_term(rows_PH, pairs.offsets, first)).chunk(2, -1)
+    inner_PI = silu(gate_PI) * up_PI
+    outputs_PH = int4_grouped_linear(inner_PI, pairs.offsets, *down, sizes.inner)
+    outputs_PH = outputs_PH + lora_term(inner_PI, pairs.offsets, second)
+    return combine_pairs(outputs_PH, pairs, inputs.weight_NK).to(hidden_NH.dtype)
+
+
 def weight_bytes(case: Case, compute: Sum) -> int:
     """Return the bytes of the frozen weights that an implementation holds."""
     if compute is kernels:
         held = [tensor for half in case.weights.for_kernels(case.form, EXPERTS) for tensor in half]
+    elif compute is packed_torch:
+        held = [tensor for half in case.weights.stored for tensor in half]
     else:
         held = [*case.dense]
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
-def measure_step(
-    case: Case, compute: Sum, expected: list[Tensor], repeats: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, Any]:
-    """Check and time one way to make a step; say what went wrong where something did."""
-    device, tolerance = case.weights.sizes.device, TOLERANCE[case.weights.sizes.dtype]
+def check_step(case: Case, compute: Sum, expected: list[Tensor]) -> dict[str, Any]:
+    """Compare one way to make a step with float32, and measure its memory; say what went wrong where something did."""
     names = ("output", *Inputs._fields)
     try:
         errors = {
             name: relative_error(got, want) for name, got, want in zip(names, case.step(compute), expected, strict=True)
         }
         worst = max(errors, key=lambda name: errors[name])
-        if not errors[worst] <= tolerance:
+        if not errors[worst] <= TOLERANCE[case.weights.sizes.dtype]:
             return {"refused": f"relative error of {worst} {errors[worst]:.2e}"}
         peak = None
-        if device == "cuda":
+        if case.weights.sizes.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             case.step(compute)
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated() - before
-        times = []
-        for _ in range(repeats):
-            start = clock()
-            case.step(compute)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(clock() - start)
     except Unavailable as reason:
         return {"unavailable": str(reason)}
     except Exception as error:  # whatever it is, the other measurements go on
         return {"refused": f"{type(error).__name__}: {first_line(error)}"}
     return {
-        "microseconds": statistics.median(times) * 1e6,
         "relative_error": errors[worst],
         "relative_errors": errors,
         "peak_bytes": peak,
@@ -250,15 +263,24 @@ def measure_step(
     }
 
 
-WAYS: dict[str, Sum] = {"ours": kernels, "plain torch": plain_torch, "whole stack": whole_stack}
-"""On a GPU."""
+Ways = dict[str, dict[str, Sum]]
+
+WAYS: Ways = {
+    form: {"ours": kernels, "plain torch": plain_torch, "whole stack": whole_stack} for form in ("dense", "int4")
+}
+"""What is compared on a GPU, for each form of the base."""
 
 
 @torch.enable_grad()
 def training_rows(
-    weights: Weights, tokens: int, ceilings: dict[str, float], repeats: int, ways: dict[str, Sum] = WAYS
+    weights: Weights,
+    tokens: int,
+    ceilings: dict[str, float],
+    repeats: int,
+    ways: Ways = WAYS,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, Any]]:
-    """Time all ways on a dense and an int4 base, routed uniformly.
+    """Time all ways in turn on a dense and an int4 base, routed uniformly.
 
     Args:
         weights: The base; made outside of inference mode.
@@ -266,16 +288,27 @@ def training_rows(
         ceilings: Of the machine.
         repeats: Steps timed of each.
         ways: What to compare.
+        clock: Tells the time.
     """
     rows = []
-    for form, name in (("dense", "bf16"), ("int4", "int4")):
+    for form, compared in ways.items():
         case = Case(weights, form, make_call(weights, tokens, "uniform", 0))
         expected = case.expected()
-        for implementation, compute in ways.items():
-            row = {"tokens": tokens, "format": name, "implementation": implementation, "rank": RANK}
-            row |= {"floor_microseconds": case.floor(ceilings) * 1e6}
-            row |= measure_step(case, compute, expected, repeats)
-            if "microseconds" in row:
-                row["share_of_floor"] = row["floor_microseconds"] / row["microseconds"]
-            rows.append(row)
+        found = {name: check_step(case, compute, expected) for name, compute in compared.items()}
+        times: dict[str, list[float]] = {name: [] for name, row in found.items() if "relative_error" in row}
+        for _ in range(repeats):
+            for name, took in times.items():
+                start = clock()
+                case.step(compared[name])
+                if weights.sizes.device == "cuda":
+                    torch.cuda.synchronize()
+                took.append(clock() - start)
+        floor = case.floor(ceilings)
+        for name, row in found.items():
+            common = {"tokens": tokens, "format": "bf16" if form == "dense" else form, "implementation": name}
+            timed = {}
+            if name in times:
+                seconds = statistics.median(times[name])
+                timed = {"microseconds": seconds * 1e6, "share_of_floor": floor / seconds, "repeats": repeats}
+            rows.append({**common, "rank": RANK, "floor_microseconds": floor * 1e6, **row, **timed})
     return rows

@@ -88,10 +88,12 @@ def test_wrong_gradients_are_not_timed(gpu: ModuleType) -> None:
             case, inputs._replace(gate_up_reads_ERH=1 * inputs[2].detach() + 0 * inputs[2])
         )
 
-    ways = {"right": training_step.plain_torch, "wrong": without_gate}
+    compared = {"right": training_step.plain_torch, "packed": training_step.packed_torch, "wrong": without_gate}
     ceilings = {"bytes_per_second": 1e9, "flops_per_second": 1e12}
-    rows = training_step.training_rows(weights, 20, ceilings, 1, ways)
-    assert [row.get("refused") for row in rows] == 2 * [None, "relative error of gate_up_reads_ERH 1.00e+00"]
+    rows = training_step.training_rows(
+        weights, 20, ceilings, 1, {"dense": {**compared, "packed": training_step.whole_stack}, "int4": compared}
+    )
+    assert [row.get("refused") for row in rows] == 2 * [None, None, "relative error of gate_up_reads_ERH 1.00e+00"]
     # By hand: 64 x 64 x 3 weights of each expert in fp32 are read twice, and 20 rows go in and out.
     assert rows[0]["floor_microseconds"] == pytest.approx(2 * (8 * 12288 * 4 + 2 * 20 * 64 * 4) / 1e9 * 1e6)
     assert rows[0]["share_of_floor"] == pytest.approx(rows[0]["floor_microseconds"] / rows[0]["microseconds"])
