@@ -18,7 +18,7 @@ from moe_kernels import NoviceMaps
 from moe_kernels.experts import Activation
 from torch import Tensor, nn
 
-from moe_lightning.experts.stacks import Int4
+from moe_lightning.experts.stacks import Int4, Sparse24
 from moe_lightning.experts.storage import Dense, Packed
 
 VARIABLE = "MOE_KERNELS_GPU"
@@ -64,7 +64,7 @@ class KernelWeights(NamedTuple):
     """Weights of real experts as the kernels take them.
 
     Attributes:
-        gate_up: ``[S, 2I, H]`` alone; or words and pairs of int4 tiles.
+        gate_up: ``[S, 2I, H]`` alone; or words and pairs of int4 tiles; or values and metadata of 2:4.
         down: ``[S, H, I]`` in the same form.
         bias: ``[S, H]`` or None.
     """
@@ -138,7 +138,7 @@ def is_silu(activation: Activation) -> bool:
 def storage_weights(storage: Dense | Packed, hidden_NH: Tensor) -> KernelWeights | str:
     """Return the weights of a storage as the kernels take them, or say why they cannot.
 
-    int4 stacks take the form of the kernels at the first call.
+    int4 stacks take the form of the kernels at the first call; those with the pattern 2:4 are read as they are stored.
 
     Args:
         storage: Weights of the real experts.
@@ -151,6 +151,8 @@ def storage_weights(storage: Dense | Packed, hidden_NH: Tensor) -> KernelWeights
     first, second = storage.gate_up_proj, storage.down_proj
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return KernelWeights([first], [second], storage.bias)
+    if isinstance(first, Sparse24) and isinstance(second, Sparse24):
+        return KernelWeights([first.values, first.metadata], [second.values, second.metadata], storage.bias)
     if not isinstance(first, Int4) or not isinstance(second, Int4):
         return f"the kernels do not know {storage.gate_up_proj}"
     reason = first.why_no_tiles() or second.why_no_tiles()

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="these are tests of the way to Triton kerne
 
 from moe_kernels.triton_kernels import block
 
-from moe_lightning.experts import Channels, CompressedExperts, Dense, Int4, Int8, Packed, kernel_path
+from moe_lightning.experts import Channels, CompressedExperts, Dense, Int4, Int8, Packed, Sparse24, kernel_path
 from moe_lightning.experts.kernel_path import storage_weights, use_kernels, why_torch
 from moe_lightning.plan import WeightFormat
 from tests.kernels.triton.problems import relative_error
@@ -31,7 +31,15 @@ def packed(bits: int, outputs: int, inputs: int, group: int = 64) -> Int4 | Int8
     return kind.pack(WeightFormat(bits=bits, group_size=group), codes, scale, zero, torch.float32)
 
 
+def pruned(outputs: int, inputs: int) -> Sparse24:
+    """Two of every four weights, not always the largest."""
+    keep = torch.rand(REAL, outputs, inputs // 4, 4).argsort(-1).lt(2).flatten(-2)
+    return Sparse24.pack(WeightFormat(pattern="2:4"), torch.randn(REAL, outputs, inputs) / 8, keep)
+
+
 def storage(form: str) -> Dense | Packed:
+    if form == "2:4":
+        return Packed(pruned(2 * INNER, HIDDEN), pruned(HIDDEN, INNER))
     if form in ("int4", "int8"):
         bits = int(form[-1])
         return Packed(packed(bits, 2 * INNER, HIDDEN), packed(bits, HIDDEN, INNER))
@@ -73,7 +81,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("tokens", [0, 5, 66])
-@pytest.mark.parametrize("form", ["dense", "channels", "int4", "only novices"])
+@pytest.mark.parametrize("form", ["dense", "channels", "int4", "2:4", "only novices"])
 def test_the_kernels_say_what_torch_says(form: str, tokens: int, calls: list[int]) -> None:
     experts = module(form)
     inputs = routed(tokens, 2 if form == "only novices" else EXPERTS)
@@ -96,7 +104,7 @@ def test_the_kernels_say_what_torch_says(form: str, tokens: int, calls: list[int
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize("form", ["dense", "int4"])
+@pytest.mark.parametrize("form", ["dense", "int4", "2:4"])
 def test_is_traced_as_one_graph(form: str) -> None:
     """int4 after a first pass: to change their form is nothing that a graph could hold."""
     experts = module(form)
@@ -106,6 +114,39 @@ def test_is_traced_as_one_graph(form: str) -> None:
         for tokens in (2, 5):
             inputs = routed(tokens)
             torch.testing.assert_close(compiled(*inputs), experts(*inputs))
+
+
+def test_the_kernels_see_values_of_2_4_after_a_step(calls: list[int]) -> None:
+    """They read the parameters themselves: there is no second form that could be out of date."""
+    experts, inputs = module("2:4"), routed(5)
+    optimizer = torch.optim.SGD(experts.parameters(), lr=0.5)
+    with torch.no_grad(), use_kernels("always"):
+        before = experts(*inputs)
+    with use_kernels("always"):
+        experts(*inputs).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        with use_kernels("off"):
+            want = experts(*inputs)
+        with use_kernels("always"):
+            got = experts(*inputs)
+    assert calls == [5, 5] and relative_error(got, before) > 1e-2 and relative_error(got, want) <= 1e-5
+    held = storage_weights(experts.storage, inputs[0])
+    assert not isinstance(held, str) and held.gate_up[0] is experts.storage.gate_up_proj.values
+
+
+def test_rows_of_2_4_that_the_kernels_do_not_know(calls: list[int]) -> None:
+    """A byte of metadata is for eight inputs, and here are rows of four more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "INNER", 60)
+        experts = module("2:4")
+    inputs = routed(3)
+    with torch.no_grad():
+        with use_kernels("off"):
+            want = experts(*inputs)
+        with use_kernels("always"):
+            assert torch.equal(experts(*inputs), want)
+    assert not calls
 
 
 @pytest.mark.parametrize("form", ["int8", "int4 group 32"])

@@ -19,6 +19,8 @@ from moe_kernels.packing import Packed24, unpack_24
 
 INPUTS_OF_A_BYTE = 8
 
+WORD_BYTES = 8
+
 
 @dataclass(frozen=True)
 class Sparse24Tiles:
@@ -49,8 +51,14 @@ class Sparse24Tiles:
 
     @property
     def words(self) -> Tensor:
-        """The values as numbers of 64 bits: two groups of 16-bit values in each, or one of 32-bit values."""
-        return self.values_SOV.view(torch.int64)
+        """The values as numbers of 64 bits: two groups of 16-bit values in each, or one of 32-bit values.
+
+        The same memory, unless they begin in the middle of 64 bits (as a part of a flat tensor may): then a copy.
+        """
+        values_SOV = self.values_SOV
+        if values_SOV.storage_offset() * values_SOV.element_size() % WORD_BYTES:
+            values_SOV = values_SOV.clone()
+        return values_SOV.view(torch.int64)
 
 
 def why_no_tiles(values_SOV: Tensor, metadata_SOB: Tensor) -> str | None:
@@ -69,8 +77,6 @@ def why_no_tiles(values_SOV: Tensor, metadata_SOB: Tensor) -> str | None:
             f"metadata of 2:4 are {metadata_SOB.dtype} {list(metadata_SOB.shape)}, values of {list(values_SOV.shape)} "
             f"take uint8 {[slots, outputs, inputs // INPUTS_OF_A_BYTE]}"
         )
-    if values_SOV.storage_offset() * values_SOV.element_size() % 8:
-        return "values of 2:4 do not begin at a multiple of 8 bytes"
     return None
 
 
