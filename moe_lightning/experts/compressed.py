@@ -18,7 +18,9 @@ from moe_lightning.experts.kernel_path import (
     kernel_inputs,
     mix_by_kernels,
     storage_weights,
-    why_torch,
+    train_by_kernels,
+    wants_gradient,
+    why_no_kernels,
 )
 from moe_lightning.experts.storage import Dense, Packed
 
@@ -121,7 +123,7 @@ class CompressedExperts(nn.Module):
         return NoviceMaps(self.novice_in, self.novice_out, self._novice_map_tensor)
 
     def forward(self, hidden_NH: Tensor, index_NK: Tensor, weight_NK: Tensor) -> Tensor:
-        """Mix real experts and novices: by the Triton kernels on a GPU where no gradient is wanted; see `kernel_path`.
+        """Mix real experts and novices: by the Triton kernels where they are switched on; see `kernel_path`.
 
         Args:
             hidden_NH: Input of the block after its norm, ``[tokens, hidden]``.
@@ -131,10 +133,10 @@ class CompressedExperts(nn.Module):
         Returns:
             ``[tokens, hidden]`` in the type of ``hidden_NH``; sums are in fp32.
         """
-        if why_torch(hidden_NH, weight_NK, self.parameters(), self.act_fn) is None:
-            inputs = self.kernel_inputs(hidden_NH)
-            if inputs is not None:
-                return mix_by_kernels(hidden_NH, index_NK, weight_NK, inputs)
+        if why_no_kernels(hidden_NH, self.act_fn) is None:
+            mixed_NH = self._mixed_by_kernels(hidden_NH, index_NK, weight_NK)
+            if mixed_NH is not None:
+                return mixed_NH
         slot_map = self.slot_map_on(hidden_NH.device)
         pairs = sort_pairs(index_NK, slot_map, self.storage.num_slots)
         mixed_NH = combine_pairs(self.storage(hidden_NH, pairs, self.act_fn), pairs, weight_NK)
@@ -143,16 +145,33 @@ class CompressedExperts(nn.Module):
         return mixed_NH.to(hidden_NH.dtype)
 
     def kernel_inputs(self, hidden_NH: Tensor) -> KernelInputs | None:
-        """Return what the Triton kernels take of this layer; None where they do not know it.
+        """Return what the kernels for inference take of this layer; None where they do not know it.
 
         Args:
             hidden_NH: Input of the block after its norm.
         """
+        return None if self._has_lora else self._kernel_inputs(hidden_NH)
+
+    @property
+    def _has_lora(self) -> bool:
+        return self.storage.gate_up_lora is not None or self.storage.down_lora is not None
+
+    def _kernel_inputs(self, hidden_NH: Tensor) -> KernelInputs | None:
         weights = storage_weights(self.storage, hidden_NH)
         if isinstance(weights, str):
             return None
         slot_map, maps = self.slot_map_on(hidden_NH.device), self.maps_on(hidden_NH.device)
         return kernel_inputs(hidden_NH, slot_map, weights, self.novices, maps)
+
+    def _mixed_by_kernels(self, hidden_NH: Tensor, index_NK: Tensor, weight_NK: Tensor) -> Tensor | None:
+        """Do what `forward` does by the kernels; None where they do not know the weights."""
+        inputs = self._kernel_inputs(hidden_NH)
+        if inputs is None:
+            return None
+        # Only those that train know low-rank terms.
+        if self._has_lora or wants_gradient(hidden_NH, weight_NK, self.parameters()):
+            return train_by_kernels(hidden_NH, index_NK, weight_NK, inputs, self.storage)
+        return mix_by_kernels(hidden_NH, index_NK, weight_NK, inputs)
 
     def extra_repr(self) -> str:
         """Say how many experts are real and how many are novices, of what rank together."""

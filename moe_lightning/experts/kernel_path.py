@@ -1,6 +1,6 @@
 """When a sum over experts goes through the Triton kernels, and the way there.
 
-Nothing else changes: state dicts, training and everything on a CPU go the way of plain torch, which says the same.
+Nothing else changes: state dicts, float64 and everything on a CPU go the way of plain torch, which says the same.
 ``MOE_KERNELS_GPU=auto`` switches the kernels on for a process, `use_kernels` for a stretch of code. They are off by
 themselves as long as no GPU has run their tests: until then they were only interpreted and compiled.
 """
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from moe_kernels import NoviceMaps
+from moe_kernels import NoviceMaps, add_novices
 from moe_kernels.experts import Activation
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ VARIABLE = "MOE_KERNELS_GPU"
 """Environment variable read at import: ``off`` (the default) or ``auto``."""
 
 Use = Literal["auto", "off", "always"]
-"""``auto``: on a GPU, without gradients. ``always``: on a CPU too, in triton's interpreter (for tests)."""
+"""``auto``: on a GPU. ``always``: on a CPU too, in triton's interpreter (for tests)."""
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Volta and Turing have no bf16, and no table of tiles.
@@ -95,7 +95,7 @@ class KernelInputs(NamedTuple):
 def why_torch(
     hidden_NH: Tensor, weight_NK: Tensor | None, parameters: Iterable[Tensor | None], activation: Activation
 ) -> str | None:
-    """Say why a sum over experts does not go through the kernels; None where nothing is known against it.
+    """Say why a sum over experts does not go through the kernels for inference; None where nothing is against it.
 
     Whether the kernels know the weights is another question: `storage_weights`, and ``why_not`` of the kernels.
 
@@ -105,14 +105,24 @@ def why_torch(
         parameters: Everything that might be trained.
         activation: Of the gate half.
     """
+    if _use != "off" and wants_gradient(hidden_NH, weight_NK, parameters):
+        return "a gradient is wanted"
+    return why_no_kernels(hidden_NH, activation)
+
+
+def why_no_kernels(hidden_NH: Tensor, activation: Activation) -> str | None:
+    """Say why neither the kernels for inference nor those with gradients are taken; None where nothing is against it.
+
+    Args:
+        hidden_NH: Input of the block.
+        activation: Of the gate half.
+    """
     if _use == "off":
         return "the kernels are switched off"
     if hidden_NH.device.type != "cuda" and _use != "always":
         return f"the input is on {hidden_NH.device.type}"
     if not _HAS_TRITON:
         return "triton is not installed"
-    if torch.is_grad_enabled() and _wants_gradient(hidden_NH, weight_NK, *parameters):
-        return "a gradient is wanted"
     if torch.is_autocast_enabled(hidden_NH.device.type):
         return "autocast decides about types"
     if not is_silu(activation):
@@ -122,8 +132,11 @@ def why_torch(
     return None
 
 
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+def wants_gradient(hidden_NH: Tensor, weight_NK: Tensor | None, parameters: Iterable[Tensor | None]) -> bool:
+    """Say whether autograd is on and any of these takes part; see `why_torch`."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in (hidden_NH, weight_NK, *parameters))
 
 
 def _capability(device: torch.device) -> int:
@@ -208,6 +221,57 @@ def mix_by_kernels(
     from moe_kernels.triton_kernels.block import mix_experts_op
 
     return mix_experts_op(hidden_NH, index_NK, weight_NK, *inputs, residual_NH)
+
+
+def train_by_kernels(
+    hidden_NH: Tensor, index_NK: Tensor, weight_NK: Tensor, inputs: KernelInputs, storage: Dense | Packed
+) -> Tensor | None:
+    """Compute a sum over experts by the kernels so that it can be differentiated, low-rank terms included.
+
+    Args:
+        hidden_NH: Input of the block.
+        index_NK: Experts chosen by the router.
+        weight_NK: Their routing weights.
+        inputs: Of the experts.
+        storage: What holds the weights, for its low-rank terms.
+
+    Returns:
+        ``[N, H]`` in the type of the input; None where these kernels do not know the weights.
+    """
+    from moe_kernels.triton_kernels.training.operation import train_experts, why_not_train
+    from moe_kernels.triton_kernels.weight_forms import form_of
+
+    lora, scales = _lora_inputs(storage)
+    # They read no 2:4 weights: what an expansion made would have to be kept for the way back.
+    if form_of(inputs.gate_up) == "sparse24" or why_not_train(hidden_NH, inputs.gate_up, inputs.down, lora) is not None:
+        return None
+    slot_map_E, novices = inputs.slot_map_E, inputs.novices
+    mixed_NH = train_experts(
+        hidden_NH, index_NK, weight_NK, slot_map_E, inputs.gate_up, inputs.down, lora, scales, inputs.bias_SH
+    )
+    maps = NoviceMaps(*novices[1:]) if len(novices) > 1 else None
+    vectors_VH = novices[0] if novices else None
+    return add_novices(mixed_NH, index_NK, weight_NK, slot_map_E, vectors_VH, hidden_NH, maps).to(hidden_NH.dtype)
+
+
+def _lora_inputs(storage: Dense | Packed) -> tuple[list[Tensor], list[float]]:
+    """Return the low-rank terms of both projections, or nothing; a term that is not there is one of zeros."""
+    if storage.gate_up_lora is None and storage.down_lora is None:
+        return [], []
+    lora, scales = [], []
+    hidden_size, slots = storage.hidden_size, storage.num_slots
+    inner_size = storage.num_weights // (3 * max(slots, 1) * hidden_size)
+    sizes = ((2 * inner_size, hidden_size), (hidden_size, inner_size))
+    terms = (storage.gate_up_lora, storage.down_lora)
+    like = next(term.lora_A for term in terms if term is not None)
+    for term, (outputs, inputs) in zip(terms, sizes, strict=True):
+        if term is None:
+            lora += [like.new_zeros(slots, 1, inputs), like.new_zeros(slots, outputs, 1)]
+            scales.append(1.0)
+        else:
+            lora += [term.lora_A, term.lora_B]
+            scales.append(term.scale)
+    return lora, scales
 
 
 def block_by_kernels(

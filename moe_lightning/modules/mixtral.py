@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from moe_lightning.architectures import architecture_of
 from moe_lightning.checkpoints import from_pretrained
 from moe_lightning.data import TextDataModule
 from moe_lightning.evaluation.likelihood import Likelihood
@@ -30,9 +31,9 @@ from moe_lightning.modules.checks import (
     check_model_fields,
     check_options,
 )
-from moe_lightning.modules.losses import next_token_loss
 from moe_lightning.modules.packed import ignore_packed_buffers
 from moe_lightning.plan import CompressionPlan
+from moe_lightning.recovery import Objective, Student, hidden_by_layer
 from moe_lightning.surgery import GROUP_NAMES, add_missing_groups, parameter_groups, plan_of, rebuild
 
 
@@ -125,6 +126,9 @@ class MixtralModule(LightningModule):
         self.temperature = temperature
 
         self.model: Any = None
+        # What a training step minimises; stages of recovery put theirs here. No module: a teacher's weights belong in
+        # no checkpoint of its student's.
+        self.objective = Objective()
         # Weights depend on the seed alone, not on how much randomness the preparation of the data used up before.
         self._weights_seed = int(torch.randint(2**62, ()).item())
         # In a dict, so that the metrics are no submodules: a bf16 module would cast their float64 sums.
@@ -236,27 +240,44 @@ class MixtralModule(LightningModule):
         Args:
             batch: ``input_ids`` [B, S] and, where there is padding, ``attention_mask`` [B, S].
         """
+        outputs = self._outputs(batch)
+        return self.model.lm_head(outputs.last_hidden_state), outputs.router_logits
+
+    def _outputs(self, batch: dict[str, Tensor], **wanted: bool) -> Any:
         # Not through MixtralForCausalLM.forward, whose own balancing loss fails on layers with different numbers of
         # experts.
-        outputs = self.model.model(
+        return self.model.model(
             input_ids=batch["input_ids"],
             attention_mask=batch.get("attention_mask"),
             use_cache=False,
             output_router_logits=True,
+            **wanted,
         )
-        return self.model.lm_head(outputs.last_hidden_state), outputs.router_logits
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return next-token loss plus weighted load-balancing loss."""
-        logits, router_logits = self(batch)
-        loss = next_token_loss(logits, batch["labels"])
+        """Return what :attr:`objective` says, by default the next-token loss, plus weighted load-balancing loss."""
+        objective = self.objective
+        student, router_logits = self._student(batch, objective.wants_hidden)
+        loss, parts = objective(student, batch)
         mask = batch.get("attention_mask")
         balance = load_balancing_loss(router_logits, self.model.config.num_experts_per_tok, mask)
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/loss", parts["loss"], prog_bar=True)
         self.log("train/aux_loss", balance.detach())
-        self.log("train/perplexity", loss.detach().exp())
+        self.log("train/perplexity", parts["loss"].exp())
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-        return loss + self.load_balancing_coefficient * balance
+        for name in parts.keys() - {"loss"}:
+            self.log(f"train/{name}", parts[name])
+        coefficient = objective.load_balancing_coefficient
+        return loss + (self.load_balancing_coefficient if coefficient is None else coefficient) * balance
+
+    def _student(self, batch: dict[str, Tensor], hidden: bool) -> tuple[Student, tuple[Tensor, ...]]:
+        """Return what the model says of a batch, and each layer's router logits."""
+        outputs = self._outputs(batch, output_hidden_states=hidden)
+        states: dict[int, Tensor] = {}
+        if hidden:
+            shape = architecture_of(self.model).shape(self.model)
+            states = hidden_by_layer(outputs.hidden_states, shape.blocks, shape.num_layers)
+        return Student(self.model.lm_head(outputs.last_hidden_state), states), outputs.router_logits
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Start the clock of the step."""

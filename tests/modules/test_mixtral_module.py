@@ -18,8 +18,8 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from moe_lightning.data import TextDataModule
 from moe_lightning.experts.balancing import load_balancing_loss
 from moe_lightning.modules import MixtralModule
-from moe_lightning.modules.losses import next_token_loss
 from moe_lightning.plan import CompressionPlan, NoviceExperts
+from moe_lightning.recovery import next_token_loss
 from moe_lightning.surgery import plan_of, rebuild
 from tests.small_runs import MODEL, small_options
 
