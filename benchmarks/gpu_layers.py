@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from moe_kernels import dequantize_int4
-from moe_kernels.packing import pack_int4
+from moe_kernels.packing import Packed24, pack_int4, unpack_24
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
@@ -27,6 +27,7 @@ FORMATS = {
     "novices 50 %": ("dense", 4),
     "int4": ("int4", 0),
     "int4 + novices 50 %": ("int4", 4),
+    "2:4": ("sparse24", 0),
 }
 """Form of the weights, and how many of eight experts are novices."""
 
@@ -89,6 +90,13 @@ class Weights:
         with torch.inference_mode(False):  # training steps take them, too
             return [to_tiles(*stored, inputs) for stored, inputs in zip(self.stored, sizes, strict=True)]
 
+    @cached_property
+    def sparse(self) -> list[Packed24]:
+        """Other weights with the pattern 2:4, as they are stored and as the kernels read them."""
+        shapes = [(2 * self.sizes.inner, self.sizes.hidden), (self.sizes.hidden, self.sizes.inner)]
+        with torch.inference_mode(False):
+            return [self._sparse24(*shape) for shape in shapes]
+
     def _normal(self, *size: int, scale: float) -> Tensor:
         numbers = torch.randn(size, generator=self._draw, device=self.sizes.device, dtype=self.sizes.dtype)
         return numbers.mul_(scale)
@@ -106,10 +114,23 @@ class Weights:
         scale = (0.8 + 0.4 * integers(0, 100, groups, dtype=torch.int32) / 100) * inputs**-0.5 / 4.6
         return words, scale.bfloat16(), pack_int4(zero, torch.uint8)
 
+    def _sparse24(self, outputs: int, inputs: int) -> Packed24:
+        values = self._normal(EXPERTS, outputs, inputs // 2, scale=(inputs / 2) ** -0.5)
+        # Both places of a group of four, the lower one in the lower bits; two groups a byte.
+        pairs = torch.tensor([low | high << 2 for high in range(4) for low in range(high)], dtype=torch.uint8)
+        nibbles = torch.cartesian_prod(pairs, pairs).to(self.sizes.device)
+        drawn = torch.randint(
+            0, 36, (EXPERTS, outputs, inputs // 8), generator=self._draw, device=self.sizes.device, dtype=torch.int32
+        )
+        return Packed24(values, (nibbles[:, 0] | nibbles[:, 1] << 4)[drawn])
+
     def for_kernels(self, form: str, real: int) -> tuple[list[Tensor], list[Tensor]]:
         """Return the weights of the first experts as the kernels take them."""
         if form == "dense":
             return [self.dense[0][:real]], [self.dense[1][:real]]
+        if form == "sparse24":
+            gate_up, down = ([packed.values[:real], packed.metadata[:real]] for packed in self.sparse)
+            return gate_up, down
         gate_up, down = ([tiles.words_SGOW[:real], tiles.pairs_SGO[:real]] for tiles in self.tiles)
         return gate_up, down
 
@@ -117,6 +138,9 @@ class Weights:
         """Return the matrices of an expert, from what is stored and not from the kernels' layout."""
         if form == "dense":
             return self.dense[0][expert].float(), self.dense[1][expert].float()
+        if form == "sparse24":
+            gate_up, down = (unpack_24(Packed24(*(part[expert] for part in packed))).float() for packed in self.sparse)
+            return gate_up, down
         sizes = (self.sizes.hidden, self.sizes.inner)
         gate_up, down = (
             dequantize_int4(words[expert], scale[expert], zero[expert], inputs, torch.float32)
@@ -161,8 +185,10 @@ class Call:
         sizes, index = self.weights.sizes, self.chosen[0]
         of_real = index[index < real]
         weights = 3 * sizes.hidden * sizes.inner
-        # Four bits, and for each group a scale of 16 and a zero of 4; the kernels' pairs take 12 bits more.
-        each = sizes.dtype.itemsize if form == "dense" else 0.5 + 2.5 / sizes.group
+        # int4: four bits, and for each group a scale of 16 and a zero of 4; the kernels' pairs take 12 bits more. 2:4:
+        # half of the weights, and a bit for each.
+        dense = sizes.dtype.itemsize
+        each = {"dense": dense, "int4": 0.5 + 2.5 / sizes.group, "sparse24": dense / 2 + 1 / 8}[form]
         moved = of_real.unique().numel() * weights * each + 2 * self.hidden.numel() * sizes.dtype.itemsize
         by_bytes = moved / ceilings["bytes_per_second"]
         by_flops = 2 * of_real.numel() * weights / ceilings["flops_per_second"]
