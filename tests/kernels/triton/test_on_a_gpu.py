@@ -22,12 +22,17 @@ DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 HIDDEN, INNER, EXPERTS, NOVICES = 512, 768, 8, 2
 # Results and inner activations are rounded to bfloat16; behind more than 64 tokens, int4 weights are, too.
 TOLERANCE, ROUNDED_TOLERANCE = 3e-3, 5e-3
-FORMS = pytest.mark.parametrize("form", ["dense", "int4"])
+FORMS = pytest.mark.parametrize("form", ["dense", "int4", "sparse24"])
 
 
 def matrices(form: str, slots: int, outputs: int, inputs: int) -> list[Tensor]:
     if form == "dense":
         return [(torch.randn(slots, outputs, inputs, device=DEVICE) * inputs**-0.5).to(DTYPE)]
+    if form == "sparse24":
+        values = torch.randn(slots, outputs, inputs // 2, device=DEVICE) * (inputs / 2) ** -0.5
+        pairs = torch.tensor([low | high << 2 for high in range(4) for low in range(high)], device=DEVICE)
+        drawn = torch.randint(0, 36, (slots, outputs, inputs // 8), device=DEVICE)
+        return [values.to(DTYPE), (pairs[drawn % 6] | pairs[drawn // 6] << 4).to(torch.uint8)]
     groups = inputs // 128
     words = torch.randint(-(2**31), 2**31, (slots, outputs, inputs // 8), dtype=torch.int32, device=DEVICE)
     scale = (torch.rand(slots, outputs, groups, device=DEVICE) + 0.5) * inputs**-0.5 / 5
@@ -138,18 +143,19 @@ def test_tokens_beyond_32_bits() -> None:
         assert relative_error(got[part], want) <= TOLERANCE, first
 
 
+@pytest.mark.parametrize("form", ["dense", "sparse24"])
 @pytest.mark.parametrize("tokens", [3, 70])
-def test_weights_beyond_32_bits(tokens: int) -> None:
+def test_weights_beyond_32_bits(form: str, tokens: int) -> None:
     enough_memory(30)
     slots, inner, size = 34, 8192, 4096
-    gate_up, down = matrices("dense", slots, 2 * inner, size), matrices("dense", slots, size, inner)
-    assert gate_up[0].numel() > 2**31
+    gate_up, down = matrices(form, slots, 2 * inner, size), matrices(form, slots, size, inner)
+    assert slots * 2 * inner * size > 2**31
     hidden = torch.randn(tokens, size, device=DEVICE, dtype=DTYPE)
     index = torch.tensor([[slots - 1, 0]], device=DEVICE).expand(tokens, 2).contiguous()
     weight = torch.rand(tokens, 2, device=DEVICE)
     got = mix_experts_op(hidden, index, weight, torch.arange(slots, device=DEVICE), gate_up, down, [])
     # The twin would hold all of them in fp32.
-    few = [[stack[0][[0, slots - 1]]] for stack in (gate_up, down)]
+    few = [[tensor[[0, slots - 1]] for tensor in stack] for stack in (gate_up, down)]
     slot_map = torch.tensor([0, *[ABSENT] * (slots - 2), 1], device=DEVICE)
     assert relative_error(got, mix_experts_twin(hidden, index, weight, slot_map, *few, [])) <= TOLERANCE
 
