@@ -43,8 +43,9 @@ _HOMES = {
     "NoviceExperts": "plan",
     "Novices": "trimming",
     "RTN": "slimming",
+    "RatioSchedule": "schedules",
     "SparseGPT": "slimming",
-    "SparsitySchedule": "slimming",
+    "SparsitySchedule": "schedules",
     "Statistics": "criteria",
     "TextDataModule": "data",
     "Wanda": "slimming",
@@ -87,6 +88,7 @@ __all__ = [
     "ModelSize",
     "NoviceExperts",
     "Novices",
+    "RatioSchedule",
     "SparseGPT",
     "SparsitySchedule",
     "Statistics",
@@ -122,8 +124,9 @@ if TYPE_CHECKING:
         ModelShape,
         NoviceExperts,
     )
+    from moe_lightning.schedules import RatioSchedule, SparsitySchedule
     from moe_lightning.sizes import ModelSize, measure
-    from moe_lightning.slimming import AWQ, GPTQ, RTN, Magnitude, SparseGPT, SparsitySchedule, Wanda
+    from moe_lightning.slimming import AWQ, GPTQ, RTN, Magnitude, SparseGPT, Wanda
     from moe_lightning.statistics import merge_statistics
     from moe_lightning.surgery import build
     from moe_lightning.trimming import Angular, BlockDrop, ChannelDrop, ExpertDrop, LayerDrop, Merge, Novices

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from torch import Tensor
 
 from moe_lightning.architectures import OpenExperts
 from moe_lightning.plan import Edit, ModelShape
+from moe_lightning.schedules import Schedule
 from moe_lightning.statistics import Statistics
 
 
@@ -24,6 +25,19 @@ class Method(ABC):
     def granularity(self) -> Literal["model", "layer"]:
         """Whether the method decides for the whole model at once, or is asked layer by layer (`Slimming`)."""
         return "model"
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """How much is taken as a training run goes on; None where everything is taken at once."""
+        return None
+
+    def at_share(self, share: float) -> Self:
+        """Return the method with a number in the place of its schedule.
+
+        Args:
+            share: What is to be gone by then, as the schedule counts it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no schedule")
 
     @property
     @abstractmethod

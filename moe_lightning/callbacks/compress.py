@@ -9,14 +9,14 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from moe_lightning.architectures import architecture_of
-from moe_lightning.callbacks.at_step import AtStep, Moment, language_model
+from moe_lightning.callbacks.at_step import AtStep, Moment, language_model, tell
 from moe_lightning.callbacks.compression_log import log_compression
-from moe_lightning.callbacks.gradual import Act, acts_of, check_acts
+from moe_lightning.callbacks.course import Change, shape_at
+from moe_lightning.callbacks.gradual import Act, acts_of
 from moe_lightning.callbacks.strategies import check_strategy, wrap_again
-from moe_lightning.compression import CompressionResult, as_methods, compress
+from moe_lightning.compression import CompressionResult, as_methods, compress, trial_edits
 from moe_lightning.compression.layerwise import measures, need_batches
 from moe_lightning.method import Method
-from moe_lightning.plan import ModelShape
 from moe_lightning.slimming.policy import SlimmingPolicy, Starved
 
 
@@ -26,6 +26,7 @@ class Compress(AtStep):
     Its life::
 
         match       global_step has reached at_step, and no checkpoint says that it was done
+        announce    before_compression of all callbacks that have it: a teacher is kept, a loss measured
         observe     calibration batches of the datamodule, without gradients, in eval mode
         synchronise the statistics' sums over ranks
         propose     each method decides, from the statistics of the model as the method before left it
@@ -35,11 +36,12 @@ class Compress(AtStep):
         re-wrap     DistributedDataParallel
         extend      the module's plan, which travels in its checkpoints
         log         plan, sizes, statuses of matrices and pictures to TensorBoard; all numbers to the run directory
+        tell        after_compression of all callbacks that have it: a stage freezes what is new
         free        what the model was before
 
-    A pruning method whose sparsity is a schedule acts again every so many steps with more zeros; weights that are zero
-    stay zero. The other methods of the list act once, at ``at_step``. Whatever was pruned stays so while the model
-    trains on, and what is stored as integers stays as it is.
+    A method whose sparsity or ratio is a schedule acts again every so many steps and takes more; weights that are zero
+    stay zero, and experts that are gone do not come back. The other methods of the list act once, at ``at_step``.
+    Whatever was pruned stays so while the model trains on, and what is stored as integers stays as it is.
 
     Args:
         methods: Methods, in the order in which they are applied.
@@ -76,8 +78,8 @@ class Compress(AtStep):
         self.acts = acts_of(self.methods)
         if at_step == "end" and len(self.acts) > 1:
             raise ValueError(
-                "Compress: a schedule of sparsities needs training between its steps: give at_step a step number, or "
-                "sparsity a number"
+                "Compress: a schedule needs training between its steps: give at_step a step number, or the method a "
+                "number"
             )
         if calibration_batches is not None and calibration_batches < 1:
             raise ValueError(f"Compress: calibration_batches must be 1 or more, got {calibration_batches}")
@@ -163,7 +165,9 @@ class Compress(AtStep):
             return
         check_strategy(trainer, "Compress")
         model = language_model(pl_module)
-        self._check_course(trainer, architecture_of(model).shape(model))
+        # All changes of the run up to the last of this instance, in the order in which they come.
+        last = self.step_of(self.acts[-1]), trainer.callbacks.index(self)  # type: ignore[attr-defined]
+        shape_at(trainer, architecture_of(model).shape(model), last, included=True)
         self._calibration(trainer)
         self._top_up(trainer)
         if not hasattr(pl_module, "set_plan"):
@@ -173,16 +177,10 @@ class Compress(AtStep):
                 stacklevel=2,
             )
 
-    def _check_course(self, trainer: Trainer, shape: ModelShape) -> None:
-        """Try out all acts of the run up to the last of this instance, in the order in which they come."""
-        course = []
-        for place, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
-            if isinstance(callback, Compress) and not callback.done:
-                course += [(callback.step_of(act), place, act) for act in callback.acts[callback.acts_done :]]
-        course.sort(key=lambda item: item[:2])
-        place = trainer.callbacks.index(self)  # type: ignore[attr-defined]
-        last = max(number for number, item in enumerate(course) if item[1] == place)
-        check_acts(shape, ((step, act) for step, _, act in course[: last + 1]))
+    def changes(self, trainer: Trainer) -> list[Change]:
+        """Return the acts that are to come; see :class:`~moe_lightning.callbacks.course.ChangesStructure`."""
+        to_come = () if self.done else self.acts[self.acts_done :]
+        return [Change(self.step_of(act), act) for act in to_come]
 
     def _calibration(self, trainer: Trainer) -> Iterable[Mapping[str, Any]] | None:
         if self.batches is not None:
@@ -216,6 +214,8 @@ class Compress(AtStep):
         """Do what is next; see the class."""
         act = self.acts[self.acts_done]
         model = language_model(module)
+        if act.share is not None and not trial_edits(architecture_of(model).shape(model), act.methods)[0]:
+            return  # rounded to whole experts, nothing more goes
         datamodule: Any = getattr(trainer, "datamodule", None)
         origin = {"step": trainer.global_step, "calibration_batches": self.calibration_batches}
         if hasattr(datamodule, "describe"):
@@ -240,10 +240,11 @@ class Compress(AtStep):
             set_plan(result.plan)
         note = ""
         if len(self.acts) > 1:
-            share = "" if act.sparsity is None else f", {act.sparsity:.1%} zeros"
-            note = f"{self.acts_done + 1} of {len(self.acts)}{share}"
+            taken = "" if act.share is None else f", {act.share:.1%} {act.taken}"
+            note = f"{self.acts_done + 1} of {len(self.acts)}{taken}"
         log_compression(trainer, result, act, f"compression-{self.next_step}{self._number(trainer)}", note)
         self.result = result
+        tell(trainer, "after_compression", module)
 
     def _act_once(self, trainer: Trainer, module: LightningModule) -> None:
         self.act(trainer, module)

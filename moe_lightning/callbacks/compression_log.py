@@ -44,8 +44,8 @@ def log_compression(trainer: Trainer, result: CompressionResult, act: Act, name:
         "compression/bytes_on_disk": float(result.shape_after.bytes),
         "compression/touched_parameters": float(result.touched),
     }
-    if act.sparsity is not None:
-        numbers["compression/sparsity"] = act.sparsity
+    if act.share is not None:
+        numbers["compression/sparsity" if act.taken == "zeros" else "compression/expert_ratio"] = act.share
     # Of several methods only the first saw the model as it was.
     criterion, seed = getattr(act.methods[0], "criterion", None), getattr(act.methods[0], "seed", 0)
     wanted = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
@@ -87,7 +87,8 @@ def compression_record(result: CompressionResult, act: Act, step: int) -> dict[s
     return {
         "step": step,
         "methods": list(map(str, act.methods)),
-        "sparsity": act.sparsity,
+        "sparsity": act.share if act.taken == "zeros" else None,
+        "expert_ratio": act.share if act.taken != "zeros" else None,
         **{name: {**dataclasses.asdict(sizes[name]), "bytes_on_disk": shapes[name].bytes} for name in sizes},
         **result.summary(),
     }

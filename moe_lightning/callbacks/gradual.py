@@ -1,16 +1,16 @@
-"""When the methods of a callback act: all at once, or a pruning method again and again with more zeros each time."""
+"""When the methods of a callback act: all at once, or one of them again and again, taking more each time."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from moe_lightning.compression import check_methods
 from moe_lightning.method import Method
 from moe_lightning.plan import ModelShape, Quantize
 from moe_lightning.slimming.base import Slimming
-from moe_lightning.slimming.schedule import SparsitySchedule
 
 
 @dataclass(frozen=True)
@@ -20,17 +20,14 @@ class Act:
     Attributes:
         after_steps: Optimizer steps since the first.
         methods: Methods in order, with numbers in the place of schedules.
-        sparsity: Share of zeros that the pruning method of a schedule makes; None where there is none.
+        share: What the method of a schedule has taken by then; None where there is none.
+        taken: What that is a share of.
     """
 
     after_steps: int
     methods: tuple[Method, ...]
-    sparsity: float | None = None
-
-
-def schedule_of(method: Method) -> SparsitySchedule | None:
-    """Return how the sparsity of a method grows; None where the method acts once."""
-    return method.schedule if isinstance(method, Slimming) else None
+    share: float | None = None
+    taken: Literal["zeros", "of the experts"] = "zeros"
 
 
 def acts_of(methods: Sequence[Method]) -> tuple[Act, ...]:
@@ -48,27 +45,28 @@ def acts_of(methods: Sequence[Method]) -> tuple[Act, ...]:
     Raises:
         ValueError: Two methods with schedules, or one beside a method that quantises: integers are not pruned further.
     """
-    places = [place for place, method in enumerate(methods) if schedule_of(method) is not None]
+    places = [place for place, method in enumerate(methods) if method.schedule is not None]
     if not places:
         return (Act(0, tuple(methods)),)
     if len(places) > 1:
         names = " and ".join(type(methods[place]).__name__ for place in places)
         raise ValueError(f"Compress: {names} have a schedule each: give each a Compress of its own")
     gradual = methods[places[0]]
-    schedule = schedule_of(gradual)
-    assert isinstance(gradual, Slimming) and schedule is not None
+    schedule = gradual.schedule
+    assert schedule is not None
     before, behind = methods[: places[0]], methods[places[0] + 1 :]
+    prunes = isinstance(gradual, Slimming)
     for method in (*before, *behind):
-        if isinstance(method, Slimming) and isinstance(method.edit(0, "experts"), Quantize):
+        if prunes and isinstance(method, Slimming) and isinstance(method.edit(0, "experts"), Quantize):
             raise ValueError(
                 f"Compress: {type(method).__name__} stores integers, which {type(gradual).__name__} could not prune "
-                f"further along its schedule: give {type(method).__name__} a Compress of its own, {schedule.steps} "
-                "steps later or more"
+                f"further along its schedule: give {type(method).__name__} a Compress of its own, "
+                f"{schedule.moments()[-1]} steps later or more"
             )
     acts = {}
     for moment in schedule.moments():
-        sparsity = schedule.at(moment)
-        acts[moment] = Act(moment, (gradual.at_sparsity(sparsity),), sparsity)
+        share = schedule.at(moment)
+        acts[moment] = Act(moment, (gradual.at_share(share),), share, "zeros" if prunes else "of the experts")
     if before or behind:
         first = acts.get(0, Act(0, ()))
         acts[0] = dataclasses.replace(first, methods=(*before, *first.methods, *behind))
@@ -92,5 +90,5 @@ def check_acts(shape: ModelShape, acts: Iterable[tuple[int | float, Act]]) -> Mo
         try:
             shape = check_methods(shape, act.methods)
         except ValueError as error:
-            raise ValueError(f"Compress at step {step}: {error}") from None
+            raise ValueError(f"{act.owner} at step {step}: {error}") from None
     return shape

@@ -11,24 +11,28 @@ from moe_lightning.plan.formats import round_half_up
 Scope = Literal["layer", "global", "sensitivity"]
 
 
-def removed_in_layer(size: int, ratio: float | None, keep: float | None) -> int:
+def removed_in_layer(size: int, ratio: float | None, keep: float | None, original: int | None = None) -> int:
     """Return how many of a layer's experts go by a budget that holds in that layer.
 
     Args:
         size: Experts of the layer to choose from.
         ratio: Share to remove; None where ``keep`` is given.
         keep: Number to keep, not more than ``size``.
+        original: Experts of the layer that ``ratio`` is a share of, where some are gone already; None for ``size``.
     """
+    if original is not None:
+        return max(0, size - (original - round_half_up((ratio or 0.0) * original)))
     return round_half_up((ratio or 0.0) * size if keep is None else size - keep)
 
 
-def removed_in_all(sizes: Sequence[int], ratio: float | None, keep: float | None) -> int:
+def removed_in_all(sizes: Sequence[int], ratio: float | None, keep: float | None, original: int | None = None) -> int:
     """Return how many experts go in all layers together.
 
     Args:
         sizes: Experts of each layer to choose from.
         ratio: Share to remove; None where ``keep`` is given.
         keep: Mean number to keep over the layers.
+        original: Experts of each layer that ``ratio`` is a share of, where some are gone already; None for ``sizes``.
 
     Raises:
         ValueError: More would be kept than there are.
@@ -36,6 +40,9 @@ def removed_in_all(sizes: Sequence[int], ratio: float | None, keep: float | None
     Source: 2406.02500, ``round((M - n) * L)``: the number that goes is what is rounded.
     """
     total = sum(sizes)
+    if original is not None:
+        whole = original * len(sizes)
+        return max(0, total - (whole - round_half_up((ratio or 0.0) * whole)))
     removed = round_half_up((ratio or 0.0) * total if keep is None else total - (keep or 0) * len(sizes))
     if removed < 0:
         raise ValueError(f"keep={keep} is more than the mean of {total / len(sizes):g} experts a layer: keep fewer")

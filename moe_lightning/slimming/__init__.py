@@ -20,7 +20,6 @@ from moe_lightning.slimming.pruning import (
 )
 from moe_lightning.slimming.quantizers import GPTQ, RTN
 from moe_lightning.slimming.rounding import Quantized, Scheme, dequantize, round_to_nearest
-from moe_lightning.slimming.schedule import SparsitySchedule
 from moe_lightning.slimming.view import LayerView, SlimmedLayer
 
 __all__ = [
@@ -38,7 +37,6 @@ __all__ = [
     "SlimmedLayer",
     "Slimming",
     "SparseGPT",
-    "SparsitySchedule",
     "Wanda",
     "dequantize",
     "keep_mask",

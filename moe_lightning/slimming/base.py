@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from torch import Tensor
 from moe_lightning.method import Method
 from moe_lightning.plan import Edit, ModelShape
 from moe_lightning.slimming.hessian import output_error
-from moe_lightning.slimming.schedule import SparsitySchedule
 from moe_lightning.slimming.view import FALLBACKS, LayerView, MomentKind, SlimmedLayer, Target
 from moe_lightning.statistics import Statistics
 
@@ -52,19 +50,6 @@ class Slimming(Method):
         """Largest of the moments of inputs that the method reads; None where it needs no calibration data."""
         return None
 
-    @property
-    def schedule(self) -> SparsitySchedule | None:
-        """How the sparsity grows in a run; None where it is one number."""
-        return None
-
-    def at_sparsity(self, sparsity: float) -> Self:
-        """Return the method with a number in the place of its schedule.
-
-        Args:
-            sparsity: Share of zeros.
-        """
-        return dataclasses.replace(self, sparsity=sparsity)  # type: ignore[type-var]
-
     @abstractmethod
     def edit(self, layer: int, target: Target) -> Edit:
         """Return what the method does to a layer.
@@ -89,10 +74,11 @@ class Slimming(Method):
     def propose(self, shape: ModelShape, statistics: Statistics) -> tuple[Edit, ...]:
         """Take every layer with real experts, and every attention where asked; see :meth:`Method.propose`."""
         name = type(self).__name__
-        if self.schedule is not None:
+        schedule = self.schedule
+        if schedule is not None:
             raise ValueError(
                 f"{name}: sparsity is a schedule, which takes a training run to follow: give the method to the "
-                f"callback Compress in fit, or a number here, e.g. sparsity={self.schedule.end}"
+                f"callback Compress in fit, or a number here, e.g. sparsity={schedule.at(schedule.moments()[-1])}"
             )
         attention = getattr(self, "targets", "experts") == "experts+attention"
         moe = {layout.layer for layout in shape.layouts if layout.real}

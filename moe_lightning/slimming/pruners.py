@@ -5,14 +5,16 @@ Legend: S matrices (slots), O outputs, I inputs.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from moe_lightning.plan import Edit, MaskScope, Pattern, Sparsify
+from moe_lightning.schedules import SparsitySchedule
 from moe_lightning.slimming.base import (
     Measured,
     Propagate,
@@ -36,7 +38,6 @@ from moe_lightning.slimming.pruning import (
     prune_by_wanda,
 )
 from moe_lightning.slimming.rounding import Quantized
-from moe_lightning.slimming.schedule import SparsitySchedule
 from moe_lightning.slimming.view import LayerView, MomentKind, SlimmedLayer, Target
 
 Prune = Callable[[Tensor, Tensor | None, Tensor | None, list[int]], Pruned]
@@ -51,6 +52,10 @@ class Pruning(Slimming):
         """How the sparsity grows in a run; None where it is one number, or a pattern."""
         sparsity = self.sparsity  # type: ignore[attr-defined]
         return sparsity if isinstance(sparsity, SparsitySchedule) else None
+
+    def at_share(self, share: float) -> Self:
+        """Return the method with a sparsity in the place of its schedule; see :meth:`Method.at_share`."""
+        return dataclasses.replace(self, sparsity=share)  # type: ignore[type-var]
 
     @property
     def selection(self) -> Selection:

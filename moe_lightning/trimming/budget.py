@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from moe_lightning.criteria.counts import Scope, even_counts, removed_in_all, removed_in_layer
 from moe_lightning.criteria.selection import ScoreRanking, counts_over_layers
 from moe_lightning.plan import CompressionPlan, Edit, ModelShape
+from moe_lightning.schedules import RatioSchedule
 from moe_lightning.statistics import criterion_named
 
 Compatible = Literal["any", "uniform"]
@@ -57,6 +58,8 @@ class ExpertBudget:
         compatible: ``uniform`` refuses what would leave layers with different numbers of experts.
         floor: Experts that every layer keeps at least; None leaves it to the method.
         lowest_floor: Smallest floor that the method can do.
+        original: Experts of a layer of the original model, where ``ratio`` is a share of those; None where it is one
+            of those that are left.
     """
 
     owner: str
@@ -69,6 +72,7 @@ class ExpertBudget:
     compatible: Compatible
     floor: int | None
     lowest_floor: int = 0
+    original: int | None = None
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -142,7 +146,7 @@ class ExpertBudget:
 
     def removed_in_layer(self, size: int) -> int:
         """Return how many of a layer's experts go where the budget is a ratio or a number."""
-        return removed_in_layer(size, self.ratio, self.keep)
+        return removed_in_layer(size, self.ratio, self.keep, self.original)
 
     def layer_counts(self, shape: ModelShape, room: Room, edits_of: EditsOf, next_cost: NextCost) -> list[int]:
         """Solve the budget layer by layer.
@@ -204,7 +208,7 @@ class ExpertBudget:
         removable = room.removable
         if self.target is None:
             try:
-                removed = removed_in_all(room.sizes, self.ratio, self.keep)
+                removed = removed_in_all(room.sizes, self.ratio, self.keep, self.original)
             except ValueError as error:
                 raise ValueError(f"{self.owner}: {error}") from None
             if removed > sum(removable):
@@ -278,3 +282,33 @@ def _fewest(most: int, fits: Callable[[int], bool]) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle + 1, high)
     return high
+
+
+Of = Literal["left", "original"]
+"""What a ratio is a share of: the experts that are left, or those of the original model."""
+
+
+def ratio_at_end(ratio: float | RatioSchedule | None) -> float | None:
+    """Return a ratio as a number: of a schedule its end."""
+    return ratio.end if isinstance(ratio, RatioSchedule) else ratio
+
+
+def check_of(owner: str, of: str, ratio: float | RatioSchedule | None) -> None:
+    """Check what a ratio is a share of.
+
+    Raises:
+        ValueError: Another word, or there is no ratio that it would be about.
+    """
+    if of not in get_args(Of):
+        raise ValueError(f"{owner}: unknown of={of!r}: choose one of {', '.join(get_args(Of))}")
+    if of == "original" and ratio is None:
+        raise ValueError(f"{owner}: of=original says what ratio is a share of: set ratio, or leave of out")
+
+
+def refuse_schedule(owner: str, ratio: float | RatioSchedule | None) -> None:
+    """Raise ValueError for a schedule where there is no training run that could follow it."""
+    if isinstance(ratio, RatioSchedule):
+        raise ValueError(
+            f"{owner}: ratio is a schedule, which takes a training run to follow: give the method to the callback "
+            f"Compress in fit, or a number here, e.g. ratio={ratio.end}"
+        )

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from moe_lightning.criteria.counts import Scope
 from moe_lightning.method import Method
 from moe_lightning.plan import Edit, KeepExperts, ModelShape
+from moe_lightning.schedules import RatioSchedule
 from moe_lightning.statistics import Statistics, criterion_named
-from moe_lightning.trimming.budget import Compatible, ExpertBudget, Room
+from moe_lightning.trimming.budget import (
+    Compatible,
+    ExpertBudget,
+    Of,
+    Room,
+    check_of,
+    ratio_at_end,
+    refuse_schedule,
+)
 from moe_lightning.trimming.whole_experts import WholeExperts, trial_options
 
 
@@ -25,7 +35,8 @@ class ExpertDrop(Method):
     Give exactly one of ratio, keep, parameters and bytes.
 
     Attributes:
-        ratio: Share of the experts to drop, in [0, 1).
+        ratio: Share of the experts to drop, in [0, 1); in fit also a schedule, {start: 0, end: 0.5, steps: 400,
+            every: 100}, of those of the original model.
         keep: Experts to keep a layer; with scope=global and scope=sensitivity the mean over layers.
         parameters: Drop as few experts as leave the model at most this many parameters. In scope=layer the layers may
             then differ by one expert: the extra ones go where the next-lowest score is smallest.
@@ -42,11 +53,12 @@ class ExpertDrop(Method):
         compatible: uniform refuses what leaves layers with different numbers of experts, for engines that want them
             alike.
         seed: Seed of criterion=random.
+        of: What ratio is a share of: the experts that are left, or those of the original model.
 
     Source: 2406.02500, Expert Drop. The released script keeps 6 of Mixtral's 8, scope global.
     """
 
-    ratio: float | None = None
+    ratio: float | RatioSchedule | None = None
     keep: float | None = None
     parameters: int | None = None
     bytes: int | None = None
@@ -57,10 +69,12 @@ class ExpertDrop(Method):
     floor: int | None = None
     compatible: Compatible = "any"
     seed: int = 0
+    of: Of = "left"
 
     def __post_init__(self) -> None:
         """Check the options."""
         self._budget()
+        check_of("ExpertDrop", self.of, self.ratio)
         if self.router not in ("slice", "keep"):
             raise ValueError(f"ExpertDrop: unknown router {self.router!r}: choose slice or keep")
         if self.router == "keep" and "subsets" in criterion_named(self.criterion).needs:
@@ -72,7 +86,7 @@ class ExpertDrop(Method):
     def _budget(self) -> ExpertBudget:
         return ExpertBudget(
             "ExpertDrop",
-            self.ratio,
+            ratio_at_end(self.ratio),
             self.keep,
             self.parameters,
             self.bytes,
@@ -82,6 +96,15 @@ class ExpertDrop(Method):
             self.floor,
             lowest_floor=1,
         )
+
+    @property
+    def schedule(self) -> RatioSchedule | None:
+        """How the ratio grows in a run; None where it is one number."""
+        return self.ratio if isinstance(self.ratio, RatioSchedule) else None
+
+    def at_share(self, share: float) -> Self:
+        """Return the method with a ratio in the place of its schedule; see :meth:`Method.at_share`."""
+        return dataclasses.replace(self, ratio=share, of="original")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -102,6 +125,8 @@ class ExpertDrop(Method):
         return self._choice(shape, statistics).trial(layer)
 
     def _choice(self, shape: ModelShape, statistics: Statistics) -> WholeExperts:
+        refuse_schedule("ExpertDrop", self.ratio)
+        original = shape.num_experts if self.of == "original" else None
         candidates = [
             tuple(expert for expert in layout.router if expert not in layout.absent) for layout in shape.layouts
         ]
@@ -115,7 +140,7 @@ class ExpertDrop(Method):
 
         room = self._room(shape, [len(experts) for experts in candidates])
         return WholeExperts(
-            self._budget(),
+            dataclasses.replace(self._budget(), original=original),
             self.seed,
             shape,
             statistics,

@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -14,9 +14,18 @@ from torch import Tensor
 from moe_lightning.criteria.counts import Scope
 from moe_lightning.method import Method
 from moe_lightning.plan import Edit, ModelShape, NoviceExperts
+from moe_lightning.schedules import RatioSchedule
 from moe_lightning.statistics import Statistics, criterion_named
 from moe_lightning.statistics.low_rank import TOKENS_PER_RANK
-from moe_lightning.trimming.budget import Compatible, ExpertBudget, Room
+from moe_lightning.trimming.budget import (
+    Compatible,
+    ExpertBudget,
+    Of,
+    Room,
+    check_of,
+    ratio_at_end,
+    refuse_schedule,
+)
 from moe_lightning.trimming.whole_experts import WholeExperts, trial_options
 
 NoviceKind = Literal["mean", "zero", "gate2_mean", "low_rank"]
@@ -159,7 +168,8 @@ class Novices(Method):
     parameters. Give exactly one of ratio, keep, parameters and bytes.
 
     Attributes:
-        ratio: Share of the experts to replace, in [0, 1).
+        ratio: Share of the experts to replace, in [0, 1); in fit also a schedule, {start: 0, end: 0.5, steps: 400,
+            every: 100}, of those of the original model.
         keep: Real experts to keep a layer; with scope=global and scope=sensitivity the mean over layers.
         parameters: Replace as few experts as leave the model at most this many parameters, those of the novices
             counted. In scope=layer the layers may then differ by one expert: the extra ones go where the next-lowest
@@ -176,11 +186,12 @@ class Novices(Method):
         compatible: uniform refuses what leaves layers with different numbers of real experts, for engines that want
             them alike.
         seed: Seed of criterion=random.
+        of: What ratio is a share of: the experts that are left, or those of the original model.
 
     Source: 2507.00390; the defaults are the released ones. gate2_mean and low_rank are ours.
     """
 
-    ratio: float | None = None
+    ratio: float | RatioSchedule | None = None
     keep: float | None = None
     parameters: int | None = None
     bytes: int | None = None
@@ -191,10 +202,12 @@ class Novices(Method):
     floor: int = 0
     compatible: Compatible = "any"
     seed: int = 0
+    of: Of = "left"
 
     def __post_init__(self) -> None:
         """Check the options."""
         self._budget()
+        check_of("Novices", self.of, self.ratio)
         if self.novice not in get_args(NoviceKind):
             raise ValueError(
                 f"Novices: unknown novice {self.novice!r}: choose one of {', '.join(get_args(NoviceKind))}"
@@ -223,7 +236,7 @@ class Novices(Method):
     def _budget(self) -> ExpertBudget:
         return ExpertBudget(
             "Novices",
-            self.ratio,
+            ratio_at_end(self.ratio),
             self.keep,
             self.parameters,
             self.bytes,
@@ -232,6 +245,15 @@ class Novices(Method):
             self.compatible,
             self.floor,
         )
+
+    @property
+    def schedule(self) -> RatioSchedule | None:
+        """How the ratio grows in a run; None where it is one number."""
+        return self.ratio if isinstance(self.ratio, RatioSchedule) else None
+
+    def at_share(self, share: float) -> Self:
+        """Return the method with a ratio in the place of its schedule; see :meth:`Method.at_share`."""
+        return dataclasses.replace(self, ratio=share, of="original")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -273,6 +295,8 @@ class Novices(Method):
         return novice_parameters(edit, statistics) if isinstance(edit, NoviceExperts) else {}
 
     def _choice(self, shape: ModelShape, statistics: Statistics) -> WholeExperts:
+        refuse_schedule("Novices", self.ratio)
+        original = shape.num_experts if self.of == "original" else None
         candidates = [layout.real for layout in shape.layouts]
         if self.novice == "low_rank":
             self._check_rank(shape)
@@ -291,7 +315,7 @@ class Novices(Method):
         floors = [min(self.floor, size) for size in sizes]
         room = Room(sizes, floors, f"floor={self.floor}", "lower the floor, or " if self.floor else "")
         return WholeExperts(
-            self._budget(),
+            dataclasses.replace(self._budget(), original=original),
             self.seed,
             shape,
             statistics,

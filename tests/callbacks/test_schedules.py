@@ -6,13 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import moe_lightning as ml
-from moe_lightning.plan import Sparsify
+from moe_lightning.architectures import architecture_of
+from moe_lightning.plan import ModelShape, Sparsify
 from moe_lightning.surgery import plan_of
 from tests.callbacks.slimming_runs import Watch, compress, gradual
 from tests.callbacks.small_fit import fit, tiny_module
+
+
+def ml_shape(module: Any) -> ModelShape:
+    return architecture_of(module.model).shape(module.model)
 
 
 @pytest.mark.parametrize("method", ["Magnitude", "Wanda", "SparseGPT"])
@@ -42,6 +48,51 @@ def test_a_schedule_prunes_step_by_step(method: str, tmp_path: Path) -> None:
     assert found == pytest.approx({step + 1: schedule.at(step) for step in (2, 4, 6)})
     sizes = [event.value for event in events.Scalars("compression/bytes_on_disk")]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "left"),
+    [
+        (ml.Novices(ratio=ml.RatioSchedule(0, 0.5, 6, every=2)), {3: [5] * 3, 5: [4] * 3, 7: [3] * 3}),
+        (
+            ml.Novices(ratio=ml.RatioSchedule(0, 0.5, 6, every=3), scope="global", criterion="residual"),
+            {4: 18 - 5, 7: 18 - 9},
+        ),
+        # The second moment rounds to as many experts as the first: nothing happens then.
+        (ml.ExpertDrop(ratio=ml.RatioSchedule(0.3, 0.5, 4, every=1)), {1: [4] * 3, 4: [3] * 3}),
+    ],
+)
+def test_a_ratio_grows_step_by_step(method: Any, left: dict[int, Any], tmp_path: Path) -> None:
+    module = tiny_module()
+    module.configure_model()
+    assert [layout.router for layout in ml_shape(module).layouts] == [tuple(range(6))] * 3
+    found: dict[int, Any] = {}
+
+    class Count(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            counts = [len(layout.real) for layout in ml_shape(pl_module).layouts]
+            found[trainer.global_step] = counts
+
+    fit(module, tmp_path, [compress(1, method), Count()], steps=8)
+    wanted: Any = [6] * 3
+    for step in range(1, 9):
+        wanted = left.get(step - 1, wanted)
+        assert (found[step] if isinstance(wanted, list) else sum(found[step])) == wanted, step
+    files = (tmp_path / "results").glob("compression-?.json")
+    acted = {int(path.stem.split("-")[1]) for path in files}
+    assert acted == set(left)
+
+
+def test_a_ratio_that_grows_wants_a_run() -> None:
+    method = ml.Novices(ratio=ml.RatioSchedule(0, 0.5, 6, every=2))
+    module = tiny_module()
+    module.configure_model()
+    with pytest.raises(ValueError, match=r"ratio is a schedule.*callback Compress in fit.*ratio=0\.5"):
+        ml.compress(module.model, [], method)
+    with pytest.raises(ValueError, match=r"unknown of=.some.: choose one of left, original"):
+        ml.Novices(ratio=0.5, of="some")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"set ratio, or leave of out"):
+        ml.ExpertDrop(keep=4, of="original")
 
 
 def test_other_methods_of_the_list_act_once_at_the_first_step(tmp_path: Path) -> None:
@@ -105,7 +156,7 @@ def test_what_cannot_work_is_found_before_the_first_step(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: compress("end", ml.Wanda(sparsity=gradual())), "schedule of sparsities needs training between"),
+        (lambda: compress("end", ml.Wanda(sparsity=gradual())), "a schedule needs training between its steps"),
         (
             lambda: compress(1, ml.Wanda(sparsity=gradual()), ml.GPTQ()),
             "GPTQ stores integers.*give GPTQ a Compress of its own, 4 steps later or more",

@@ -170,8 +170,8 @@ def test_a_schedule_takes_a_run(kind: type) -> None:
     with pytest.raises(ValueError, match=f"{kind.__name__}: sparsity is a schedule.*callback.*sparsity=0.5"):
         compress(model, random_batches(), method, progress=False)
     assert not plan_of(model)
-    assert method.at_sparsity(0.25) == kind(sparsity=0.25)
-    assert method.at_sparsity(0.25).schedule is None
+    assert method.at_share(0.25) == kind(sparsity=0.25)
+    assert method.at_share(0.25).schedule is None
 
 
 def test_what_is_measured() -> None:
