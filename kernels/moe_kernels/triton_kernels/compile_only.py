@@ -69,7 +69,7 @@ class Resources:
         registers: Registers of a thread.
         spills: Loads and stores of registers that did not fit.
         instructions: Instructions of the kernel.
-        loop_instructions: Instructions of the shortest loop with tensor-core instructions in it; 0 where there is none.
+        loop_instructions: Instructions of the innermost loop with the most products on tensor cores; 0 without one.
         loop_products: Tensor-core instructions in that loop.
         opcodes: Instructions of that loop (of the kernel, where there is none) by name.
         has_wgmma: Products of a whole group of four warps, sm_90.
@@ -176,15 +176,22 @@ def _opcode(text: str) -> str:
 
 
 def _product_loop(code: list[tuple[int, str]]) -> list[str]:
-    """Return the shortest stretch of code that a branch at its end repeats and that multiplies on tensor cores."""
+    """Return the innermost loop (code that a branch at its end repeats) with the most products on tensor cores."""
     loops = []
     for end, text in code:
         branch = _BRANCH.search(text)
         if branch and (start := int(branch[1], 16)) < end:
             body = [line for address, line in code if start <= address <= end]
-            if any(_opcode(line) in _TENSOR_CORE for line in body):
-                loops.append(body)
-    return min(loops, key=len, default=[])
+            # Code behind the end of the kernel jumps back where something was waited for: that is no loop.
+            ends = any(line.startswith("EXIT") for line in body)
+            if not ends and (products := sum(_opcode(line) in _TENSOR_CORE for line in body)):
+                loops.append((start, end, products, body))
+    inner = [
+        loop
+        for loop in loops
+        if not any(other is not loop and loop[0] <= other[0] and other[1] <= loop[1] for other in loops)
+    ]
+    return max(inner, key=lambda loop: loop[2], default=(0, 0, 0, []))[3]
 
 
 def resources_of(requests: Sequence[Request]) -> list[Resources]:

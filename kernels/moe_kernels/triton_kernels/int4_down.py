@@ -15,7 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.triton_kernels.int4_layout import Int4Tiles, dequantize_tiles
-from moe_kernels.triton_kernels.int4_numbers import group_product, nibble_mask, unpack_plane
+from moe_kernels.triton_kernels.int4_numbers import (
+    group_product,
+    nibble_mask,
+    scales_of,
+    subtract_zeros,
+    unpack_plane,
+    zeros_apart,
+)
 from moe_kernels.triton_kernels.interpreting import compute_type
 from moe_kernels.triton_kernels.routing import DecodeRouting
 
@@ -51,6 +58,8 @@ def int4_down_kernel(
     NUM_GROUPS: tl.constexpr = INNER // GROUP
     GROUPS_OF_A_SPLIT: tl.constexpr = (NUM_GROUPS + SPLITS - 1) // SPLITS
     SUMS: tl.constexpr = GROUP // SUM_OVER
+    ZEROS_APART: tl.constexpr = zeros_apart(BLOCK_TOKENS, COMPUTE)
+    ZEROS_AT_ONCE: tl.constexpr = 16
     mask = nibble_mask(reached, COMPUTE)
     split = tl.program_id(1)
     token_T = tl.arange(0, BLOCK_TOKENS).to(tl.int64)
@@ -68,18 +77,33 @@ def int4_down_kernel(
     for group in tl.range(split * GROUPS_OF_A_SPLIT, last, num_stages=STAGES):
         tile_words_OW = tl.load(words_OW + group * HIDDEN * WORDS)
         tile_pairs_O = tl.load(pairs_ptr + row_O + group * HIDDEN)
-        sums_T = tl.zeros((BLOCK_TOKENS,), tl.float32)
-        for part in tl.static_range(SUMS):
-            sums_T += tl.load(
-                inner_sums_ptr + row_T * (INNER // SUM_OVER) + group * SUMS + part, mask=chosen_T, other=0.0
-            )
+        if not ZEROS_APART:
+            sums_T = tl.zeros((BLOCK_TOKENS,), tl.float32)
+            for part in tl.static_range(SUMS):
+                sums_T += tl.load(
+                    inner_sums_ptr + row_T * (INNER // SUM_OVER) + group * SUMS + part, mask=chosen_T, other=0.0
+                )
         part_OT = tl.zeros((BLOCK_OUT, BLOCK_TOKENS), tl.float32)
         for plane in tl.static_range(4):
             offset = group * GROUP + plane * 2 * WORDS
             part_XT = tl.load(input_XT + offset, mask=chosen_T[None, :], other=0.0).to(COMPUTE)
             numbers = unpack_plane(tile_words_OW, mask, plane, COMPUTE)
             part_OT = tl.dot(numbers, part_XT, part_OT, input_precision="ieee")
-        total_OT += group_product(part_OT, tile_pairs_O, sums_T, COMPUTE)
+        if ZEROS_APART:
+            total_OT += part_OT * scales_of(tile_pairs_O)[:, None]
+        else:
+            total_OT += group_product(part_OT, tile_pairs_O, sums_T, COMPUTE)
+    if ZEROS_APART:
+        for first in tl.range(split * GROUPS_OF_A_SPLIT * SUMS, last * SUMS, ZEROS_AT_ONCE, num_stages=1):
+            sum_B = first + tl.arange(0, ZEROS_AT_ONCE)
+            known_B = sum_B < last * SUMS
+            sums_BT = tl.load(
+                inner_sums_ptr + row_T[None, :] * (INNER // SUM_OVER) + sum_B[:, None],
+                mask=known_B[:, None] & chosen_T[None, :],
+                other=0.0,
+            )
+            pairs_OB = pairs_ptr + row_O[:, None] + (sum_B // SUMS)[None, :] * HIDDEN
+            total_OT = subtract_zeros(total_OT, tl.load(pairs_OB, mask=known_B[None, :], other=0), sums_BT, COMPUTE)
 
     # A true loop: the registers of all stores at once would be too many.
     for place in tl.range(0, TOP_K, num_stages=1):

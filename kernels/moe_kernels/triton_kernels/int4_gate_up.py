@@ -15,7 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.triton_kernels.int4_layout import Int4Tiles, dequantize_tiles
-from moe_kernels.triton_kernels.int4_numbers import group_product, nibble_mask, unpack_plane
+from moe_kernels.triton_kernels.int4_numbers import (
+    group_product,
+    nibble_mask,
+    scales_of,
+    subtract_zeros,
+    unpack_plane,
+    zeros_apart,
+)
 from moe_kernels.triton_kernels.interpreting import compute_type
 from moe_kernels.triton_kernels.routing import DecodeRouting
 
@@ -48,11 +55,18 @@ def int4_gate_up_kernel(
         return
     WORDS: tl.constexpr = GROUP // 8
     NUM_GROUPS: tl.constexpr = HIDDEN // GROUP
+    ZEROS_APART: tl.constexpr = zeros_apart(BLOCK_TOKENS, COMPUTE)
+    ZEROS_AT_ONCE: tl.constexpr = 16
     mask = nibble_mask(reached, COMPUTE)
     token_T = tl.arange(0, BLOCK_TOKENS).to(tl.int64)
     chosen_T = tl.zeros((BLOCK_TOKENS,), tl.int1)
-    for place in tl.static_range(TOP_K):
-        chosen_T |= tl.load(slot_ptr + token_T * TOP_K + place, mask=token_T < num_tokens, other=-1) == slot
+    if BLOCK_TOKENS < 64:
+        for place in tl.static_range(TOP_K):
+            chosen_T |= tl.load(slot_ptr + token_T * TOP_K + place, mask=token_T < num_tokens, other=-1) == slot
+    else:
+        # A true loop: the registers of all choices at once would be too many.
+        for place in tl.range(0, TOP_K, num_stages=1):
+            chosen_T |= tl.load(slot_ptr + token_T * TOP_K + place, mask=token_T < num_tokens, other=-1) == slot
 
     out_O = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row_O = slot * NUM_GROUPS * 2 * INNER + out_O
@@ -66,7 +80,8 @@ def int4_gate_up_kernel(
         up_words_OW = tl.load(words_OW + (first + INNER) * WORDS)
         gate_pairs_O = tl.load(pairs_ptr + row_O + first)
         up_pairs_O = tl.load(pairs_ptr + row_O + first + INNER)
-        sums_T = tl.load(sums_ptr + token_T * NUM_GROUPS + group, mask=chosen_T, other=0.0)
+        if not ZEROS_APART:
+            sums_T = tl.load(sums_ptr + token_T * NUM_GROUPS + group, mask=chosen_T, other=0.0)
         gate_part_OT = tl.zeros((BLOCK_OUT, BLOCK_TOKENS), tl.float32)
         up_part_OT = tl.zeros((BLOCK_OUT, BLOCK_TOKENS), tl.float32)
         for plane in tl.static_range(4):
@@ -76,8 +91,26 @@ def int4_gate_up_kernel(
             gate_part_OT = tl.dot(gate_numbers, part_XT, gate_part_OT, input_precision="ieee")
             up_numbers = unpack_plane(up_words_OW, mask, plane, COMPUTE)
             up_part_OT = tl.dot(up_numbers, part_XT, up_part_OT, input_precision="ieee")
-        gate_OT += group_product(gate_part_OT, gate_pairs_O, sums_T, COMPUTE)
-        up_OT += group_product(up_part_OT, up_pairs_O, sums_T, COMPUTE)
+        if ZEROS_APART:
+            gate_OT += gate_part_OT * scales_of(gate_pairs_O)[:, None]
+            up_OT += up_part_OT * scales_of(up_pairs_O)[:, None]
+        else:
+            gate_OT += group_product(gate_part_OT, gate_pairs_O, sums_T, COMPUTE)
+            up_OT += group_product(up_part_OT, up_pairs_O, sums_T, COMPUTE)
+    if ZEROS_APART:
+        # A true loop, by a bound that the compiler does not know: unrolled, it takes too many registers.
+        for first in tl.range(0, NUM_GROUPS * tl.sum(reached), ZEROS_AT_ONCE, num_stages=1):
+            group_G = first + tl.arange(0, ZEROS_AT_ONCE)
+            known_G = group_G < NUM_GROUPS
+            sums_GT = tl.load(
+                sums_ptr + token_T[None, :] * NUM_GROUPS + group_G[:, None],
+                mask=known_G[:, None] & chosen_T[None, :],
+                other=0.0,
+            )
+            pairs_OG = pairs_ptr + row_O[:, None] + group_G[None, :] * (2 * INNER)
+            gate_OT = subtract_zeros(gate_OT, tl.load(pairs_OG, mask=known_G[None, :], other=0), sums_GT, COMPUTE)
+            up_pairs_OG = tl.load(pairs_OG + INNER, mask=known_G[None, :], other=0)
+            up_OT = subtract_zeros(up_OT, up_pairs_OG, sums_GT, COMPUTE)
 
     inner_OT = (gate_OT / (1 + tl.exp(-gate_OT)) * up_OT).to(inner_ptr.dtype.element_ty)
     row_T = slot * num_tokens + token_T

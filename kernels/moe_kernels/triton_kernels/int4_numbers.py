@@ -69,6 +69,25 @@ def group_product(product_OT, pairs_O, sums_T, dtype: tl.constexpr):
 
 
 @triton.jit
+def zeros_apart(BLOCK_TOKENS: tl.constexpr, dtype: tl.constexpr):
+    """Say whether zeros are taken off once, behind the loop: with many tokens they cost as much as the scales in it.
+
+    Not in fp32: without an offset of the codes there is little to take off, and no tensor core that would do it.
+    """
+    return BLOCK_TOKENS >= 32 and dtype != tl.float32
+
+
+@triton.jit
+def subtract_zeros(total_OT, pairs_OG, sums_GT, dtype: tl.constexpr):
+    """Take zeros off a sum over groups of bare products times scales.
+
+    Three products of tf32 numbers are one of fp32 (the zero times the scale has sixteen bits: two of them hold it).
+    """
+    zeros_OG = zeros_of(pairs_OG, dtype) * scales_of(pairs_OG)
+    return tl.dot(-zeros_OG, sums_GT, total_OT, input_precision="tf32x3")
+
+
+@triton.jit
 def exact_weights(codes_OX, pairs_O):
     """Turn codes without an offset, in fp32, into weights."""
     return (codes_OX - zeros_of(pairs_O, tl.float32)[:, None]) * scales_of(pairs_O)[:, None]

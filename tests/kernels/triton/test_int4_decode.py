@@ -86,3 +86,28 @@ def test_down(dtype: torch.dtype, tokens: int, group: int, sum_over: int, splits
     clean = inner.nan_to_num().to(device)
     twin = int4_down_twin(clean, problem.tiles)
     assert relative_error(twin, clean.double().cpu().numpy() @ problem.dense.transpose(0, 2, 1)) < 1e-6
+
+
+@pytest.mark.parametrize(("block_tokens", "splits"), [(32, 2), (64, 1)])
+def test_zeros_taken_off_behind_the_loop(block_tokens: int, splits: int, device: str) -> None:
+    """More sums than are taken at a time, of inputs whose mean is not zero: what zeros take off is large."""
+    wide, rows, slots, tokens, group = 1152, 64, 1, block_tokens - 3, 64
+    index, weight, slot_map = routing_problem(tokens, 3, 2, novices=(1, 2))
+    index, weight, slot_map = index.to(device), weight.to(device), slot_map.to(device)
+    draw = torch.Generator().manual_seed(0)
+    hidden = ((torch.randn(tokens, wide, generator=draw) + 0.5) / 8).to(device, torch.float16)
+    routing = decode_routing(hidden, index, weight, slot_map, slots, group)
+    options = {"block_out": 64, "block_tokens": block_tokens, "num_warps": 4, "num_stages": 3}
+    token, place = (slot_map[index] == 0).nonzero(as_tuple=True)
+    chosen = hidden[token].double().cpu().numpy()
+
+    problem = int4_problem(slots, 2 * rows, wide, group, device=device)
+    got = int4_gate_up(hidden, routing.sums_NG, problem.tiles, routing, 32, **options)[0][0, token]
+    gate, up = np.split(chosen @ problem.dense[0].T, 2, -1)
+    assert relative_error(got, gate / (1 + np.exp(-gate)) * up) <= TOLERANCE[torch.float16]
+
+    problem = int4_problem(slots, rows, wide, group, seed=1, device=device)
+    sums = hidden.float().unflatten(-1, (-1, 32)).sum(-1)
+    got = int4_down(hidden[None], sums[None], problem.tiles, routing, splits, **options).sum(0)[token, place]
+    share = weight[token, place, None].double().cpu().numpy()
+    assert relative_error(got, share * (chosen @ problem.dense[0].T)) <= 1e-5
