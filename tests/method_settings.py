@@ -14,10 +14,12 @@ class Setting:
     Attributes:
         make: Returns the methods.
         plain: Whether the outcome is a plain Mixtral, which transformers alone loads.
+        neutral: Whether the model says what it said before, and may be no smaller: low-rank terms begin as zeros.
     """
 
     make: Callable[[], Sequence[Method]]
     plain: bool = False
+    neutral: bool = False
 
 
 SETTINGS: dict[str, Setting] = {
@@ -99,4 +101,22 @@ SETTINGS: dict[str, Setting] = {
     "2:4, then rtn": Setting(lambda: [ml.Wanda(pattern="2:4"), ml.RTN(group_size=16)]),
     "sparsity twice": Setting(lambda: [ml.SparseGPT(sparsity=0.3), ml.SparseGPT(sparsity=0.6)]),
     "channel drop, then 2:4": Setting(lambda: [ml.ChannelDrop(ratio=0.5), ml.Magnitude(sparsity=0.3)]),
+    "low-rank terms": Setting(lambda: [ml.LoRA(rank=3)], neutral=True),
+    "low-rank terms, merged at once": Setting(lambda: [ml.LoRA(rank=2), ml.MergeLoRA()], True, True),
+    "novices, int4, then low-rank terms": Setting(
+        lambda: [
+            ml.Novices(ratio=0.5, novice="low_rank", rank=2),
+            ml.RTN(group_size=16, targets="experts+attention"),
+            ml.LoRA(rank=2, alpha=3.0),
+        ]
+    ),
+    "int4 with low-rank terms, merged, then gptq": Setting(
+        lambda: [
+            ml.RTN(group_size=16),
+            ml.LoRA(rank=2, targets="experts"),
+            ml.MergeLoRA(dequantize=True),
+            ml.GPTQ(group_size=16),
+        ]
+    ),
+    "low-rank terms, then layers go": Setting(lambda: [ml.LoRA(rank=2), ml.BlockDrop(count=1), ml.LayerDrop(count=1)]),
 }

@@ -57,7 +57,8 @@ def test_equals_the_untouched_model_with_masks_and_stand_ins(name: str) -> None:
     skipped = set(range(3)) - set(shape.blocks)
     with emulated(original, dropped, stand_ins(model, shape), silent, skipped):
         expected = logits(original)
-    assert (before - expected).abs().max() > 1e-3, "nothing was compressed"
+    if not SETTINGS[name].neutral:
+        assert (before - expected).abs().max() > 1e-3, "nothing was compressed"
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-10)
 
 
@@ -112,10 +113,11 @@ def test_touched_equals_claimed_and_sizes_equal_those_counted(name: str) -> None
     plain = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
     assert size.parameters == plain + sum(stack.slots * stack.outputs * stack.inputs for stack in stacks)
     stored = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    assert result.shape_after.bytes == stored < result.size_before.bytes
+    assert result.shape_after.bytes == stored
+    assert stored < result.size_before.bytes or SETTINGS[name].neutral
     # In memory zeros anywhere are no gain: there are as many weights as before, and the mask.
     assert size.bytes == stored or any(isinstance(stack, Masked) for stack in stacks)
-    assert size.parameters < result.size_before.parameters or stacks
+    assert size.parameters < result.size_before.parameters or stacks or SETTINGS[name].neutral
     assert architecture_of(model).shape(model) == result.shape_after
     assert result.shape_after.parameters == size.parameters
 
@@ -168,7 +170,7 @@ def test_the_optimizer_still_trains_every_parameter(name: str) -> None:
     assert set(optimizer.state) <= set(model.parameters())
     for parameter_name, parameter in model.named_parameters():
         moments = optimizer.state.get(parameter)
-        if "novice" in parameter_name or parameter_name.endswith(".bias"):
+        if "novice" in parameter_name or parameter_name.endswith((".bias", ".lora_A", ".lora_B")):
             assert moments is None or moments["exp_avg"].shape == parameter.shape
         else:
             assert moments is not None and moments["exp_avg"].shape == parameter.shape, parameter_name

@@ -59,6 +59,9 @@ def _why_not_plain(shape: ModelShape) -> str | None:
             layout.layer for layout in shape.layouts if layout.real and layout.format and layout.format.quantized
         ],
         "have attention matrices of integers": [block for block, packed in shape.attention if packed.quantized],
+        "have low-rank terms that are not merged (MergeLoRA)": sorted(
+            {layout.layer for layout in shape.layouts if layout.lora} | {block for block, _ in shape.attention_lora}
+        ),
         "have fewer experts than the router picks": [
             layout.layer for layout in shape.layouts if len(layout.router) < shape.top_k
         ],
