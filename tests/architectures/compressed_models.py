@@ -11,7 +11,16 @@ from torch import Tensor
 from moe_lightning.architectures import mixtral_layer
 from moe_lightning.experts import compressed
 from moe_lightning.experts.kernel_path import use_kernels
-from moe_lightning.plan import DropBlock, DropMoE, Edit, KeepChannels, KeepExperts, NoviceExperts, Quantize
+from moe_lightning.plan import (
+    DropBlock,
+    DropMoE,
+    Edit,
+    KeepChannels,
+    KeepExperts,
+    NoviceExperts,
+    Quantize,
+    Sparsify,
+)
 from tests.packed import packed_mixtral
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,6 +37,7 @@ MODELS: dict[str, tuple[Edit, ...]] = {
     ),
     "int4": (KeepExperts(0, (1, 3, 5)), Quantize(0, group_size=64)),
     "int4 and novices": (NoviceExperts(1, (0, 1, 4), "low_rank", (3, 0, 1)), Quantize(1, group_size=64)),
+    "2:4 and novices": (NoviceExperts(1, (0, 4), "low_rank", (2, 0)), Sparsify(1, pattern="2:4")),
     "dropped": (DropMoE(1), DropBlock(2)),
 }
 """Edits by name."""
