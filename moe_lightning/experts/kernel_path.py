@@ -241,6 +241,8 @@ def train_by_kernels(
     from moe_kernels.triton_kernels.training.operation import train_experts, why_not_train
     from moe_kernels.triton_kernels.weight_forms import form_of
 
+    if not storage.num_slots:
+        return None  # its empty stacks get gradients there, which DDP waits for
     lora, scales = _lora_inputs(storage)
     # They read no 2:4 weights: what an expansion made would have to be kept for the way back.
     if form_of(inputs.gate_up) == "sparse24" or why_not_train(hidden_NH, inputs.gate_up, inputs.down, lora) is not None:

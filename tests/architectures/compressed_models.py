@@ -48,12 +48,17 @@ ALL_MODELS = pytest.mark.parametrize("name", MODELS)
 def make_model(name: str, **options: Any) -> Any:
     """Return a model in eval mode, its novices and biases with values."""
     model = packed_mixtral(MODELS[name], **{**SIZES, **options})
+    return fill_new(model).to(DEVICE)
+
+
+def fill_new(model: Any) -> Any:
+    """Give novices, biases and low-rank terms of a model values, the same at every call."""
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "novice" in key or "bias" in key:
+        for name, parameter in model.named_parameters():
+            if any(word in name for word in ("novice", "bias", "lora")):
                 parameter.copy_(torch.randn(parameter.shape, generator=draw) / 8)
-    return model.to(DEVICE)
+    return model
 
 
 def tokens(number: int = 4, batch: int = 1, seed: int = 0) -> Tensor:

@@ -95,7 +95,7 @@ def test_the_kernels_say_what_torch_says(form: str, tokens: int, calls: list[int
     assert relative_error(got, want) <= 1e-5
     if form == "int4":
         assert all(stack.in_kernel_form for stack in (experts.storage.gate_up_proj, experts.storage.down_proj))
-    # Training goes on from there, on the torch path.
+    # Training goes on from there, by kernels of its own.
     hidden = inputs[0].clone().requires_grad_()
     with use_kernels("always"):
         experts(hidden, *inputs[1:]).sum().backward()
