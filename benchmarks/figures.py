@@ -81,6 +81,11 @@ def legend_below(figure: Figure, panels: Sequence[Any], columns: int) -> None:
     )
 
 
+def factor(value: float, _: object = None) -> str:
+    """Return a label of an axis of factors: ``4x``, ``1/4x``."""
+    return f"{value:g}x" if value >= 1 else f"1/{1 / value:g}x"
+
+
 def name_of(result: dict[str, Any]) -> str:
     """Return what the figures say it was measured on."""
     threads = "" if result.get("threads") is None else f", {result['threads']} thread{'s' * (result['threads'] > 1)}"
@@ -183,7 +188,7 @@ def times_as_fast(result: dict[str, Any], routing: str) -> Figure | None:
         axes.set_xticks(range(len(tokens)), [f"{number:,}" for number in tokens])
         axes.set_xlabel("tokens in a call", fontsize=FONT_POINTS)
     found[0].set_ylabel(axis_label("their time / our time", ""), fontsize=FONT_POINTS)
-    found[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    found[0].yaxis.set_major_formatter(FuncFormatter(factor))
     found[0].yaxis.set_minor_formatter(NullFormatter())
     legend_below(figure, found, len(shown))
     return figure
@@ -214,7 +219,7 @@ def memory_and_speed(result: dict[str, Any], routing: str) -> Figure | None:
         axes.set_yscale("log", base=2)
         axes.set_xlabel(axis_label("memory of the experts' weights", "% of bf16"), fontsize=FONT_POINTS)
     found[0].set_ylabel("times as fast as grouped_mm", fontsize=FONT_POINTS)
-    found[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    found[0].yaxis.set_major_formatter(FuncFormatter(factor))
     legend_below(figure, found, 4)
     return figure
 
@@ -235,7 +240,7 @@ def training(result: dict[str, Any]) -> Figure | None:
         mine = {(row["format"], row["tokens"]): row for row in rows if row["implementation"] == way}
         spots = [number + (place - (len(ways) - 1) / 2) * width for number, case in enumerate(cases) if case in mine]
         here = [mine[case] for case in cases if case in mine]
-        color = CATEGORICAL[place] if way == "ours" else (INK, FAINT)[(place + 1) % 2]
+        color = {"ours": CATEGORICAL[0], "whole stack": FAINT}.get(way, INK)
         found[0].bar(spots, [row["microseconds"] / 1e3 for row in here], width * 0.92, color=color, label=way)
         if has_memory:
             weights = [row["weight_bytes"] / 2**30 for row in here]

@@ -145,6 +145,31 @@ def test_routings_and_floors(gpu: ModuleType) -> None:
     assert gpu_layers.GPU.tokens == (1, 4, 16, 64, 512, 2048, 8192)
 
 
+def test_the_suite_of_a_cpu(gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import cpu
+    import figures
+
+    assert cpu.main(["--small", "--output", str(tmp_path), "--tokens", "20", "--routings", "uniform"]) == 0
+    (path,) = tmp_path.glob("cpu-bf16-*.json")
+    result = json.loads(path.read_text())
+    assert {"threads", "clock", "machine", "load_before", "load_after", "ceilings", "commit"} <= result.keys()
+    timed = {(row["format"], row["implementation"]) for row in result["rows"] if "microseconds" in row}
+    assert timed >= {(form, "ours") for form in gpu.FORMATS} | {("bf16", "eager"), ("bf16", "grouped_mm")}
+    assert all(0 < row["relative_error"] < 1e-2 for row in result["rows"] if "microseconds" in row)
+    steps = [(row["format"], row["implementation"]) for row in result["training"] if "microseconds" in row]
+    ways = ("ours", "dequantised once", "whole stack")
+    assert steps == [("bf16", "ours"), ("bf16", "whole stack"), *(("int4", way) for way in ways)]
+    memory = {row["format"]: row["weight_bytes"] for row in result["rows"]}
+    assert memory["novices 50 %"] == memory["bf16"] / 2 and memory["2:4"] == memory["bf16"] * 9 / 16
+    # 8 experts of 3 x 64 x 64 weights: 4 bits each, and in groups of 64 a scale and a byte of zeros for each or two.
+    assert memory["int4"] == 8 * 12288 * (0.5 + 3 / 64)
+
+    capsys.readouterr()
+    figures.main([str(path)])
+    assert len(capsys.readouterr().out.splitlines()) == 6
+    assert "thread" in (tmp_path / f"{path.stem}.md").read_text().splitlines()[3]
+
+
 def test_needs_only_torch_and_triton() -> None:
     code = (
         "import sys; import gpu; print(sorted({'datasets', 'jsonargparse', 'lightning', 'wrapt'} & set(sys.modules)))"
