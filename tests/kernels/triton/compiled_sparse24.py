@@ -57,13 +57,17 @@ def decode(sizes: Sizes, arch: int, choice: Choice, dtype: str = "bf16") -> Iter
         }
         signature = types(arguments, dtype, "num_tokens")
         request = Request(f"{ROOM}{name}:{name}_kernel", signature, constants, tiles.num_warps, tiles.num_stages, arch)
+        # Down projections of few channels are no loop there, but tiles one after another.
+        small = arch == 100 and choice.block_tokens == 64 and sizes.inner < 4096
+        weights = stacks * tiles.block_out * tiles.block_in
         yield Case(
             f"{name} {dtype}",
             request,
-            weights=stacks * tiles.block_out * tiles.block_in if counted else 0,
+            weights=weights if counted and not (small and stacks == 1) else 0,
             per_weight=bounds[choice.block_tokens],
             products=counted,
             wgmma=counted and arch == 90 and tiles.num_warps == 4,
+            spills=4 if small and stacks == 2 else 0,
         )
 
 
