@@ -97,45 +97,94 @@ def mix_experts_op(
     reason = why_not(hidden_NH, gate_up, down)
     if reason is not None:
         raise ValueError(f"the kernels cannot compute this: {reason}")
-    hidden_NH, index_NK = hidden_NH.contiguous(), index_NK.contiguous()
     num_tokens, hidden_size = hidden_NH.shape
+    form = form_of(gate_up)
+    assert form is not None
+    inner_size = outputs_of(matrices_of(gate_up)) // 2
+    device = device_of(hidden_NH.device)
+    choice = choose(num_tokens, format_of(form, hidden_NH.dtype), hidden_size, inner_size, device)
+    return mix_as_chosen(
+        choice, hidden_NH, index_NK, weight_NK, slot_map_E, gate_up, down, novices, bias_SH, residual_NH
+    )
+
+
+def mix_as_chosen(
+    choice: Choice,
+    hidden_NH: Tensor,
+    index_NK: Tensor,
+    weight_NK: Tensor,
+    slot_map_E: Tensor,
+    gate_up: list[Tensor],
+    down: list[Tensor],
+    novices: list[Tensor],
+    bias_SH: Tensor | None = None,
+    residual_NH: Tensor | None = None,
+) -> Tensor:
+    """Compute what :func:`mix_experts_op` does with given kernels and tiles, as a tuner tries them out.
+
+    Args:
+        choice: Kernels and tiles that fit the sizes; for few tokens, tiles of at least as many.
+        hidden_NH: See :func:`mix_experts_op` for this and what follows.
+        index_NK: Experts chosen by the router.
+        weight_NK: Their routing weights.
+        slot_map_E: Slot or novice of each expert.
+        gate_up: Weights.
+        down: Weights.
+        novices: Weights.
+        bias_SH: Bias of each slot, or None.
+        residual_NH: Added to everything, or None.
+
+    Returns:
+        ``[N, H]`` in the type of the input.
+    """
+    hidden_NH, index_NK = hidden_NH.contiguous(), index_NK.contiguous()
     vectors_VH = novices[0].contiguous() if novices else None
     maps = NoviceMaps(*(tensor.contiguous() for tensor in novices[1:])) if len(novices) > 1 else None
     weight_NK = weight_NK.float().contiguous()
     slots = gate_up[0].shape[0]
-    form, both = form_of(gate_up), (matrices_of(gate_up), matrices_of(down))
-    assert form is not None
-    device = device_of(hidden_NH.device)
-    choice = choose(num_tokens, format_of(form, hidden_NH.dtype), hidden_size, outputs_of(both[0]) // 2, device)
+    both = (matrices_of(gate_up), matrices_of(down))
     if choice.path == "decode":
         parts, slot_NK = _decode(hidden_NH, index_NK, weight_NK, slot_map_E, both, slots, choice)
     else:
-        dense = [to_dense(matrices, hidden_NH.dtype) for matrices in both]
-        schedule = make_schedule(index_NK, slot_map_E, max(slots, 1), choice.block_tokens)
-        first, second = choice.gate_up, choice.down
-        inner_PI = grouped_gate_up(
-            hidden_NH,
-            dense[0],
-            schedule,
-            first.block_out,
-            first.block_in,
-            num_warps=first.num_warps,
-            num_stages=first.num_stages,
-        )
-        parts = grouped_down(
-            inner_PI,
-            dense[1],
-            weight_NK,
-            schedule,
-            second.block_out,
-            second.block_in,
-            num_warps=second.num_warps,
-            num_stages=second.num_stages,
-        )
-        slot_NK = schedule.slot_NK
+        parts, slot_NK = _grouped(hidden_NH, index_NK, weight_NK, slot_map_E, both, slots, choice)
     residual_NH = None if residual_NH is None else residual_NH.contiguous()
     bias_SH = None if bias_SH is None else bias_SH.contiguous()
     return combine(parts, slot_NK, weight_NK, hidden_NH, vectors_VH, maps, bias_SH, residual_NH)
+
+
+def _grouped(
+    hidden_NH: Tensor,
+    index_NK: Tensor,
+    weight_NK: Tensor,
+    slot_map_E: Tensor,
+    both: tuple[Matrices, Matrices],
+    slots: int,
+    choice: Choice,
+) -> tuple[Tensor, Tensor]:
+    """Return the parts of real experts and the table of slots, for many tokens."""
+    gate_up, down = (to_dense(matrices, hidden_NH.dtype) for matrices in both)
+    schedule = make_schedule(index_NK, slot_map_E, max(slots, 1), choice.block_tokens)
+    first, second = choice.gate_up, choice.down
+    inner_PI = grouped_gate_up(
+        hidden_NH,
+        gate_up,
+        schedule,
+        first.block_out,
+        first.block_in,
+        num_warps=first.num_warps,
+        num_stages=first.num_stages,
+    )
+    parts = grouped_down(
+        inner_PI,
+        down,
+        weight_NK,
+        schedule,
+        second.block_out,
+        second.block_in,
+        num_warps=second.num_warps,
+        num_stages=second.num_stages,
+    )
+    return parts, schedule.slot_NK
 
 
 def _decode(
