@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_lightning.architectures import architecture_of
+from moe_lightning.recovery.logit_cache import LogitCache
 from moe_lightning.recovery.objective import Targets, hidden_by_layer
 
 
@@ -55,3 +56,39 @@ class ModelTeacher:
             logits = self.model.lm_head(outputs.last_hidden_state)
         states = hidden_by_layer(outputs.hidden_states, self._blocks, self._num_layers) if hidden else {}
         return Targets(logits, states)
+
+
+class CachedTeacher:
+    """Predictions that were written down before: no second model is held.
+
+    Args:
+        cache: The predictions.
+    """
+
+    def __init__(self, cache: LogitCache) -> None:
+        self.cache = cache
+
+    @property
+    def gives_hidden(self) -> bool:
+        """It does not."""
+        return False
+
+    def targets(self, batch: Mapping[str, Tensor], temperature: float, hidden: bool) -> Targets:
+        """Look a batch up.
+
+        Args:
+            batch: ``input_ids`` ``[B, S]``.
+            temperature: That of the cache.
+            hidden: Not possible.
+
+        Raises:
+            ValueError: Another temperature, hidden states, or a block that is not cached.
+        """
+        if temperature != self.cache.header.temperature:
+            raise ValueError(
+                f"{self.cache.folder} holds predictions of temperature {self.cache.header.temperature}, and "
+                f"{temperature} is asked for: set temperature to it, or write another cache"
+            )
+        if hidden:
+            raise ValueError(f"{self.cache.folder} holds no hidden states: set hidden_weight to 0, or name a model")
+        return Targets(self.cache.look_up(batch["input_ids"]))
