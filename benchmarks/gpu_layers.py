@@ -65,7 +65,7 @@ class Sizes:
 
 
 GPU = Sizes("cuda", torch.bfloat16, 4096, 14336, 128, TOKENS, 8192, 2**31, 0.2, (512, 2048))
-DRY = Sizes("cpu", torch.float32, 64, 64, 64, (1, 66), 64, 2**12, 0.0, (20,))
+DRY = Sizes("cpu", torch.float32, 64, 64, 64, (1, 66), 64, 2**12, 0.0, (3,))
 
 
 class Weights:
