@@ -269,6 +269,14 @@ def test_the_whole_block(form: str) -> None:
     assert relative_error(mixed, in_numpy(routed)) <= 1e-5
 
 
+def test_opcheck_of_the_whole_block() -> None:
+    case = make_case(tokens=3, novices=(1,), ranks=2, extras=True)
+    hidden, _, _, *rest = case.arguments
+    arguments = (hidden, torch.randn(6, HIDDEN).to(DEVICE), 2, False, *rest)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(moe_block_op, arguments, test_utils=tests)
+
+
 def test_what_the_kernels_do_not_know() -> None:
     case = make_case()
     gate_up, down = case.gate_up, case.down
