@@ -128,7 +128,8 @@ def apply_adapters(
 
 def _merge(model: PreTrainedModel, edit: MergeLora, plan: CompressionPlan, adapted: Adapted) -> None:
     places = places_of(model, edit.layer, edit.target)
-    wanted = {name: _merged(place) for name, place in places.items()}
+    terms = {name: _term(place) for name, place in places.items()}
+    wanted = {name: _weights(place) + terms[name] for name, place in places.items()}
     after = plan.check(architecture_of(model).shape(model).uncompressed())
     experts = edit.target == "experts"
     format = after.layout(edit.layer).format if experts else after.attention_format(edit.layer)
@@ -136,7 +137,9 @@ def _merge(model: PreTrainedModel, edit: MergeLora, plan: CompressionPlan, adapt
     for name, place in places.items():
         if isinstance(place.weight, WeightStack) and place.weight.format != format and format is not None:
             # Spelled out, but for the zeros.
-            # Integers do not tell weights that were pruned from those that were rounded to zero: the largest stay.
+            # Integers do not tell weights that were pruned from those that were rounded to zero: the largest stay, on
+            # every process the same.
+            take_from_first_rank([wanted[name]])
             selection = Selection(format.sparsity, format.pattern, format.scope)  # type: ignore[arg-type]
             keep = keep_mask(wanted[name].abs(), selection)
             kind: type[Sparse24] | type[Masked] = Sparse24 if format.kind == "sparse24" else Masked
@@ -146,25 +149,27 @@ def _merge(model: PreTrainedModel, edit: MergeLora, plan: CompressionPlan, adapt
     for name, place in places_of(model, edit.layer, edit.target).items():
         stored = _write(surgery, place.weight, wanted[name])
         take_from_first_rank(stored)
-        _report(adapted, edit.layer, places[name], place.weight, wanted[name])
+        _report(adapted, edit.layer, places[name], place.weight, wanted[name], terms[name])
 
 
 def _wide(weight: nn.Parameter | WeightStack) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def _merged(place: Place) -> Tensor:
-    """Return what the matrices and their terms are together, ``[S, O, X]`` in fp32 or wider."""
+def _term(place: Place) -> Tensor:
+    """Return what the terms add to the matrices, ``[S, O, X]`` in fp32 or wider; nothing to weights that are pruned."""
     assert place.lora is not None
-    wide = _wide(place.weight)
-    delta_SOX = place.lora.delta(wide)
-    if not isinstance(place.weight, WeightStack):
-        weight_SOX = place.weight.detach().to(wide)
-        return (weight_SOX if weight_SOX.ndim == 3 else weight_SOX[None]) + delta_SOX
-    kept_SOX = place.weight.zeros_kept()
-    if kept_SOX is not None:
-        delta_SOX = delta_SOX.masked_fill(~kept_SOX, 0)
-    return place.weight.dense(wide) + delta_SOX
+    delta_SOX = place.lora.delta(_wide(place.weight))
+    kept_SOX = place.weight.zeros_kept() if isinstance(place.weight, WeightStack) else None
+    return delta_SOX if kept_SOX is None else delta_SOX.masked_fill(~kept_SOX, 0)
+
+
+def _weights(place: Place) -> Tensor:
+    """Return the matrices without their terms, ``[S, O, X]`` in fp32 or wider."""
+    if isinstance(place.weight, WeightStack):
+        return place.weight.dense(_wide(place.weight))
+    weight_SOX = place.weight.detach().to(_wide(place.weight))
+    return weight_SOX if weight_SOX.ndim == 3 else weight_SOX[None]
 
 
 def _write(surgery: Surgery, weight: nn.Parameter | WeightStack, merged_SOX: Tensor) -> list[Tensor]:
@@ -189,25 +194,32 @@ def _write(surgery: Surgery, weight: nn.Parameter | WeightStack, merged_SOX: Ten
         value = new[name].to(tensor.dtype)
         if value.is_floating_point() and value.device.type != "meta" and not bool(torch.isfinite(value).all()):
             raise RuntimeError(f"weights with their low-rank terms folded in are not finite in {tensor.dtype} ({name})")
-        surgery.change.undo_steps.append(partial(_put_back, tensor, tensor.detach().clone()))
+        surgery.change.undo_steps.append(partial(_put_back, weight, name, tensor.detach().clone()))
         tensor.copy_(value)
     return list(held.values())
 
 
-def _put_back(tensor: Tensor, old: Tensor) -> None:
+def _put_back(weight: nn.Parameter | WeightStack, name: str, old: Tensor) -> None:
+    # A stack is asked anew: integers may have gone through another form since, as they do when they work.
     with torch.inference_mode(False), torch.no_grad():
-        tensor.copy_(old)
+        (getattr(weight, name) if isinstance(weight, WeightStack) else weight).copy_(old)
 
 
-def _report(adapted: Adapted, layer: int, before: Place, after: nn.Parameter | WeightStack, merged_SOX: Tensor) -> None:
-    assert before.lora is not None
+def _report(
+    adapted: Adapted,
+    layer: int,
+    before: Place,
+    after: nn.Parameter | WeightStack,
+    merged_SOX: Tensor,
+    term_SOX: Tensor,
+) -> None:
     if merged_SOX.device.type == "meta":
         return
     wide = _wide(after)
     stored_SOX = after.dense(wide) if isinstance(after, WeightStack) else after.detach().to(wide).view(merged_SOX.shape)
-    term_S = before.lora.delta(wide).square().flatten(1).sum(1)
-    lost_S = (stored_SOX - merged_SOX).square().flatten(1).sum(1) / term_S.clamp(min=1e-30)
-    for key, lost, size in zip(before.keys, lost_S.tolist(), term_S.tolist(), strict=True):
+    size_S = term_SOX.square().flatten(1).sum(1)
+    lost_S = (stored_SOX - merged_SOX).square().flatten(1).sum(1) / size_S.clamp(min=1e-30)
+    for key, lost, size in zip(before.keys, lost_S.tolist(), size_S.tolist(), strict=True):
         adapted.losses.setdefault(layer, {})[key] = lost if size > 0 else 0.0
         rounded = _rounds(before.weight, after)
         said = "merged" if size > 0 else "merged a term that is zero"
