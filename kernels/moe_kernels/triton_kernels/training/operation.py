@@ -175,7 +175,7 @@ def train_experts_backward_op(
             weight_NK.float().contiguous(),
             experts,
             Kept(*kept),
-            Wanted(*wanted[:4], lora=wanted[4:8], bias=wanted[8]),
+            Wanted(wanted[0], wanted[1], wanted[2], wanted[3], wanted[4:8], wanted[8]),
         )
 
 
@@ -253,7 +253,7 @@ def train_experts_twin(
     gate_up_S2IH, down_SHI = (
         dequantize_tiles(Int4Tiles(*form), wide) if len(form) == 2 else form[0].to(wide) for form in (gate_up, down)
     )
-    terms = [GroupedLora(*lora[2 * i : 2 * i + 2], scale) for i, scale in enumerate(lora_scales)] if lora else []
+    terms = [GroupedLora(lora[i], lora[i + 1], lora_scales[i // 2]) for i in range(0, len(lora), 2)]
     pairs = sort_pairs(index_NK, slot_map_E, gate_up_S2IH.shape[0])
     rows_PH = hidden_NH.to(wide)[pairs.tokens]
     pre_P2I = grouped_linear(rows_PH, gate_up_S2IH, pairs.offsets)

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_kernels.triton_kernels.schedule import Schedule
 
 # More would take registers that the sums of large tiles need.
-_MOST_RANKS_OF_A_TILE = 32
+_MOST_RANKS_OF_A_TILE = 16
 
 
 @triton.jit
