@@ -1,0 +1,67 @@
+"""Which blocks of text a run will see, before it does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from moe_lightning.data import TextDataModule
+
+BLOCKS_AT_A_TIME = 256
+
+
+def blocks_to_come(trainer: Trainer, first_step: int, end: float) -> Iterator[Tensor]:
+    """Yield the tokens of every block that this process trains on in some steps, each block once.
+
+    Args:
+        trainer: The trainer. Of other data than a :class:`TextDataModule` nothing is known: nothing is yielded.
+        first_step: First optimizer step.
+        end: Step before which to stop; infinity for the end of the run.
+
+    Yields:
+        ``input_ids`` ``[B, S]``.
+    """
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    if not isinstance(datamodule, TextDataModule) or getattr(trainer, "fast_dev_run", False):
+        return
+    # A stream of its own: the trainer's keeps its place.
+    stream = datamodule.train_dataloader()
+    numbers = [stream.block_numbers(index) for index in batches_of(trainer, len(stream), first_step, end)]
+    seen = np.unique(np.concatenate([np.zeros(0, np.int64), *numbers]))
+    for start in range(0, len(seen), BLOCKS_AT_A_TIME):
+        yield stream.blocks.batch(seen[start : start + BLOCKS_AT_A_TIME])["input_ids"]
+
+
+def batches_of(trainer: Trainer, epoch_batches: int, first_step: int, end: float) -> Iterator[int]:
+    """Yield the numbers of the batches of some optimizer steps in the training stream.
+
+    Args:
+        trainer: The trainer.
+        epoch_batches: Batches of an epoch of the stream.
+        first_step: First optimizer step.
+        end: Step before which to stop.
+    """
+    accumulate = trainer.accumulate_grad_batches
+    if trainer.max_steps > 0:
+        end = min(end, trainer.max_steps)
+        if trainer.max_epochs in (None, -1):
+            # The whole run is one stretch of the stream.
+            yield from range(first_step * accumulate, int(end) * accumulate)
+            return
+    limit = trainer.limit_train_batches
+    used = int(epoch_batches * limit) if isinstance(limit, float) else min(epoch_batches, int(limit))
+    # What is left over of an epoch is a step of its own.
+    steps = math.ceil(used / accumulate)
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        end = min(end, trainer.max_epochs * steps)
+    if math.isinf(end):
+        return
+    for step in range(first_step, int(end)):
+        epoch, position = divmod(step, steps)
+        for batch in range(position * accumulate, min((position + 1) * accumulate, used)):
+            yield epoch * epoch_batches + batch
