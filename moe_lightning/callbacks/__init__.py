@@ -9,10 +9,17 @@ from moe_lightning.callbacks.checkpointing import AtomicCheckpointIO, LastCheckp
 from moe_lightning.callbacks.compress import Compress
 from moe_lightning.callbacks.expert_statistics import ExpertStatistics
 from moe_lightning.callbacks.export import Export
-from moe_lightning.callbacks.novice_tuning import NoviceTuning
 from moe_lightning.callbacks.predictions import PredictionWriter
 from moe_lightning.callbacks.progress import CompactProgress
 from moe_lightning.callbacks.random_state import RandomState
+from moe_lightning.callbacks.recovery import (
+    FullFineTuning,
+    LoRARecovery,
+    NoviceTuning,
+    RecoveredShare,
+    RecoveryStage,
+    RouterDistillation,
+)
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -20,9 +27,14 @@ __all__ = [
     "Compress",
     "ExpertStatistics",
     "Export",
+    "FullFineTuning",
     "LastCheckpoint",
+    "LoRARecovery",
     "NoviceTuning",
     "PredictionWriter",
     "RandomState",
+    "RecoveredShare",
+    "RecoveryStage",
+    "RouterDistillation",
     "last_checkpoint",
 ]

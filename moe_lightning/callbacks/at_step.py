@@ -40,6 +40,25 @@ def say(trainer: Trainer, text: str) -> None:
         print(text, flush=True)
 
 
+def tell(trainer: Trainer, hook: str, module: LightningModule, *more: Any) -> None:
+    """Call a hook that Lightning does not know, of all callbacks that have it, in the order of the list.
+
+    Hooks are ``before_compression(trainer, module)`` and ``after_compression(trainer, module)`` around each act of a
+    ``Compress``, ``before_stage(trainer, module, stage)`` and ``after_stage(trainer, module, stage)`` around a stage of
+    recovery.
+
+    Args:
+        trainer: The trainer.
+        hook: Name of the hook.
+        module: Its module.
+        *more: Further arguments of the hook.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        function = getattr(callback, hook, None)
+        if function is not None:
+            function(trainer, module, *more)
+
+
 def total_steps(trainer: Trainer) -> float:
     """Return the optimizer steps after which the run ends, whichever of steps and epochs ends it; infinite for no end.
 

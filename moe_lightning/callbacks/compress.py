@@ -216,6 +216,7 @@ class Compress(AtStep):
         model = language_model(module)
         if act.share is not None and not trial_edits(architecture_of(model).shape(model), act.methods)[0]:
             return  # rounded to whole experts, nothing more goes
+        tell(trainer, "before_compression", module)
         datamodule: Any = getattr(trainer, "datamodule", None)
         origin = {"step": trainer.global_step, "calibration_batches": self.calibration_batches}
         if hasattr(datamodule, "describe"):

@@ -9,8 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from moe_lightning.architectures import architecture_of
 from moe_lightning.callbacks.at_step import AtStep, Moment, language_model, say
-from moe_lightning.callbacks.compress import Compress
-from moe_lightning.callbacks.gradual import check_acts
+from moe_lightning.callbacks.course import course_of, shape_at
 from moe_lightning.checkpoints import Format, check_format, may_be_uneven, save_pretrained
 
 
@@ -60,15 +59,7 @@ class Export(AtStep):
         if self.done:
             return
         model = language_model(pl_module)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        mine = float("inf") if self.at_step == "end" else self.at_step, callbacks.index(self)
-        course = [
-            ((callback.step_of(act), place), act)
-            for place, callback in enumerate(callbacks)
-            if isinstance(callback, Compress) and not callback.done
-            for act in callback.acts[callback.acts_done :]
-        ]
-        course = sorted((item for item in course if item[0] < mine), key=lambda item: item[0])
+        mine = float("inf") if self.at_step == "end" else self.at_step, trainer.callbacks.index(self)  # type: ignore[attr-defined]
         where = f"Export {self.name!r} at {'the end' if self.at_step == 'end' else f'step {self.at_step}'}"
         shape = architecture_of(model).shape(model)
         try:
@@ -77,12 +68,13 @@ class Export(AtStep):
             raise ValueError(f"{where}: {error}") from None
         if self.format != "transformers":
             return
-        shape = check_acts(shape, ((step, act) for (step, _), act in course))
+        shape = shape_at(trainer, shape, mine)
         try:
             check_format(shape, self.format)
         except ValueError as error:
-            raise ValueError(f"{where}: after the Compress before it {error}") from None
-        uneven = [type(method).__name__ for _, act in course for method in act.methods if may_be_uneven(method)]
+            raise ValueError(f"{where}: after what comes before it {error}") from None
+        methods = [method for moment, _, act in course_of(trainer) if moment < mine for method in act.methods]
+        uneven = [type(method).__name__ for method in methods if may_be_uneven(method)]
         if uneven:
             raise ValueError(
                 f"{where}: format=transformers needs the same number of experts in every layer, which "

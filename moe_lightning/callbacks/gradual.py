@@ -90,5 +90,5 @@ def check_acts(shape: ModelShape, acts: Iterable[tuple[int | float, Act]]) -> Mo
         try:
             shape = check_methods(shape, act.methods)
         except ValueError as error:
-            raise ValueError(f"{act.owner} at step {step}: {error}") from None
+            raise ValueError(f"Compress at step {step}: {error}") from None
     return shape

@@ -1,0 +1,156 @@
+"""The stage that trains low-rank terms beside the matrices, and folds them into the weights."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+
+from moe_lightning.architectures import architecture_of
+from moe_lightning.callbacks.at_step import language_model, say
+from moe_lightning.callbacks.compression_log import log_compression
+from moe_lightning.callbacks.course import Change
+from moe_lightning.callbacks.gradual import Act
+from moe_lightning.callbacks.recovery.stage import RecoveryStage
+from moe_lightning.compression import CompressionResult, compress
+from moe_lightning.method import Method
+from moe_lightning.recovery.lora import LoRA, MergeLoRA, Targets
+from moe_lightning.recovery.selections import Adapters
+
+
+class LoRARecovery(RecoveryStage):
+    """From a step on, train a low-rank term beside each matrix and nothing else; in the end fold them into the weights.
+
+    The matrices may be dense, pruned, or integers: they stay as they are while the terms train.
+
+    Args:
+        at_step: Optimizer step before which the terms are added.
+        steps: Optimizer steps that it lasts; None up to the next stage, or to the end of the run.
+        rank: Rank of each term.
+        lora_alpha: Numerator of the factor of the terms, ``lora_alpha / rank``; twice the rank where None.
+        targets: The matrices of the experts (a term for each expert), those of attention, or both.
+        merge: Fold the terms into the weights when the stage is over; otherwise they stay beside them.
+        requantize: What becomes of integers when terms are folded in: ``rtn`` rounds to nearest again, with the loss
+            that is told; None leaves floating-point numbers, for a ``Compress`` with GPTQ or AWQ behind, say.
+        learning_rate: Peak learning rate, from there a cosine to a tenth; None keeps the module's schedule.
+        warmup_steps: Optimizer steps over which the learning rate rises linearly from 0.
+        teacher: Who is imitated: ``before`` for the model as it was before the first compression of this run, a Hugging
+            Face folder, or a folder of predictions that ``moe-lightning cache-logits`` wrote. None for the text alone.
+        alpha: Share of the teacher in the loss, from 0 (the text alone) to 1 (the teacher alone).
+        temperature: By which predictions are softened.
+        hidden_weight: Weight of the squared error of hidden states, in units of the teacher's squares.
+        load_balancing_coefficient: Weight of the load-balancing loss; None for the module's own.
+
+    Raises:
+        ValueError: An option out of its range.
+
+    Source: 2106.09685, with a term for each expert.
+    """
+
+    selection = Adapters()
+
+    def __init__(
+        self,
+        at_step: int,
+        steps: int | None = None,
+        rank: int = 16,
+        lora_alpha: float | None = None,
+        targets: Targets = "experts+attention",
+        merge: bool = True,
+        requantize: Literal["rtn"] | None = "rtn",
+        learning_rate: float | None = 1e-3,
+        warmup_steps: int = 0,
+        teacher: str | None = None,
+        alpha: float = 0.0,
+        temperature: float = 1.0,
+        hidden_weight: float = 0.0,
+        load_balancing_coefficient: float | None = 0.0,
+    ) -> None:
+        super().__init__(
+            at_step,
+            steps,
+            learning_rate,
+            warmup_steps,
+            teacher,
+            alpha,
+            temperature,
+            hidden_weight,
+            load_balancing_coefficient,
+        )
+        if requantize not in ("rtn", None):
+            raise ValueError(f"LoRARecovery: requantize must be 'rtn' or None, got {requantize!r}")
+        try:
+            self.terms = LoRA(rank=rank, alpha=lora_alpha, targets=targets)
+        except ValueError as error:
+            said = str(error).removeprefix("LoRA: ")
+            raise ValueError(f"LoRARecovery: {'lora_' if said.startswith('alpha') else ''}{said}") from None
+        self.merge = merge
+        self.requantize = requantize
+
+    @property
+    def _merging(self) -> MergeLoRA:
+        return MergeLoRA(dequantize=self.requantize is None)
+
+    def changes(self, trainer: Trainer) -> list[Change]:
+        """Return what it will add and fold; see :class:`~moe_lightning.callbacks.course.ChangesStructure`."""
+        if self.left:
+            return []
+        found = [] if self.entered else [Change(self.first_step, Act(0, (self.terms,)))]
+        if self.merge:
+            end = self.planned_end(trainer)
+            after = 0 if math.isinf(end) else int(end) - self.first_step
+            found.append(Change(end, Act(after, (self._merging,)), first=True))
+        return found
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find what cannot work, before anything is trained; see :class:`RecoveryStage`."""
+        super().on_fit_start(trainer, pl_module)
+        if not self.left and not hasattr(pl_module, "set_plan"):
+            warnings.warn(
+                f"{type(pl_module).__name__} has no set_plan: a checkpoint saved while LoRARecovery lasts will not "
+                "know of its terms, so a run cannot be resumed from it. MixtralModule can",
+                stacklevel=2,
+            )
+
+    def change(self, trainer: Trainer, module: LightningModule) -> None:
+        """Add the terms; they are zero."""
+        model = language_model(module)
+        if not self.selection.claimed(architecture_of(model).shape(model)):  # not where a longer run goes on with them
+            self._compress(trainer, module, self.terms, "lora", "low-rank terms added")
+
+    def change_back(self, trainer: Trainer, module: LightningModule) -> None:
+        """Fold the terms into the weights."""
+        if not self.merge:
+            return
+        result = self._compress(trainer, module, self._merging, "merge", "low-rank terms folded in")
+        losses = {
+            f"{name}.{key}": loss for name, status in result.modules.items() for key, loss in status.losses.items()
+        }
+        rounded = {key: loss for key, loss in losses.items() if loss > 0}
+        if rounded:
+            worst = max(rounded, key=lambda key: rounded[key])
+            say(
+                trainer,
+                f"step {trainer.global_step}: rounding took {sum(rounded.values()) / len(rounded):.1%} of the squared "
+                f"terms on average, {rounded[worst]:.1%} at most ({worst})",
+            )
+
+    def _compress(
+        self, trainer: Trainer, module: LightningModule, method: Method, name: str, note: str
+    ) -> CompressionResult:
+        step = trainer.global_step
+        result = compress(
+            language_model(module),
+            None,
+            [method],
+            origin={"step": step},
+            optimizers=trainer.optimizers,
+            progress=False,
+        )
+        set_plan: Any = getattr(module, "set_plan", None)
+        if set_plan is not None:
+            set_plan(result.plan)
+        log_compression(trainer, result, Act(0, (method,)), f"{name}-{step}", note)
+        return result
