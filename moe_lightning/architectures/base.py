@@ -13,7 +13,8 @@ from moe_kernels import NoviceMaps, RoutedPairs
 from moe_kernels.experts import Activation
 from torch import Tensor, nn
 
-from moe_lightning.experts import Dense, Packed, WeightStack
+from moe_lightning.experts import Dense, Packed
+from moe_lightning.experts.lora import whole_weights
 from moe_lightning.plan import CompressionPlan, ModelShape
 
 CONFIG_KEY = "moe_lightning"
@@ -50,7 +51,8 @@ class OpenExperts:
 
     Attributes:
         storage: What holds the weights; a view of transformers' where the experts are still its own. Of a packed one
-            the weights in floating point are made when they are first asked for, and live as long as this object.
+            the weights in floating point are made when they are first asked for, and live as long as this object; so
+            are weights with the low-rank terms beside them, which belong to what is returned.
         slot_map: Slot, novice or ``ABSENT`` of each router row, int64 ``[experts]``.
         novices: ``[novices, hidden]`` or None.
         activation: Activation of the gate half.
@@ -71,12 +73,12 @@ class OpenExperts:
     @cached_property
     def gate_up_proj(self) -> Tensor:
         """Gate rows, then up rows, ``[slots, 2 * intermediate, hidden]``."""
-        return _in_floating_point(self.storage.gate_up_proj)
+        return whole_weights(self.storage.gate_up_proj, self.storage.gate_up_lora)
 
     @cached_property
     def down_proj(self) -> Tensor:
         """Down matrices, ``[slots, hidden, intermediate]``."""
-        return _in_floating_point(self.storage.down_proj)
+        return whole_weights(self.storage.down_proj, self.storage.down_lora)
 
     @property
     def bias(self) -> Tensor | None:
@@ -100,10 +102,6 @@ class OpenExperts:
     def project(self, channels_PI: Tensor, pairs: RoutedPairs) -> Tensor:
         """Compute the outputs of routed pairs from their inner activations, ``[pairs, hidden]``."""
         return self.storage.project(channels_PI, pairs)
-
-
-def _in_floating_point(weights: Tensor | WeightStack) -> Tensor:
-    return weights.dense() if isinstance(weights, WeightStack) else weights
 
 
 class Changes(Protocol):

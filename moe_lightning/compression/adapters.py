@@ -19,6 +19,7 @@ from moe_lightning.compression.filling import undo
 from moe_lightning.compression.precision import full_float32
 from moe_lightning.compression.ranks import take_from_first_rank
 from moe_lightning.experts import Int4, Int8, LoraStack, Masked, PackedLinear, Sparse24, WeightStack
+from moe_lightning.experts.lora import kept_delta
 from moe_lightning.experts.stacks.integers import SCALE_TYPE
 from moe_lightning.plan import AddLora, CompressionPlan, Edit, MergeLora, WeightFormat
 from moe_lightning.recovery.lora import AdapterMethod, LoRA
@@ -159,9 +160,9 @@ def _wide(weight: nn.Parameter | WeightStack) -> torch.dtype:
 def _term(place: Place) -> Tensor:
     """Return what the terms add to the matrices, ``[S, O, X]`` in fp32 or wider; nothing to weights that are pruned."""
     assert place.lora is not None
-    delta_SOX = place.lora.delta(_wide(place.weight))
-    kept_SOX = place.weight.zeros_kept() if isinstance(place.weight, WeightStack) else None
-    return delta_SOX if kept_SOX is None else delta_SOX.masked_fill(~kept_SOX, 0)
+    wide = _wide(place.weight)
+    delta_SOX = kept_delta(place.weight, place.lora, wide) if isinstance(place.weight, WeightStack) else None
+    return place.lora.delta(wide) if delta_SOX is None else delta_SOX
 
 
 def _weights(place: Place) -> Tensor:

@@ -92,12 +92,31 @@ def adapted_linear(rows_PX: Tensor, offsets_S: Tensor, weight: Tensor | WeightSt
     """
     if not isinstance(weight, WeightStack):
         product_PO = grouped_linear(rows_PX, weight, offsets_S)
-    elif lora is not None and (kept_SOX := weight.zeros_kept()) is not None:
-        delta_SOX = lora.delta(rows_PX.dtype).masked_fill(~kept_SOX, 0)
+    elif lora is not None and (delta_SOX := kept_delta(weight, lora, rows_PX.dtype)) is not None:
         return grouped_linear(rows_PX, weight.dense(rows_PX.dtype) + delta_SOX, offsets_S)
     else:
         product_PO = weight.linear(rows_PX, offsets_S)
     return product_PO if lora is None else product_PO + lora_term(rows_PX, offsets_S, lora.grouped())
+
+
+def kept_delta(weight: WeightStack, lora: LoraStack, dtype: torch.dtype) -> Tensor | None:
+    """Return what terms add to pruned matrices, ``[S, O, X]``, nothing to the pruned weights; None if none were."""
+    kept_SOX = weight.zeros_kept()
+    return None if kept_SOX is None else lora.delta(dtype).masked_fill(~kept_SOX, 0)
+
+
+def whole_weights(weight: Tensor | WeightStack, lora: LoraStack | None) -> Tensor:
+    """Return matrices with the terms beside them in floating point, ``[S, O, X]``; weights alone are no copy.
+
+    Args:
+        weight: ``[S, O, X]``, or a packed stack.
+        lora: The terms, or None.
+    """
+    dense_SOX = weight.dense() if isinstance(weight, WeightStack) else weight
+    if lora is None:
+        return dense_SOX
+    delta_SOX = kept_delta(weight, lora, dense_SOX.dtype) if isinstance(weight, WeightStack) else None
+    return dense_SOX + (lora.delta(dense_SOX.dtype) if delta_SOX is None else delta_SOX)
 
 
 def lora_stacks(module: nn.Module) -> Mapping[str, LoraStack]:

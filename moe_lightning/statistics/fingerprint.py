@@ -19,7 +19,8 @@ def fingerprint(model: nn.Module) -> list[float]:
         model: The model.
 
     Returns:
-        For each layer the sum of squares of the router, and of the first row of every expert's down matrix.
+        For each layer the sum of squares of the router, and of the first row of every expert's down matrix with the
+        low-rank term beside it.
     """
     architecture = architecture_of(model)
     numbers = []

@@ -365,7 +365,8 @@ def test_methods_that_drop_layers_take_their_terms_along(method: Any) -> None:
 
 @pytest.mark.parametrize("base", ["dense", "int4", "2:4"])
 def test_statistics_of_a_model_with_terms_are_those_of_the_merged_model(base: str) -> None:
-    model = adapted_mixtral(base, dtype=torch.float64)
+    plain_loops = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = adapted_mixtral(base, dtype=torch.float64, **plain_loops)
     twin = copy.deepcopy(model)
     compress(twin, ml.MergeLoRA(dequantize=True))
     needs = ["routing", "outputs", "pairs", "channels", "layers", "blocks", "similarity", "interventions"]
@@ -373,6 +374,12 @@ def test_statistics_of_a_model_with_terms_are_those_of_the_merged_model(base: st
     assert found.tensors.keys() == expected.tensors.keys()
     for name, tensor in expected.tensors.items():
         torch.testing.assert_close(found.tensors[name], tensor, rtol=1e-6, atol=1e-8, msg=name)
+    assert found.info["weights"] == pytest.approx(expected.info["weights"], rel=1e-9)
+    with pytest.raises(ValueError, match="were measured on other weights"):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.model.layers[1].mlp.experts.storage.down_lora.lora_B.mul_(1.01)
+        compress(other, ml.LayerDrop(count=1), batches=CALIBRATION, statistics=found)
     given = ml.collect(model, CALIBRATION, {"layers"}, progress=False)
     compress(model, ml.LayerDrop(count=1), batches=CALIBRATION, statistics=given)
 
