@@ -33,7 +33,7 @@ class TorchInt4:
                 self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
                 self.product = torch.ops.aten._weight_int4pack_mm_for_cpu
             else:
-                pairs_of_codes = codes[:, ::2] << 4 | codes[:, 1::2]
+                pairs_of_codes = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
                 self.packed = torch.ops.aten._convert_weight_to_int4pack(pairs_of_codes, _INNER_TILES)
                 self.product = torch.ops.aten._weight_int4pack_mm
         except (AttributeError, NotImplementedError, RuntimeError) as error:
