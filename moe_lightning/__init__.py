@@ -57,6 +57,7 @@ _HOMES = {
     "measure": "sizes",
     "merge_statistics": "statistics",
     "save_pretrained": "checkpoints",
+    "warmup": "experts",
 }
 _PACKAGES = ("callbacks",)
 
@@ -104,6 +105,7 @@ __all__ = [
     "measure",
     "merge_statistics",
     "save_pretrained",
+    "warmup",
 ]
 
 if TYPE_CHECKING:
@@ -113,6 +115,7 @@ if TYPE_CHECKING:
     from moe_lightning.criteria import Statistics, collect
     from moe_lightning.data import TextDataModule
     from moe_lightning.evaluation import Likelihood, evaluate
+    from moe_lightning.experts import warmup
     from moe_lightning.modules import MixtralModule
     from moe_lightning.plan import (
         CompressionPlan,

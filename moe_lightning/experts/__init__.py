@@ -7,6 +7,7 @@ from moe_lightning.experts.lora import LoraStack, is_lora
 from moe_lightning.experts.no_moe import NoMoE
 from moe_lightning.experts.stacks import Int4, Int8, Masked, Sparse24, WeightStack
 from moe_lightning.experts.storage import Channels, Dense, Packed
+from moe_lightning.experts.warmup import ModelWarmup, warmup
 
 __all__ = [
     "Channels",
@@ -17,6 +18,7 @@ __all__ = [
     "LoraLinear",
     "LoraStack",
     "Masked",
+    "ModelWarmup",
     "NoMoE",
     "Packed",
     "PackedLinear",
@@ -24,4 +26,5 @@ __all__ = [
     "WeightStack",
     "is_lora",
     "load_balancing_loss",
+    "warmup",
 ]

@@ -6,9 +6,11 @@ and version of triton on which the kernels were tuned, which goes first where it
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,15 +129,89 @@ def format_of(form: str, dtype: torch.dtype) -> Format:
     return found
 
 
+def limits(form: Format, device: Device) -> tuple[int | None, ...]:
+    """Return the largest number of tokens of each row of a table, from the lowest up; None for no limit.
+
+    Args:
+        form: Format of the weights and activations.
+        device: From `device_of`.
+    """
+    return tuple(row["up_to_tokens"] for row in _table(device)[form])
+
+
 @functools.cache
 def _table(device: Device) -> Mapping[str, Any]:
-    """Return the table of a device: its own, that of its architecture, or that of the next lower one."""
-    own = FOLDER / f"{slug(device.name)}-triton-{device.triton}.json"
-    if device.name and own.exists():
-        return json.loads(own.read_text(encoding="utf-8"))
+    """Return the table of a device: that of its architecture, or of the next lower one, and over it its own."""
     archs = sorted(int(path.stem[3:]) for path in FOLDER.glob("sm_*.json"))
     arch = max((arch for arch in archs if arch <= device.arch), default=archs[0])
-    return json.loads((FOLDER / f"sm_{arch}.json").read_text(encoding="utf-8"))
+    table = json.loads((FOLDER / f"sm_{arch}.json").read_text(encoding="utf-8"))
+    return table | _tuned(FOLDER / table_name(device)) if device.name else table
+
+
+def _tuned(path: Path) -> dict[str, Any]:
+    """Return the forms that a tuned table holds; what cannot be read is said and left out."""
+    if not path.exists():
+        return {}
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(held, dict):
+            raise ValueError(f"it holds a {type(held).__name__}")
+    except (OSError, ValueError) as error:
+        _say_unread(path, "", error)
+        return {}
+    table = {}
+    for form in get_args(Format):
+        if form not in held:
+            continue
+        try:
+            check_rows(held[form])
+        except ValueError as error:
+            _say_unread(path, f" for {form}", error)
+        else:
+            table[form] = held[form]
+    return table
+
+
+def _say_unread(path: Path, what: str, error: Exception) -> None:
+    warnings.warn(f"{path.name}{what}: {error}; the tiles of the architecture are taken: tune again", stacklevel=2)
+
+
+def check_rows(rows: Any) -> None:
+    """Check the rows of a table for one form.
+
+    Args:
+        rows: As they are in the file.
+
+    Raises:
+        ValueError: They do not hold a choice for every number of tokens.
+    """
+    if not isinstance(rows, list) or not rows:
+        raise ValueError("there are no rows")
+    before = 0
+    for number, row in enumerate(rows):
+        last = number == len(rows) - 1
+        try:
+            limit, path, block_tokens = row["up_to_tokens"], row["path"], row["block_tokens"]
+            tiles = [Tiles(**row[name]) for name in ("gate_up", "down")]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"row {number} is not whole ({error})") from error
+        if (limit is None) != last or (not last and not (_is_size(limit) and limit > before)):
+            raise ValueError(f"row {number} is for up to {limit} tokens: limits rise, and only the last one is null")
+        sizes = [size for tile in tiles for size in dataclasses.astuple(tile)]
+        if path not in ("decode", "grouped") or not all(map(_is_size, [block_tokens, *sizes])):
+            raise ValueError(f"row {number} holds sizes that are no positive integers, or the path {path!r}")
+        if path == "decode" and (last or block_tokens < limit):
+            raise ValueError(f"row {number}: a tile of {block_tokens} tokens does not hold {limit or 'any number of'}")
+        before = limit or before
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def table_name(device: Device) -> str:
+    """Return the name of the file of a device's own table: ``nvidia-h200-triton-3.9.json``."""
+    return f"{slug(device.name)}-triton-{device.triton}.json"
 
 
 def slug(name: str) -> str:

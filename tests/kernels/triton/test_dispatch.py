@@ -1,12 +1,26 @@
 """The choice of kernels is a function of sizes and device, and the shipped tables are whole."""
 
 import json
-from typing import get_args
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 from moe_kernels.triton_kernels import dispatch
-from moe_kernels.triton_kernels.dispatch import FOLDER, Device, Format, Tiles, choose, format_of, slug
+from moe_kernels.triton_kernels.dispatch import (
+    FOLDER,
+    Device,
+    Format,
+    Tiles,
+    check_rows,
+    choose,
+    format_of,
+    limits,
+    slug,
+    table_name,
+)
 
 
 @pytest.mark.parametrize("form", get_args(Format))
@@ -47,3 +61,66 @@ def test_the_table_of_a_device_goes_first(tmp_path, monkeypatch: pytest.MonkeyPa
     finally:
         dispatch._table.cache_clear()
     assert slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+H200 = Device(90, "NVIDIA H200", "3.9")
+
+
+@pytest.fixture
+def own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return where the table of an H200 would lie, beside that of its architecture."""
+    shutil.copy(FOLDER / "sm_90.json", tmp_path)
+    monkeypatch.setattr(dispatch, "FOLDER", tmp_path)
+    dispatch._table.cache_clear()
+    yield tmp_path / table_name(H200)
+    dispatch._table.cache_clear()
+
+
+def test_forms_that_nobody_tuned_come_from_the_architecture(own_table: Path) -> None:
+    rows = json.loads((FOLDER / "sm_90.json").read_text())["int4"]
+    rows[0]["gate_up"]["block_out"] = 32
+    own_table.write_text(json.dumps({"made": {"device": "NVIDIA H200"}, "int4": rows}))
+    assert choose(1, "int4", 64, 64, H200).gate_up.block_out == 32
+    assert choose(1, "dense", 64, 64, H200) == choose(1, "dense", 64, 64, Device(90))
+    assert limits("int4", H200) == (8, 16, 32, 64, None)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"int4"'])
+def test_a_broken_table_is_left_aside(own_table: Path, text: str) -> None:
+    own_table.write_text(text)
+    with pytest.warns(UserWarning, match=r"nvidia-h200-triton-3.9.json: .*the tiles of the architecture are taken"):
+        assert choose(1, "int4", 64, 64, H200) == choose(1, "int4", 64, 64, Device(90))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows.clear(), "there are no rows"),
+        (lambda rows: rows.pop(), "row 3 is for up to 64 tokens"),
+        (lambda rows: rows.reverse(), "row 0 is for up to None tokens"),
+        (lambda rows: rows[0].pop("down"), "row 0 is not whole"),
+        (lambda rows: rows[0]["down"].update(blocks=3), "row 0 is not whole"),
+        (lambda rows: rows[1].update(up_to_tokens=8), "limits rise"),
+        (lambda rows: rows[1].update(block_tokens=8), "a tile of 8 tokens does not hold 16"),
+        (lambda rows: rows[4].update(path="decode"), "does not hold any number of"),
+        (lambda rows: rows[1].update(path="both"), "the path 'both'"),
+        (lambda rows: rows[1]["gate_up"].update(num_warps=0), "no positive integers"),
+        (lambda rows: rows[1]["gate_up"].update(num_warps="4"), "no positive integers"),
+    ],
+)
+def test_rows_that_are_not_whole_are_left_aside(own_table: Path, change: Any, message: str) -> None:
+    table = json.loads((FOLDER / "sm_90.json").read_text())
+    table["dense"][0]["gate_up"]["block_out"] = 32
+    change(table["int4"])
+    own_table.write_text(json.dumps(table))
+    with pytest.warns(UserWarning, match=f"for int4: .*{message}"):
+        assert choose(1, "int4", 64, 64, H200) == choose(1, "int4", 64, 64, Device(90))
+    assert choose(1, "dense", 64, 64, H200).gate_up.block_out == 32
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_shipped_tables_are_whole(arch: int) -> None:
+    table = json.loads((FOLDER / f"sm_{arch}.json").read_text())
+    assert set(table) == set(get_args(Format))
+    for rows in table.values():
+        check_rows(rows)
