@@ -47,10 +47,10 @@ format: $(STAMP)  ## Rewrite the sources in the project's style
 
 bench: $(STAMP)  ## Time MoE layers, training steps, the statistics pass and slimming on the CPU
 	$(BIN)/python benchmarks/cpu.py --output benchmarks/results
+	$(BIN)/python benchmarks/figures.py benchmarks/results/cpu-*.json
 	$(BIN)/python benchmarks/moe_layer_cpu.py --output benchmarks/results
 	$(BIN)/python benchmarks/statistics_pass.py
 	$(BIN)/python benchmarks/slimming_speed.py --output benchmarks/results
-	$(BIN)/python benchmarks/figures.py benchmarks/results/cpu-*.json
 
 # What was refused fails in the end: the figures of everything else are drawn before.
 bench-gpu: $(STAMP)  ## Time MoE layers, training steps and slimming on the GPU, and draw the figures
