@@ -6,7 +6,8 @@ from typing import Any
 from moe_kernels.triton_kernels.compile_only import Request
 from moe_kernels.triton_kernels.dispatch import Device, Tiles
 from moe_kernels.triton_kernels.training.choose import TrainingChoice, choose_training
-from moe_kernels.triton_kernels.training.tiles import rank_tile
+from moe_kernels.triton_kernels.training.rank_reads import rank_tile
+from moe_kernels.triton_kernels.training.tiles import RANK_TILE
 
 from tests.kernels.triton.compiled_kernels import COMPUTE, MIXTRAL, OLMOE, Case, Sizes, named, types
 
@@ -31,7 +32,7 @@ def product(
     signature["weights"] = f"tensordesc<{dtype}[{block[0]},{block[1]}]>" if arch >= 90 else f"*{dtype}"
     constants = {
         **constants,
-        "BLOCK_RANK": rank_tile(constants["RANK"]),
+        "BLOCK_RANK": RANK_TILE,
         "BLOCK_OUT": tiles.block_out,
         "BLOCK_IN": tiles.block_in,
         "TILES_TOGETHER": 16,

@@ -20,10 +20,10 @@ from moe_kernels.triton_kernels.grouped_gate_up import has_descriptors, processo
 from moe_kernels.triton_kernels.interpreting import compute_type
 from moe_kernels.triton_kernels.schedule import Schedule
 from moe_kernels.triton_kernels.training.tiles import (
+    RANK_TILE,
     add_low_rank,
     groups_of,
     quarters_of,
-    rank_tile,
     row_tile,
     transposed_tile,
     wide_type,
@@ -238,7 +238,7 @@ def down_backward(
             BLOCK_ROWS=schedule.tile_rows,
             BLOCK_OUT=tiles.block_out,
             BLOCK_IN=tiles.block_in,
-            BLOCK_RANK=rank_tile(rank),
+            BLOCK_RANK=RANK_TILE,
             TILES_TOGETHER=tiles_together,
             WANT_PRE=want_pre,
             WANT_INNER=want_inner,

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from moe_kernels.triton_kernels.interpreting import compute_type
 from moe_kernels.triton_kernels.schedule import Schedule
-from moe_kernels.triton_kernels.training.tiles import groups_of, rank_tile, row_tile, wide_type
+from moe_kernels.triton_kernels.training.tiles import groups_of, row_tile, wide_type
 
 # Few outputs make few programs: tiles of rows are cut smaller.
 _ROWS = 32
+_MOST_RANKS_OF_A_TILE = 64
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -136,6 +137,11 @@ def rank_reads(
             num_stages=num_stages,
         )
     return reads_PR
+
+
+def rank_tile(rank: int) -> int:
+    """Return how many ranks a program takes: what a product wants at least, or up to 64."""
+    return min(max(triton.next_power_of_2(rank), 16), _MOST_RANKS_OF_A_TILE)
 
 
 def rank_reads_twin(

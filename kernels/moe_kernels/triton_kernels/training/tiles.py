@@ -12,8 +12,8 @@ from torch import Tensor
 
 from moe_kernels.triton_kernels.schedule import Schedule
 
-# More would take registers that the sums of large tiles need.
-_MOST_RANKS_OF_A_TILE = 16
+# What a product wants at least; more would take registers that the sums of large tiles need.
+RANK_TILE = 16
 
 
 @triton.jit
@@ -99,11 +99,6 @@ def quarters_of(tile_MO):
     first, second = _halves(left)
     third, fourth = _halves(right)
     return first, second, third, fourth
-
-
-def rank_tile(rank: int) -> int:
-    """Return how many ranks of a low-rank term are taken at a time: what a product wants at least, or up to 32."""
-    return min(max(triton.next_power_of_2(rank), 16), _MOST_RANKS_OF_A_TILE)
 
 
 def groups_of(schedule: Schedule, slots: int) -> list[tuple[int, slice, Tensor]]:
