@@ -39,7 +39,17 @@ def test_help_names_every_command() -> None:
 
     text = help_text()
     assert all(f"\n  {name}" in text for name in COMMANDS)
-    assert list(COMMANDS) == ["fit", "validate", "test", "predict", "compress", "collect", "plan", "sweep"]
+    assert list(COMMANDS) == [
+        "fit",
+        "validate",
+        "test",
+        "predict",
+        "compress",
+        "collect",
+        "cache-logits",
+        "plan",
+        "sweep",
+    ]
 
 
 def test_unknown_command_is_one_line_with_a_hint(capsys: pytest.CaptureFixture[str]) -> None:

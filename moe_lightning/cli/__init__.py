@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("moe_lightning.cli.lightning", "continue prompts"),
     "compress": ("moe_lightning.cli.compress", "compress a checkpoint that already exists, without training"),
     "collect": ("moe_lightning.cli.collect", "measure what a checkpoint's experts, layers and blocks do, into a file"),
+    "cache-logits": ("moe_lightning.cli.cache_logits", "write a teacher's predictions to files, for recovery"),
     "plan": ("moe_lightning.cli.plan", "try methods out on saved statistics, in seconds and without the model"),
     "sweep": ("moe_lightning.cli.sweep", "compare methods on one model at equal budgets, with intervals and figures"),
 }

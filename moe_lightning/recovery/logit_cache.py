@@ -86,7 +86,7 @@ class CacheHeader:
         """Make sure that predictions can stand in one folder.
 
         Args:
-            other: Of those that come.
+            other: Of those that come; without a fingerprint the teacher is not compared.
             folder: For the message.
 
         Raises:
@@ -98,7 +98,8 @@ class CacheHeader:
             for name in names
             if getattr(self, name) != getattr(other, name)
         ]
-        if not same_weights(self.teacher.get("fingerprint", ()), other.teacher.get("fingerprint", ())):
+        theirs = other.teacher.get("fingerprint")
+        if theirs is not None and not same_weights(self.teacher.get("fingerprint", ()), theirs):
             wrong.append(f"predictions of another teacher ({self.teacher.get('folder', 'unknown')})")
         if wrong:
             raise ValueError(f"{folder} is a cache with {', '.join(wrong)}: choose another folder, or overwrite it")
