@@ -34,7 +34,7 @@ from moe_lightning.cli.arguments import with_bare_flags
 from moe_lightning.cli.config_files import resolve_configs, run_name
 from moe_lightning.cli.errors import TRACEBACK_VARIABLE, OneLineErrors
 from moe_lightning.cli.messages import for_the_command, readable_messages
-from moe_lightning.cli.run_callbacks import NoteBeginning, SaveRunConfig, check_names
+from moe_lightning.cli.run_callbacks import NoteBeginning, SaveRunConfig, check_names, recovered_share
 from moe_lightning.cli.run_directory import RunDirectory
 from moe_lightning.data import TextDataModule, holds_tokenizer
 from moe_lightning.files import write_atomically
@@ -244,6 +244,8 @@ class MoELightningCLI(LightningCLI):
         wanted: list[Callback] = []
         if self.subcommand == "predict":
             wanted.append(PredictionWriter())
+        if self.subcommand == "fit":
+            wanted += recovered_share(given, self.options.data.validation)
         has_checkpoints = any(isinstance(callback, Checkpoint) for callback in given)
         if self.subcommand != "fit":
             config["enable_checkpointing"] = has_checkpoints

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
+from moe_lightning.callbacks import Compress, RecoveredShare
 from moe_lightning.cli.run_directory import RunDirectory
 from moe_lightning.files import write_atomically
 
@@ -78,3 +79,15 @@ def check_names(callbacks: Sequence[Callback]) -> None:
                 f"--trainer.callbacks: {name} stands there {count} times: give one of them another name or step, or "
                 "leave it out (methods that a Compress applies at the same step go into one list)"
             )
+
+
+def recovered_share(callbacks: Sequence[Callback], validation: float) -> list[Callback]:
+    """Return what measures how much of the lost loss comes back, where a run compresses and nobody measures that yet.
+
+    Args:
+        callbacks: Callbacks of a run.
+        validation: Size of the validation split; 0 where there is none to measure on.
+    """
+    compresses = any(isinstance(callback, Compress) for callback in callbacks)
+    measured = any(isinstance(callback, RecoveredShare) for callback in callbacks)
+    return [RecoveredShare()] if compresses and validation and not measured else []

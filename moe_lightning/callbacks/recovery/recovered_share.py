@@ -31,7 +31,7 @@ class RecoveredShare(Callback):
 
     ``before`` is the loss before the first compression. ``compressed`` is that plus what each compression added at its
     moment: with one compression the loss right after it. Training that goes on may recover more than was lost. Every
-    compression, end of a stage and the end of the run are a line on the console and an entry of
+    compression, the end of each stage and that of the run are a line on the console and an entry of
     ``RUN/results/recovery.json``.
 
     The model is measured in eval mode, and no random number is drawn from the training's sequence.
@@ -164,8 +164,8 @@ class RecoveredShare(Callback):
             self._log(trainer, self._measure(trainer, pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the end."""
-        if self.before is not None:
+        """Measure the end, unless something ended at the same step and was measured."""
+        if self.before is not None and self.boundaries[-1]["step"] != trainer.global_step:
             self._boundary(trainer, pl_module, "end")
 
     # ------------------------------------------------------------ telling
