@@ -176,9 +176,9 @@ def check_cache_folder(folder: str | os.PathLike[str], header: CacheHeader, over
         PermissionError: It cannot be written.
     """
     target = Path(folder)
-    check_writable(target / HEADER)
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file, not a folder: choose another output")
+    check_writable(target / HEADER)
     if is_cache(target):
         if not overwrite:
             read_header(target).check_same(header, target)
