@@ -54,8 +54,10 @@ _HOMES = {
     "compress": "compression",
     "evaluate": "evaluation",
     "from_pretrained": "checkpoints",
+    "load_adapters": "checkpoints",
     "measure": "sizes",
     "merge_statistics": "statistics",
+    "save_adapters": "checkpoints",
     "save_pretrained": "checkpoints",
     "warmup": "experts",
 }
@@ -102,15 +104,17 @@ __all__ = [
     "compress",
     "evaluate",
     "from_pretrained",
+    "load_adapters",
     "measure",
     "merge_statistics",
+    "save_adapters",
     "save_pretrained",
     "warmup",
 ]
 
 if TYPE_CHECKING:
     from moe_lightning import callbacks
-    from moe_lightning.checkpoints import from_pretrained, save_pretrained
+    from moe_lightning.checkpoints import from_pretrained, load_adapters, save_adapters, save_pretrained
     from moe_lightning.compression import CompressionResult, compress
     from moe_lightning.criteria import Statistics, collect
     from moe_lightning.data import TextDataModule

@@ -1,5 +1,6 @@
 """Reading and writing models as Hugging Face folders."""
 
+from moe_lightning.checkpoints.adapters import load_adapters, save_adapters
 from moe_lightning.checkpoints.folders import (
     Format,
     check_format,
@@ -16,9 +17,11 @@ __all__ = [
     "check_checkpoint",
     "check_format",
     "from_pretrained",
+    "load_adapters",
     "may_be_uneven",
     "plain_structure",
     "read_config",
+    "save_adapters",
     "save_pretrained",
     "stored_bytes",
     "stored_dtype",
