@@ -31,7 +31,7 @@ class KeepWeights(Callback):
 
 
 def main(folder: Path) -> None:
-    """Train, trim twice, prune gradually, quantise, and tune the novices on two processes.
+    """Train, trim twice, prune gradually, quantise, and recover in every way on two processes.
 
     Args:
         folder: Where the texts lie and the weights go.
@@ -41,7 +41,7 @@ def main(folder: Path) -> None:
         vocab_size=300,
         block_size=16,
         batch_size=2,
-        validation=0,
+        validation=8,
         test=0,
         calibration=8,
         cache_dir=str(folder / "cache"),
@@ -55,7 +55,11 @@ def main(folder: Path) -> None:
             calibration_batches=3,
             max_fallback=1.0,
         ),
-        ml.callbacks.NoviceTuning(at_step=8),
+        ml.callbacks.NoviceTuning(at_step=8, steps=2),
+        ml.callbacks.RouterDistillation(at_step=10, steps=1),
+        ml.callbacks.LoRARecovery(at_step=11, steps=2, rank=2, teacher="before", alpha=0.5),
+        ml.callbacks.FullFineTuning(at_step=14),
+        ml.callbacks.RecoveredShare(num_batches=2),
         ml.callbacks.Compress(
             [ml.GPTQ(group_size=16)],
             at_step=9,
@@ -66,7 +70,7 @@ def main(folder: Path) -> None:
         ),
     ]
     trainer = Trainer(
-        max_steps=11,
+        max_steps=16,
         accelerator="cpu",
         devices=2,
         strategy="ddp",
