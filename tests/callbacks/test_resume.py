@@ -108,6 +108,20 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
             ]
         }
     },
+    # Low-rank terms come beside integers, train with all that is left, and are folded in.
+    "adapted": {
+        "trainer": {
+            "callbacks": [
+                {"class_path": "LastCheckpoint", "init_args": {"every_n_train_steps": 4}},
+                slim_at(
+                    6,
+                    {"class_path": "RTN", "init_args": {"group_size": 16, "targets": "experts+attention"}},
+                    {"class_path": "LoRA", "init_args": {"rank": 2}},
+                ),
+                compress_at(10, {"class_path": "MergeLoRA"}),
+            ]
+        }
+    },
     # After step 6 only the novices train: others keep their optimizer state and get no gradient.
     "tuning": {
         "trainer": {
@@ -150,6 +164,7 @@ SCENARIOS = {
     "quantized_twice": Scenario("quantized", (("batch_start", 7), ("batch_end", 9)), 8),
     "pruned_in_part": Scenario("pruned", (("batch_end", 7), ("batch_start", 9)), 8),
     "two_of_four": Scenario("two_of_four", (("batch_start", 9),), 8),
+    "adapted_and_merged": Scenario("adapted", (("batch_start", 9), ("batch_end", 11)), 8),
     "compressed_twice": Scenario("compressing", (("batch_start", 9), ("batch_end", 11)), 8),
 }
 
