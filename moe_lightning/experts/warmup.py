@@ -95,8 +95,9 @@ def _blocks(model: nn.Module, reasons: dict[str, str]) -> Iterator[_Block]:
 
     fused = {layer.mlp for layer in model.modules() if isinstance(layer, CompressedMixtralDecoderLayer)}
     for name, block in model.named_modules():
-        experts, router = getattr(block, "experts", None), getattr(block, "gate", None)
-        if not isinstance(experts, nn.Module) or not hasattr(router, "top_k"):
+        experts: Any = getattr(block, "experts", None)
+        router: Any = getattr(block, "gate", None)
+        if experts is None or not hasattr(router, "top_k"):
             continue
         compressed = isinstance(experts, CompressedExperts)
         implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
 from moe_kernels.experts import ABSENT
 from moe_kernels.triton_kernels.block import device_of, moe_block_op
 from moe_kernels.triton_kernels.dispatch import Device, Format, format_of, limits
 from moe_kernels.triton_kernels.int4_layout import GROUPS
-from moe_kernels.triton_kernels.weight_forms import Form
+from moe_kernels.triton_kernels.weight_forms import Form, empty_weights
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def warmup_kernels(
     if device.type == "cuda" and not torch.cuda.is_available():
         return Warmup(reason="there is no GPU")
     shapes = ((2 * inner, hidden), (hidden, inner))
-    gate_up, down = (_weights(form, experts, *shape, dtype, group, device) for shape in shapes)
+    gate_up, down = (empty_weights(form, experts, *shape, dtype, group, device) for shape in shapes)
     router_EH = torch.zeros(experts, hidden, dtype=dtype, device=device)
     nobody_E = torch.full((experts,), ABSENT, dtype=torch.int64, device=device)
 
@@ -163,18 +162,3 @@ def warmup_kernels(
         moe_block_op(hidden_NH, router_EH, top_k, True, nobody_E, gate_up, down, [], None, added_NH)
 
     return warm_up(run, tokens_of_choices(format_of(form, dtype), device_of(device), tokens))
-
-
-def _weights(
-    form: Form, slots: int, outputs: int, inputs: int, dtype: torch.dtype, group: int, device: torch.device
-) -> list[Tensor]:
-    """Return weights of a form that hold nothing."""
-    if form == "dense":
-        return [torch.empty(slots, outputs, inputs, dtype=dtype, device=device)]
-    if form == "sparse24":
-        kept = torch.empty(slots, outputs, inputs // 2, dtype=dtype, device=device)
-        return [kept, torch.empty(slots, outputs, inputs // 8, dtype=torch.uint8, device=device)]
-    if group not in GROUPS or inputs % group:
-        raise ValueError(f"groups of {group} of {inputs} inputs: int4 kernels want {' or '.join(map(str, GROUPS))}")
-    words = torch.empty(slots, inputs // group, outputs, group // 8, dtype=torch.int32, device=device)
-    return [words, words.new_empty(words.shape[:3])]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels.triton_kernels.int4_dequantize import int4_dequantize
-from moe_kernels.triton_kernels.int4_layout import Int4Tiles, dequantize_tiles
+from moe_kernels.triton_kernels.int4_layout import GROUPS, Int4Tiles, dequantize_tiles
 from moe_kernels.triton_kernels.sparse24_expand import sparse24_expand
 from moe_kernels.triton_kernels.sparse24_layout import Sparse24Tiles, expand_tiles, why_no_tiles
 
@@ -85,3 +85,31 @@ def to_dense_twin(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
     if isinstance(matrices, Int4Tiles):
         return dequantize_tiles(matrices, dtype)
     return expand_tiles(matrices, dtype) if isinstance(matrices, Sparse24Tiles) else matrices.to(dtype)
+
+
+def empty_weights(
+    form: Form, slots: int, outputs: int, inputs: int, dtype: torch.dtype, group: int, device: torch.device
+) -> list[Tensor]:
+    """Return weights of a form that hold nothing yet, or never will: on the meta device, or where nobody reads them.
+
+    Args:
+        form: See :func:`form_of`.
+        slots: S.
+        outputs: O.
+        inputs: I.
+        dtype: Of the activations.
+        group: Weights of an int4 scale: 128 or 64.
+        device: Where to.
+
+    Raises:
+        ValueError: Groups that the int4 kernels do not know.
+    """
+    if form == "dense":
+        return [torch.empty(slots, outputs, inputs, dtype=dtype, device=device)]
+    if form == "sparse24":
+        kept = torch.empty(slots, outputs, inputs // 2, dtype=dtype, device=device)
+        return [kept, torch.empty(slots, outputs, inputs // 8, dtype=torch.uint8, device=device)]
+    if group not in GROUPS or inputs % group:
+        raise ValueError(f"groups of {group} of {inputs} inputs: int4 kernels want {' or '.join(map(str, GROUPS))}")
+    words = torch.empty(slots, inputs // group, outputs, group // 8, dtype=torch.int32, device=device)
+    return [words, words.new_empty(words.shape[:3])]

@@ -11,7 +11,7 @@ from moe_kernels.triton_kernels.block import mix_as_chosen
 from moe_kernels.triton_kernels.dispatch import Device, choose, format_of, limits
 from moe_kernels.triton_kernels.launches import recorded_launches
 from moe_kernels.triton_kernels.router import choose_experts
-from moe_kernels.triton_kernels.warmup import _weights
+from moe_kernels.triton_kernels.weight_forms import empty_weights
 
 HIDDEN, INNER, EXPERTS, TOP_K = 512, 768, 8, 2
 META = torch.device("meta")
@@ -21,7 +21,7 @@ def keys(form: str, dtype: torch.dtype, tokens: int, device: Device) -> list[str
     """Return names and keys of what a call launches."""
     choice = choose(tokens, format_of(form, dtype), HIDDEN, INNER, device)
     weights = [
-        _weights(form, EXPERTS, *shape, dtype, 128, META)  # type: ignore[arg-type]
+        empty_weights(form, EXPERTS, *shape, dtype, 128, META)  # type: ignore[arg-type]
         for shape in ((2 * INNER, HIDDEN), (HIDDEN, INNER))
     ]
     hidden = torch.empty(tokens, HIDDEN, dtype=dtype, device=META)
