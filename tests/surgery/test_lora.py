@@ -13,12 +13,22 @@ from transformers import MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import moe_lightning as ml
+from moe_lightning.compression.adapters import places_of
 from moe_lightning.experts import CompressedExperts, LoraLinear, PackedLinear, WeightStack
 from moe_lightning.plan import AddLora, CompressionPlan, DropBlock, Edit, KeepExperts, MergeLora, NoviceExperts
-from moe_lightning.surgery import add_missing_groups, apply_plan, build, carry_optimizer, parameter_groups, plan_of, rebuild
-from tests.lora import BASES, adapted_mixtral, fill_terms
+from moe_lightning.surgery import (
+    add_missing_groups,
+    apply_plan,
+    build,
+    carry_optimizer,
+    parameter_groups,
+    plan_of,
+    rebuild,
+)
+from tests.lora import BASES, adapted_mixtral, fill_terms, kept_weights
 from tests.models import random_batches, tiny_config, tiny_mixtral
 from tests.packed import apply_filled
+from tests.stand_ins import unpacked
 
 ROOT = Path(__file__).resolve().parents[2]
 ANY_BASE = pytest.mark.parametrize("base", BASES)
@@ -261,3 +271,46 @@ def test_layers_that_were_packed_train_again_when_they_are_spelled_out() -> None
     merged(model, dequantize=True)
     assert not any(isinstance(module, WeightStack | PackedLinear | LoraLinear) for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_gradients_of_the_whole_model_are_those_of_its_dense_twin(base: str) -> None:
+    """A plain model in float64 with every matrix spelled out, ``W + kept * alpha / R B A``, and torch's autograd."""
+    loops = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = adapted_mixtral(base, dtype=torch.float64, **loops)
+    plain = tiny_mixtral(dtype=torch.float64, **loops)
+    leaves: dict[str, Tensor] = {}
+    state = {name: tensor.detach() for name, tensor in plain.state_dict().items()}
+    for layer, target in ((layer, target) for layer in range(3) for target in ("experts", "attention")):
+        for name, place in places_of(model, layer, target).items():
+            weight = unpacked(place.weight).double()
+            weight = weight if weight.ndim == 3 else weight[None]
+            first, second = (
+                tensor.detach().clone().requires_grad_() for tensor in (place.lora.lora_A, place.lora.lora_B)
+            )
+            leaves[f"{layer}.{name}.lora_A"], leaves[f"{layer}.{name}.lora_B"] = first, second
+            whole = weight + kept_weights(place.weight, weight) * (5.0 / 3 * torch.matmul(second, first))
+            module = f"model.layers.{layer}."
+            if target == "experts":
+                state[f"{module}mlp.experts.{name}"] = whole
+            else:
+                state[f"{module}self_attn.{name}.weight"] = whole[0]
+    routers = [f"model.layers.{layer}.mlp.gate.weight" for layer in range(3)]
+    for name in routers:
+        state[name] = leaves[name] = state[name].clone().requires_grad_()
+    said = torch.func.functional_call(plain, state, kwargs={"input_ids": INPUTS}).logits
+    ours = model(input_ids=INPUTS).logits
+    torch.testing.assert_close(ours, said, rtol=0, atol=1e-10)
+    probe = torch.randn(said.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    said.backward(probe)
+    ours.backward(probe)
+    found = {name: model.get_parameter(name).grad for name in routers}
+    for layer, target in ((layer, target) for layer in range(3) for target in ("experts", "attention")):
+        for name, place in places_of(model, layer, target).items():
+            found[f"{layer}.{name}.lora_A"] = place.lora.lora_A.grad
+            found[f"{layer}.{name}.lora_B"] = place.lora.lora_B.grad
+    assert found.keys() == leaves.keys()
+    for name, gradient in found.items():
+        expected = leaves[name].grad
+        assert gradient is not None and expected is not None and expected.abs().max() > 1e-4
+        torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-10, msg=name)
