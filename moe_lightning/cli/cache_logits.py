@@ -30,7 +30,7 @@ def cache_logits(
     accumulate_grad_batches: int = 1,
     devices: int = 1,
     top_k: int = 64,
-    temperature: float = 2.0,
+    temperature: float = 1.0,
     storage: Storage = "float16",
     batch_size: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -109,7 +109,7 @@ def _block_numbers(
     """Return the numbers of the blocks that a run sees in some steps, in their order, each once."""
     stream = data.train_dataloader()
     # All processes together take what one would with larger batches.
-    stream = type(stream)(stream.blocks, data.batch_size * devices, seed=data.options.seed)
+    stream = type(stream)(stream.blocks, data.batch_size * devices, seed=data.order_seed)
     indices = range(from_step * accumulate_grad_batches, (from_step + steps) * accumulate_grad_batches)
     return list(dict.fromkeys(int(number) for index in indices for number in stream.block_numbers(index)))
 

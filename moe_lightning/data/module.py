@@ -48,7 +48,8 @@ class TextDataModule(lightning.LightningDataModule):
         max_bytes: Use only as many documents as fit into this many bytes of text.
         prompts: Texts that `predict` continues.
         prompts_file: A file of prompts: one per line, or .jsonl with a field `prompt`.
-        seed: Decides the splits and the order of the training batches.
+        seed: Decides the splits and, without order_seed, the order of the training batches.
+        order_seed: Decides the order of the training batches alone, with the same splits.
         cache_dir: Folder for cached tokenizers and blocks; the default is `~/.cache/moe_lightning`. It can be deleted
             at any time between runs.
 
@@ -75,6 +76,7 @@ class TextDataModule(lightning.LightningDataModule):
         prompts: list[str] | None = None,
         prompts_file: str | None = None,
         seed: int = 0,
+        order_seed: int | None = None,
         cache_dir: str | None = None,
     ):
         super().__init__()
@@ -94,6 +96,8 @@ class TextDataModule(lightning.LightningDataModule):
         )
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.order_seed = seed if order_seed is None else order_seed
+        at_least("order_seed", self.order_seed, 0)
         at_least("batch_size", self.batch_size, 1)
         at_least("eval_batch_size", self.eval_batch_size, 1)
         self.prompts = prompts
@@ -241,7 +245,7 @@ class TextDataModule(lightning.LightningDataModule):
         return TrainStream(
             self.blocks("train"),
             self.batch_size,
-            seed=self.options.seed,
+            seed=self.order_seed,
             length=length,
             rank=self._rank[0],
             world_size=self._rank[1],

@@ -108,6 +108,16 @@ def test_the_seed_changes_splits_and_order(options: dict[str, Any]) -> None:
         assert one.describe()["splits"][split]["fingerprint"] != two.describe()["splits"][split]["fingerprint"]
 
 
+def test_the_order_has_a_seed_of_its_own(options: dict[str, Any]) -> None:
+    def numbers(**changes: Any) -> list[list[int]]:
+        stream = TextDataModule(**options | changes).prepare().train_dataloader()
+        return [stream.block_numbers(index).tolist() for index in range(4)]
+
+    assert numbers(order_seed=7) != numbers() == numbers(order_seed=options.get("seed", 0))
+    one, two = TextDataModule(**options).prepare(), TextDataModule(**options | {"order_seed": 7}).prepare()
+    assert one.describe()["splits"] == two.describe()["splits"]
+
+
 def test_few_files_give_spans_and_a_warning(
     options: dict[str, Any], text_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -199,6 +209,7 @@ def test_fewer_prompts_than_processes_are_an_error(
         ({"validation": 0.5, "test": 0.5}, "nothing is left to train on"),
         ({"vocab_size": 100}, r"--data.vocab_size 100"),
         ({"seed": -1}, r"--data.seed -1"),
+        ({"order_seed": -1}, r"--data.order_seed -1"),
         ({"block_size": 1}, r"--data.block_size 1"),
         ({"batch_size": 0}, r"--data.batch_size 0"),
         ({"max_bytes": 0}, r"--data.max_bytes 0"),
