@@ -6,8 +6,8 @@
 Every row is a config of ``configs/recover``: half of the experts of the model go, and 60 steps, a tenth of those that
 the quickstart trains its model with, bring back what they can. It is run as anybody would run it,
 ``moe-lightning fit -c recover/NAME``, once for each order of the training text; the splits are the same for all. The
-folders that the run exports are loaded again and judged on held-out text. The recovered share is that of the lost loss, ``(compressed -
-recovered) / (compressed - original)`` in nats per token. Intervals over seeds are those of Student's t.
+folders that the run exports are loaded again and judged on held-out text. The recovered share is that of the lost loss,
+``(compressed - recovered) / (compressed - original)`` in nats per token. Intervals over seeds are those of Student's t.
 """
 
 import argparse
