@@ -115,17 +115,7 @@ def test_stages_share_a_teacher_which_is_freed_in_the_end(tmp_path: Path, monkey
     fit(module, tmp_path, [half(2), *stages, watch], steps=9)
     assert len(opened) == 1
     # After its last step the first stage is over, and between them nobody is imitated.
-    assert [teacher is not None for teacher in watch.teachers] == [
-        False,
-        False,
-        True,
-        False,
-        False,
-        True,
-        False,
-        False,
-        False,
-    ]
+    assert [step for step, teacher in enumerate(watch.teachers) if teacher is not None] == [2, 5]
     assert len(watch.seen) == 1
     gc.collect()
     assert watch.seen[0]() is None
@@ -135,7 +125,8 @@ def test_stages_share_a_teacher_which_is_freed_in_the_end(tmp_path: Path, monkey
 def test_the_loss_is_the_divergence_from_the_model_before(tmp_path: Path) -> None:
     """Computed again from copies of both models, on the batch of the step."""
     watch, train, stage = Watch(), batches(5), imitate(3, temperature=2.0)
-    module = tiny_module()
+    ml.save_pretrained(tiny_mixtral(), tmp_path / "start")
+    module = ml.MixtralModule(checkpoint=str(tmp_path / "start"), learning_rate=1e-3)
     trainer = fit(module, tmp_path, [half(3), stage, watch], steps=4, train=train)
     student, teacher = copy.deepcopy(module.model), ml.from_pretrained(tmp_path / "teacher")
     student.load_state_dict(watch.models[3])
@@ -261,7 +252,7 @@ def test_a_folder_teaches_in_the_type_of_the_student(tmp_path: Path) -> None:
             if pl_module.objective.teacher is not None:
                 types.add(pl_module.objective.teacher.model.dtype)
 
-    fit(tiny_module(), tmp_path, [imitate(1, teacher=str(tmp_path / "model")), Look()], steps=2)
+    fit(tiny_module(), tmp_path, [Look(), imitate(1, teacher=str(tmp_path / "model"))], steps=2)
     assert types == {torch.float32}
 
 
