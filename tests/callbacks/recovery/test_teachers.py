@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 import moe_lightning as ml
@@ -27,7 +27,7 @@ from moe_lightning.recovery.logit_cache import CacheHeader
 from moe_lightning.recovery.logit_cache_writer import LogitCacheWriter
 from moe_lightning.recovery.teachers import ModelTeacher
 from moe_lightning.statistics.fingerprint import fingerprint
-from tests.callbacks.small_fit import batches, fit, tiny_module
+from tests.callbacks.small_fit import batches, fit, loader, tiny_module
 from tests.models import SIZES, random_batches, tiny_mixtral
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -162,10 +162,6 @@ def run_to(folder: Path, steps: int, resume: bool = False) -> tuple[Any, Any, An
             if trainer.global_step == 3:
                 trainer.save_checkpoint(folder / "checkpoint.ckpt")
 
-    from lightning.pytorch import Trainer
-
-    from tests.callbacks.small_fit import loader
-
     module, stage = tiny_module(), imitate(2)
     options: dict[str, Any] = dict.fromkeys(
         ("enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
@@ -206,10 +202,6 @@ def test_a_teacher_wanted_too_late(tmp_path: Path) -> None:
     class Save(Callback):
         def on_train_end(self, trainer: Any, *_: Any) -> None:
             trainer.save_checkpoint(tmp_path / "checkpoint.ckpt")
-
-    from lightning.pytorch import Trainer
-
-    from tests.callbacks.small_fit import loader
 
     fit(tiny_module(), tmp_path, [half(2), Save()], steps=3)
     trainer = Trainer(
