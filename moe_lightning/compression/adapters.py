@@ -129,8 +129,11 @@ def apply_adapters(
 
 def _merge(model: PreTrainedModel, edit: MergeLora, plan: CompressionPlan, adapted: Adapted) -> None:
     places = places_of(model, edit.layer, edit.target)
-    terms = {name: _term(place) for name, place in places.items()}
-    wanted = {name: _weights(place) + terms[name] for name, place in places.items()}
+    wanted, sizes = {}, {}
+    for name, place in places.items():
+        term_SOX = _term(place)
+        sizes[name] = term_SOX.square().flatten(1).sum(1)
+        wanted[name] = term_SOX.add_(_weights(place))
     after = plan.check(architecture_of(model).shape(model).uncompressed())
     experts = edit.target == "experts"
     format = after.layout(edit.layer).format if experts else after.attention_format(edit.layer)
@@ -150,7 +153,7 @@ def _merge(model: PreTrainedModel, edit: MergeLora, plan: CompressionPlan, adapt
     for name, place in places_of(model, edit.layer, edit.target).items():
         stored = _write(surgery, place.weight, wanted[name])
         take_from_first_rank(stored)
-        _report(adapted, edit.layer, places[name], place.weight, wanted[name], terms[name])
+        _report(adapted, edit.layer, places[name], place.weight, wanted[name], sizes[name])
 
 
 def _wide(weight: nn.Parameter | WeightStack) -> torch.dtype:
@@ -212,13 +215,12 @@ def _report(
     before: Place,
     after: nn.Parameter | WeightStack,
     merged_SOX: Tensor,
-    term_SOX: Tensor,
+    size_S: Tensor,
 ) -> None:
     if merged_SOX.device.type == "meta":
         return
     wide = _wide(after)
     stored_SOX = after.dense(wide) if isinstance(after, WeightStack) else after.detach().to(wide).view(merged_SOX.shape)
-    size_S = term_SOX.square().flatten(1).sum(1)
     lost_S = (stored_SOX - merged_SOX).square().flatten(1).sum(1) / size_S.clamp(min=1e-30)
     for key, lost, size in zip(before.keys, lost_S.tolist(), size_S.tolist(), strict=True):
         adapted.losses.setdefault(layer, {})[key] = lost if size > 0 else 0.0

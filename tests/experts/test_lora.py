@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import moe_lightning as ml
 from moe_lightning.architectures import architecture_of
-from moe_lightning.experts import CompressedExperts, LoraLinear, LoraStack, PackedLinear, WeightStack
+from moe_lightning.experts import LoraLinear, LoraStack, PackedLinear, WeightStack
 from moe_lightning.plan import KeepChannels, KeepExperts, MergeExperts, NoviceExperts, Quantize, Sparsify, WeightFormat
 from tests.lora import BASES, adapted_mixtral, fill_terms, kept_weights
 from tests.packed import FORMATS, packed, random_weight
@@ -37,7 +37,7 @@ LAYERS: dict[str, tuple[Any, ...]] = {
 """Edits of layer 0: every way to hold real experts, alone and beside all that may stand in their place."""
 
 
-def make_layer(name: str, dtype: torch.dtype = torch.float64) -> tuple[CompressedExperts, Any]:
+def make_layer(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
     """Return the experts of layer 0 of an adapted model, and its layout."""
     model = adapted_mixtral(LAYERS[name], targets="experts", dtype=dtype)
     experts = model.model.layers[0].mlp.experts
@@ -59,18 +59,18 @@ def make_inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Ten
     return hidden_NH, index_NK, weight_NK
 
 
-def leaf(tensor: Tensor) -> Tensor:
+def leaf(tensor: Tensor) -> Any:
     return tensor.detach().double().clone().requires_grad_()
 
 
 class ByHand:
     """The same layer as a loop over tokens, with matrices spelled out; leaves hold the gradients."""
 
-    def __init__(self, experts: CompressedExperts, layout: Any) -> None:
+    def __init__(self, experts: Any, layout: Any) -> None:
         self.storage, self.layout = experts.storage, layout
         self.weights = {name: leaf(unpacked(getattr(self.storage, name))) for name in ("gate_up_proj", "down_proj")}
         self.kept = {name: kept_weights(getattr(self.storage, name), self.weights[name]) for name in self.weights}
-        terms = {"gate_up_proj": self.storage.gate_up_lora, "down_proj": self.storage.down_lora}
+        terms: dict[str, Any] = {"gate_up_proj": self.storage.gate_up_lora, "down_proj": self.storage.down_lora}
         self.terms = {name: (leaf(term.lora_A), leaf(term.lora_B)) for name, term in terms.items()}
         self.scale = 5.0 / 3  # alpha over rank of `adapted_mixtral`
         self.bias = None if self.storage.bias is None else leaf(self.storage.bias)
@@ -105,7 +105,7 @@ class ByHand:
         return torch.stack(rows)
 
 
-def gradient_of_weights(weight: Any, gradient_SOX: Tensor) -> Tensor | None:
+def gradient_of_weights(weight: Any, gradient_SOX: Any) -> Tensor | None:
     """Return what the gradient of whole matrices means for the parameter that holds them, by hand; None for integers.
 
     Pruned matrices: only what is left gets one.
@@ -117,7 +117,7 @@ def gradient_of_weights(weight: Any, gradient_SOX: Tensor) -> Tensor | None:
     return gradient_SOX * kept_weights(weight, unpacked(weight))
 
 
-def close(found: Tensor, expected: Tensor) -> None:
+def close(found: Any, expected: Any) -> None:
     torch.testing.assert_close(found.detach().double(), expected.detach(), rtol=1e-9, atol=1e-10)
 
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 
 import moe_lightning as ml
-from moe_lightning.callbacks import Compress
+from moe_lightning.callbacks import Compress, Export
 from moe_lightning.experts.lora import lora_stacks
 from moe_lightning.plan import AddLora
 from tests.callbacks.small_fit import batches, loader, tiny_module
@@ -70,3 +70,18 @@ def test_a_checkpoint_says_what_terms_there_are(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in module.state_dict().items())
     plan = torch.load(tmp_path / "half.ckpt", weights_only=True)["hyper_parameters"]["plan"]
     assert {edit["kind"] for edit in plan["edits"]} == {AddLora.kind}
+
+
+def test_a_plain_export_of_terms_that_are_not_merged_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    add = Compress([ml.LoRA(rank=2)], at_step=2, batches=[])
+    export = Export("plain", format="transformers")
+    module = tiny_module()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"Export 'plain' at the end: after .* have low-rank terms that are not merged"
+    ):
+        trainer_of(tmp_path, 4, [add, export]).fit(module, loader(batches(4)))
+    assert all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in before.items())
+    merge = Compress([ml.MergeLoRA()], at_step=3, batches=[])
+    run(tmp_path, 4, [add, merge, export])
+    assert '"model_type": "mixtral"' in (tmp_path / "models" / "plain" / "config.json").read_text()

@@ -142,7 +142,7 @@ def unpacked_weight(model: Any, key: tuple[int, str]) -> Tensor:
     return whole_matrix(_place(model, key).weight, None).clone()
 
 
-def _place(model: Any, key: tuple[int, str]) -> adapters.Place:
+def _place(model: Any, key: tuple[int, str]) -> Any:
     target = "experts" if key[1] in ("gate_up_proj", "down_proj") else "attention"
     return places_of(model, key[0], target)[key[1]]
 
@@ -365,7 +365,7 @@ def test_methods_that_drop_layers_take_their_terms_along(method: Any) -> None:
 
 @pytest.mark.parametrize("base", ["dense", "int4", "2:4"])
 def test_statistics_of_a_model_with_terms_are_those_of_the_merged_model(base: str) -> None:
-    plain_loops = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    plain_loops: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
     model = adapted_mixtral(base, dtype=torch.float64, **plain_loops)
     twin = copy.deepcopy(model)
     compress(twin, ml.MergeLoRA(dequantize=True))

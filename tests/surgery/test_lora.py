@@ -276,13 +276,14 @@ def test_layers_that_were_packed_train_again_when_they_are_spelled_out() -> None
 @pytest.mark.parametrize("base", BASES)
 def test_gradients_of_the_whole_model_are_those_of_its_dense_twin(base: str) -> None:
     """A plain model in float64 with every matrix spelled out, ``W + kept * alpha / R B A``, and torch's autograd."""
-    loops = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    loops: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
     model = adapted_mixtral(base, dtype=torch.float64, **loops)
     plain = tiny_mixtral(dtype=torch.float64, **loops)
     leaves: dict[str, Tensor] = {}
     state = {name: tensor.detach() for name, tensor in plain.state_dict().items()}
     for layer, target in ((layer, target) for layer in range(3) for target in ("experts", "attention")):
         for name, place in places_of(model, layer, target).items():
+            assert place.lora is not None
             weight = unpacked(place.weight).double()
             weight = weight if weight.ndim == 3 else weight[None]
             first, second = (
@@ -307,6 +308,7 @@ def test_gradients_of_the_whole_model_are_those_of_its_dense_twin(base: str) -> 
     found = {name: model.get_parameter(name).grad for name in routers}
     for layer, target in ((layer, target) for layer in range(3) for target in ("experts", "attention")):
         for name, place in places_of(model, layer, target).items():
+            assert place.lora is not None
             found[f"{layer}.{name}.lora_A"] = place.lora.lora_A.grad
             found[f"{layer}.{name}.lora_B"] = place.lora.lora_B.grad
     assert found.keys() == leaves.keys()
