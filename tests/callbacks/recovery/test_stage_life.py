@@ -166,6 +166,17 @@ def test_compressing_in_mid_stage(tmp_path: Path) -> None:
     assert shapes == {(1, 32), (2, 32)}
 
 
+def test_what_is_new_in_mid_stage_does_not_train(tmp_path: Path) -> None:
+    behind = Behind()
+    callbacks = [stage("RouterDistillation", 1), compress(3, ml.Novices(keep=4), ml.RTN(group_size=16)), behind]
+    fit(tiny_module(), tmp_path, callbacks, steps=6, train=train_batches(6))
+    assert any(name.endswith("novices") for name in behind.states[3])
+    assert all(names_of(names) == "RouterDistillation" for names in behind.training[1:])
+    assert names_of(moved(behind.states[3], behind.states[5])) == "RouterDistillation"
+    # What trains on keeps its moments.
+    assert {int(item["step"]) for item in behind.moments[4].values()} == {4}
+
+
 def test_what_was_frozen_stays_frozen(tmp_path: Path) -> None:
     module, behind = compressed_module("low-rank novices"), Behind()
     module.model.model.embed_tokens.weight.requires_grad_(False)
