@@ -155,7 +155,7 @@ def test_nobody_was_before(tmp_path: Path, callbacks: Any, words: str) -> None:
 
 
 def run_to(folder: Path, steps: int, resume: bool = False) -> tuple[Any, Any, Any]:
-    """Run, or go on, with a checkpoint after three steps: one step after the compression, in the middle of the stage."""
+    """Run, or go on, with a checkpoint after three steps, in the middle of the stage."""
 
     class Save(Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
