@@ -132,7 +132,12 @@ class RecoveryStage(AtStep):
 
     def state_dict(self) -> dict[str, Any]:
         """Return how far it has come, and how its teacher is found again."""
-        state: dict[str, Any] = {"done": self.left, "entered": self.entered, "left": self.left, "left_at": self._left_at}
+        state: dict[str, Any] = {
+            "done": self.left,
+            "entered": self.entered,
+            "left": self.left,
+            "left_at": self._left_at,
+        }
         if self.source is not None:
             state["teacher"] = self.source.state_dict()
         return state
