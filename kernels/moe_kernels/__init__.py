@@ -23,6 +23,7 @@ from moe_kernels.experts import (
 )
 from moe_kernels.int4 import Int4Matrices, WordMatrices, dequantize_int4, grouped_product, int4_grouped_linear
 from moe_kernels.lora import GroupedLora, lora_term
+from moe_kernels.sparse24 import sparse24_grouped_linear, sparse24_twin
 
 __all__ = [
     "ABSENT",
@@ -48,5 +49,7 @@ __all__ = [
     "novice_weights",
     "project_channels",
     "sort_pairs",
+    "sparse24_grouped_linear",
+    "sparse24_twin",
     "to_cpu_layout",
 ]

@@ -136,7 +136,7 @@ class _GroupedProduct(torch.autograd.Function):
         ctx.matrices, ctx.ends = matrices, offsets_S.tolist()
         out_PO = rows_PI.new_empty(rows_PI.shape[0], matrices.outputs)
         with torch.autocast(rows_PI.device.type, enabled=False):
-            for slot, group in _groups(ctx.ends):
+            for slot, group in row_groups(ctx.ends):
                 matrices.product(slot, rows_PI[group], out_PO[group])
         return out_PO
 
@@ -146,12 +146,17 @@ class _GroupedProduct(torch.autograd.Function):
         matrices = ctx.matrices
         out_PI = grad_PO.new_empty(grad_PO.shape[0], matrices.inputs)
         with torch.autocast(grad_PO.device.type, enabled=False):
-            for slot, group in _groups(ctx.ends):
+            for slot, group in row_groups(ctx.ends):
                 matrices.transposed_product(slot, grad_PO[group], out_PI[group])
         return out_PI, None, None
 
 
-def _groups(ends: list[int]) -> Iterator[tuple[int, slice]]:
+def row_groups(ends: list[int]) -> Iterator[tuple[int, slice]]:
+    """Return the slots that rows reached, with their rows.
+
+    Args:
+        ends: End of each slot's rows.
+    """
     start = 0
     for slot, end in enumerate(ends):
         if end > start:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
+from moe_kernels import sparse24_grouped_linear
 from moe_kernels.packing import Packed24, pack_24_kept, pack_mask, unpack_24, unpack_int4, unpack_mask
 from torch import Tensor, nn
 
@@ -74,6 +75,17 @@ class Sparse24(WeightStack):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weights in floating point, ``[S, O, I]``; differentiable in the values."""
         return unpack_24(Packed24(self.values, self.metadata)).to(dtype or self.dtype)
+
+    def linear(self, rows_PI: Tensor, offsets_S: Tensor) -> Tensor:
+        """Multiply each group of rows with its own matrix, ``[P, O]``; differentiable in the rows and the values.
+
+        On a CPU only matrices that rows reached are spelled out, tile by tile.
+
+        Args:
+            rows_PI: Rows sorted by slot, in the type to compute in.
+            offsets_S: End of each slot's rows, int32.
+        """
+        return sparse24_grouped_linear(rows_PI, offsets_S, self.values, self.metadata)
 
     def select(self, slots: Sequence[int]) -> Sparse24:
         """Return a stack of some of the matrices."""
