@@ -10,13 +10,21 @@ from moe_lightning.checkpoints.folders import (
     save_pretrained,
     written_shape,
 )
-from moe_lightning.checkpoints.inspect import check_checkpoint, read_config, stored_bytes, stored_dtype, weights_bytes
+from moe_lightning.checkpoints.inspect import (
+    check_checkpoint,
+    has_weights,
+    read_config,
+    stored_bytes,
+    stored_dtype,
+    weights_bytes,
+)
 
 __all__ = [
     "Format",
     "check_checkpoint",
     "check_format",
     "from_pretrained",
+    "has_weights",
     "load_adapters",
     "may_be_uneven",
     "plain_structure",

@@ -98,6 +98,11 @@ def check_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
+def has_weights(directory: str | os.PathLike[str]) -> bool:
+    """Say whether a folder holds weight files at all, whole or not."""
+    return any((Path(directory) / name).is_file() for name in (INDEX, SINGLE))
+
+
 def stored_dtype(directory: str | os.PathLike[str]) -> torch.dtype:
     """Return the type of the first floating-point weight of a folder; float32 where there is none."""
     known = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

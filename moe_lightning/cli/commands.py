@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 from transformers import AutoConfig
 
 from moe_lightning.architectures import architecture_named
-from moe_lightning.checkpoints import check_checkpoint, stored_dtype
+from moe_lightning.checkpoints import check_checkpoint, has_weights, read_config, stored_dtype
 from moe_lightning.cli.arguments import with_bare_flags, with_replaced_lists
 from moe_lightning.cli.config_files import resolve_configs
 from moe_lightning.cli.errors import TRACEBACK_VARIABLE, OneLineErrors, in_one_line
@@ -145,15 +145,22 @@ def dtype_named(name: str, model: str) -> torch.dtype:
     Args:
         name: ``auto`` takes the one that they were saved in.
         model: Folder of the model.
+
+    Raises:
+        ValueError: Nothing in the folder says it.
     """
-    return DTYPES.get(name) or getattr(AutoConfig.from_pretrained(model), "dtype", None) or stored_dtype(model)
+    kind = DTYPES.get(name) or getattr(AutoConfig.from_pretrained(model), "dtype", None)
+    if kind is None and not has_weights(model):
+        raise ValueError(f"--dtype {name}: {model} holds no weights, and its config.json names no type: name one")
+    return kind or stored_dtype(model)
 
 
-def inspected(model: str) -> tuple[ModelShape, CompressionPlan]:
+def inspected(model: str, weights: bool = True) -> tuple[ModelShape, CompressionPlan]:
     """Look at a model's folder without loading it.
 
     Args:
         model: Folder of the model.
+        weights: Its weights must be there, whole; otherwise its ``config.json`` is enough.
 
     Returns:
         Its shape, and its plan, which is empty for an uncompressed model.
@@ -162,7 +169,7 @@ def inspected(model: str) -> tuple[ModelShape, CompressionPlan]:
         FileNotFoundError: There is no such checkpoint.
         ValueError: It is damaged, or of another family.
     """
-    raw = check_checkpoint(model)
+    raw = check_checkpoint(model) if weights else read_config(model)
     config = AutoConfig.from_pretrained(model)
     architecture = architecture_named(raw["model_type"])
     return architecture.shape_of_config(config), architecture.plan_of_config(config)
@@ -183,15 +190,28 @@ def check_vocabulary(data: TextDataModule, shape: ModelShape, model: str) -> Non
         raise ValueError(
             f"{model} holds no tokenizer: name the one that the model was trained with by --data.tokenizer"
         )
-    longest = getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", None)
-    if longest is not None and data.options.block_size > longest:
-        raise ValueError(
-            f"--data.block_size {data.options.block_size} is more than the model's longest sequence: set it to at most "
-            f"{longest}"
-        )
+    check_block_size(data, model)
     data.prepare()
     if data.vocab_size > shape.vocab_size:
         raise ValueError(
             f"the tokenizer has {data.vocab_size} tokens, the model knows {shape.vocab_size}: name the model's own "
             "tokenizer by --data.tokenizer"
+        )
+
+
+def check_block_size(data: TextDataModule, model: str) -> None:
+    """Make sure that the blocks of text are no longer than the model's sequences.
+
+    Args:
+        data: The data; they need not be there.
+        model: Folder of the model.
+
+    Raises:
+        ValueError: They are.
+    """
+    longest = getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", None)
+    if longest is not None and data.options.block_size > longest:
+        raise ValueError(
+            f"--data.block_size {data.options.block_size} is more than the model's longest sequence: set it to at most "
+            f"{longest}"
         )

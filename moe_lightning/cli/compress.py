@@ -20,7 +20,6 @@ from moe_lightning.checkpoints import (
     may_be_uneven,
     save_pretrained,
     stored_bytes,
-    weights_bytes,
 )
 from moe_lightning.cli.commands import WorkFailed, begun, run_command
 from moe_lightning.cli.prepared import Prepared, prepare
@@ -69,7 +68,8 @@ def compress_checkpoint(
         dtype: Type of the weights; auto keeps the one they were saved in.
         format: auto (a plain Mixtral where whole experts were dropped uniformly), native, or transformers.
         overwrite: Replace an output folder that holds something.
-        dry_run: Say what would be done, its sizes, memory and time, and do nothing.
+        dry_run: Say what would be done, its sizes, memory and time, and do nothing. With a config.json alone in the
+            folder of the model, for sizes of models that are not here, neither weights nor text are looked at.
         min_tokens: For methods that measure the inputs of experts' matrices: an expert that fewer calibration tokens
             reach is starved.
         starved: What becomes of it. warn: it is made from what there is. top_up: further batches of the calibration
@@ -93,7 +93,7 @@ def compress_checkpoint(
         check_output_folder(output, overwrite, "--overwrite true")
     # Whether there are further batches is known when there are data.
     policy = SlimmingPolicy(min_tokens, starved, (), max_fallback, max_moment_bytes)
-    prepared = prepare(model, data, output, methods, plan, calibration_batches, policy, device, dtype, format)
+    prepared = prepare(model, data, output, methods, plan, calibration_batches, policy, device, dtype, format, dry_run)
     _print_plan(prepared)
     if dry_run:
         return _dry_run(prepared)
@@ -121,7 +121,7 @@ def _print_plan(prepared: Prepared) -> None:
     print(f"         {_mib(before.bytes)} -> {_mib(after.bytes)} of weights in memory")
     disk = prepared.disk_before, prepared.disk_after
     print(f"         {_mib(disk[0])} -> {_mib(disk[1])} of weights on disk ({disk[1] / disk[0]:.1%})")
-    formats, likely = formats_of(prepared.shape_after), prepared.written
+    formats, likely, held = formats_of(prepared.shape_after), prepared.written, prepared.held_before
     for words in formats:
         print(f"weights  {words}")
     if formats and likely == "transformers":
@@ -132,7 +132,6 @@ def _print_plan(prepared: Prepared) -> None:
         note = "a plain Mixtral if all layers keep the same number of experts, otherwise native"
     print(f"format   {note}")
     print(f"output   {prepared.output or '-'}", flush=True)
-    held = weights_bytes(prepared.folder)
     if disk[1] > held:
         kind = str(prepared.dtype).removeprefix("torch.")
         why = "; what is stored beside the weights takes more than they save" if formats else ""
@@ -158,8 +157,7 @@ def _probe_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 def _dry_run(prepared: Prepared) -> dict[str, Any]:
     data = prepared.data
-    calibration = len(prepared.calibration) * data.eval_batch_size
-    tested = len(data.test_dataloader()) * data.eval_batch_size
+    calibration, tested = prepared.calibration_blocks, prepared.test_blocks
     shape = prepared.shape_before
     # All or nothing: every layer is kept as it was until the last method is done.
     old_bytes = prepared.size_before.bytes
@@ -183,6 +181,8 @@ def _dry_run(prepared: Prepared) -> dict[str, Any]:
     print(f"         {_mib(old_bytes)} of weights before, kept until all is done; {_mib(new_bytes)} that are made,")
     print(f"         {_mib(measured_bytes + logits_bytes)} to measure with")
     print(f"time     at least {seconds:,.0f} s (probe: {rate / 1e9:,.0f} GFLOP/s)")
+    if prepared.only_sizes:
+        print(f"note     {prepared.folder} holds no weights: only sizes were looked at, neither weights nor text")
     print("dry run: nothing was calibrated, nothing was written")
     return {
         "dry_run": True,

@@ -15,12 +15,14 @@ from moe_lightning.architectures import architecture_of
 from moe_lightning.checkpoints import (
     Format,
     check_format,
+    has_weights,
     may_be_uneven,
     plain_structure,
     stored_bytes,
+    weights_bytes,
     written_shape,
 )
-from moe_lightning.cli.commands import check_vocabulary, device_named, dtype_named, inspected
+from moe_lightning.cli.commands import check_block_size, check_vocabulary, device_named, dtype_named, inspected
 from moe_lightning.compression import trial_edits
 from moe_lightning.compression.layerwise import measures, need_batches
 from moe_lightning.compression.replay import replays
@@ -44,6 +46,8 @@ class Prepared:
     size_after: ModelSize
     disk_before: int
     """Bytes of the weight files of the folder, whatever type they are loaded in."""
+    held_before: int
+    """The same without their tables of contents."""
     disk_after: int
     """Bytes of the weights that are written, in the format and the type in which they are."""
     written: Literal["native", "transformers"]
@@ -56,6 +60,24 @@ class Prepared:
     policy: SlimmingPolicy
     device: torch.device
     dtype: torch.dtype
+    only_sizes: bool
+    """Whether there are neither weights nor text, but only the sizes of both."""
+
+    @property
+    def calibration_blocks(self) -> int:
+        """Blocks of text that are measured on."""
+        if not self.only_sizes:
+            return len(self.calibration) * self.data.eval_batch_size
+        if not need_batches(self.methods):
+            return 0
+        return _blocks_by_options(self.data, "calibration", self.calibration_batches)
+
+    @property
+    def test_blocks(self) -> int:
+        """Blocks of text that are tested on."""
+        if not self.only_sizes:
+            return len(self.data.test_dataloader()) * self.data.eval_batch_size
+        return _blocks_by_options(self.data, "test")
 
     @property
     def calibration(self) -> Any:
@@ -63,6 +85,32 @@ class Prepared:
         if not need_batches(self.methods):
             return []
         return self.data.calibration_batches(self.calibration_batches)
+
+
+def _blocks_by_options(data: TextDataModule, split: str, batches: int | None = None) -> int:
+    """Return how many blocks a split will have, without its text.
+
+    Args:
+        data: The data, which need not be there.
+        split: Name of the split.
+        batches: Batches that are taken of it; all when None.
+
+    Raises:
+        ValueError: That depends on the text, or fewer are asked for than there will be.
+    """
+    blocks, share = data.options.num_blocks(split), data.options.sizes[split]
+    if not blocks:
+        raise ValueError(
+            f"--data.{split} {share:g}: how many blocks of text that is depends on a text, which a dry run on a "
+            "config.json alone does not look at: give it as a number of blocks, e.g. 128"
+        )
+    wanted = blocks if batches is None else batches * data.eval_batch_size
+    if wanted > blocks:
+        raise ValueError(
+            f"{batches} {split} batches of {data.eval_batch_size} blocks were asked for, but --data.{split} is "
+            f"{blocks} blocks: raise it, or ask for at most {blocks // data.eval_batch_size}"
+        )
+    return wanted
 
 
 def check_zeros(shape: ModelShape, methods: Sequence[Method]) -> None:
@@ -122,8 +170,11 @@ def prepare(
     device: str,
     dtype: str,
     format: Format,
+    dry_run: bool = False,
 ) -> Prepared:
     """Find everything that can be wrong, before any work.
+
+    A dry run on a folder that holds a ``config.json`` and no weights reads neither weights nor text.
 
     Args:
         model: Folder of the model.
@@ -136,6 +187,7 @@ def prepare(
         device: Name of the device.
         dtype: Name of the type of the weights.
         format: What is written.
+        dry_run: Nothing but the sizes is wanted.
 
     Raises:
         ValueError: Something does not fit.
@@ -144,7 +196,8 @@ def prepare(
     if not methods and plan is None:
         raise ValueError("there is nothing to do: give --methods (see configs/compress.yaml) or --plan plan.json")
     where = device_named(device)
-    shape, carried = inspected(model)
+    only_sizes = dry_run and Path(model).is_dir() and not has_weights(model)
+    shape, carried = inspected(model, weights=not only_sizes)
     replayed = None if plan is None else _read_plan(plan, model, carried)
     chosen = list(methods) if replayed is None else replays(replayed)
     edits, after = trial_edits(shape, chosen)
@@ -160,8 +213,11 @@ def prepare(
             f"--format transformers needs the same number of experts in every layer, which {', '.join(uneven)} with "
             "scope=global does not promise: use scope=layer or --format auto"
         )
-    check_vocabulary(data, shape, model)
-    if policy.starved == "top_up" and any(measures(method) for method in chosen):
+    if only_sizes:
+        check_block_size(data, model)
+    else:
+        check_vocabulary(data, shape, model)
+    if not only_sizes and policy.starved == "top_up" and any(measures(method) for method in chosen):
         try:
             policy = dataclasses.replace(policy, top_up=data.further_batches(calibration_batches))
         except ValueError as error:
@@ -180,15 +236,16 @@ def prepare(
             size_after = measure(plain_structure(empty) if plain else empty, data.block_size)
     finally:
         torch.set_default_dtype(default)
-    shape_after = dataclasses.replace(after, weight_bytes=kind.itemsize)
+    shape_before, shape_after = (dataclasses.replace(item, weight_bytes=kind.itemsize) for item in (shape, after))
     prepared = Prepared(
         folder=Path(model),
         output=None if output is None else Path(output),
-        shape_before=dataclasses.replace(shape, weight_bytes=kind.itemsize),
+        shape_before=shape_before,
         shape_after=shape_after,
         size_before=size_before,
         size_after=size_after,
-        disk_before=stored_bytes(model),
+        disk_before=shape_before.bytes if only_sizes else stored_bytes(model),
+        held_before=shape_before.bytes if only_sizes else weights_bytes(model),
         disk_after=written_shape(shape_after, written).bytes,
         written=written,
         format=format,
@@ -199,6 +256,8 @@ def prepare(
         policy=policy,
         device=where,
         dtype=kind,
+        only_sizes=only_sizes,
     )
-    _ = prepared.calibration, data.test_dataloader()  # there are as many batches as are asked for
+    # There are as many batches as are asked for.
+    _ = prepared.calibration_blocks, prepared.test_blocks
     return prepared
