@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_lightning.compression import check_methods
 from moe_lightning.method import Method
-from moe_lightning.plan import ModelShape, Quantize
+from moe_lightning.plan import Quantize
 from moe_lightning.slimming.base import Slimming
 
 
@@ -71,24 +70,3 @@ def acts_of(methods: Sequence[Method]) -> tuple[Act, ...]:
         first = acts.get(0, Act(0, ()))
         acts[0] = dataclasses.replace(first, methods=(*before, *first.methods, *behind))
     return tuple(acts[moment] for moment in sorted(acts))
-
-
-def check_acts(shape: ModelShape, acts: Iterable[tuple[int | float, Act]]) -> ModelShape:
-    """Try acts out on a shape, one after the other.
-
-    Args:
-        shape: Shape of the model as it is.
-        acts: Steps and acts, in the order in which they come.
-
-    Returns:
-        The shape that they lead to.
-
-    Raises:
-        ValueError: A method does not fit what the acts before it leave, or weights that were pruned would come back.
-    """
-    for step, act in acts:
-        try:
-            shape = check_methods(shape, act.methods)
-        except ValueError as error:
-            raise ValueError(f"Compress at step {step}: {error}") from None
-    return shape
