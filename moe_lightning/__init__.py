@@ -59,7 +59,7 @@ _HOMES = {
     "merge_statistics": "statistics",
     "save_adapters": "checkpoints",
     "save_pretrained": "checkpoints",
-    "warmup": "experts",
+    "warmup": "architectures.kernel_warmup",
 }
 _PACKAGES = ("callbacks",)
 
@@ -114,12 +114,12 @@ __all__ = [
 
 if TYPE_CHECKING:
     from moe_lightning import callbacks
+    from moe_lightning.architectures.kernel_warmup import warmup
     from moe_lightning.checkpoints import from_pretrained, load_adapters, save_adapters, save_pretrained
     from moe_lightning.compression import CompressionResult, compress
     from moe_lightning.criteria import Statistics, collect
     from moe_lightning.data import TextDataModule
     from moe_lightning.evaluation import Likelihood, evaluate
-    from moe_lightning.experts import warmup
     from moe_lightning.modules import MixtralModule
     from moe_lightning.plan import (
         CompressionPlan,

@@ -7,7 +7,6 @@ from moe_lightning.experts.lora import LoraStack, is_lora
 from moe_lightning.experts.no_moe import NoMoE
 from moe_lightning.experts.stacks import Int4, Int8, Masked, Sparse24, WeightStack
 from moe_lightning.experts.storage import Channels, Dense, Packed
-from moe_lightning.experts.warmup import ModelWarmup, warmup
 
 __all__ = [
     "Channels",
@@ -18,7 +17,6 @@ __all__ = [
     "LoraLinear",
     "LoraStack",
     "Masked",
-    "ModelWarmup",
     "NoMoE",
     "Packed",
     "PackedLinear",
@@ -26,5 +24,4 @@ __all__ = [
     "WeightStack",
     "is_lora",
     "load_balancing_loss",
-    "warmup",
 ]

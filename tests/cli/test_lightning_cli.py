@@ -131,7 +131,7 @@ def test_options_of_the_command_line_win_over_the_checkpoint(folder: Path, confi
     state = last(folder / "changed")
     assert state["global_step"] == 8
     groups = state["optimizer_states"][0]["param_groups"]
-    assert [group["lr"] for group in groups] == [0.5] * 3
+    assert [group["lr"] for group in groups] == [0.5] * 4
     assert [group["weight_decay"] for group in groups] == [0.25, 0.0, 0.0]
     assert state["hyper_parameters"].keys() == {"model", "checkpoint", "plan"}
     assert state["hyper_parameters"]["model"]["attention_dropout"] == 0.3
