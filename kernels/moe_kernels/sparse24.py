@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from moe_kernels.experts import grouped_linear
 from moe_kernels.int4 import row_groups, tile_type
 from moe_kernels.packing import Packed24, unpack_24
+from moe_kernels.sparse24_row import one_row_pays, one_row_product
 
 TILE_BYTES = 2**21
 """Of the weights that are spelled out at a time. Smaller tiles stay nearer to the core, but are over sooner than the
@@ -39,8 +40,8 @@ _SPREAD = (1 << 6) + (1 << 18)
 def sparse24_grouped_linear(rows_PI: Tensor, offsets_S: Tensor, values_SOK: Tensor, metadata_SOB: Tensor) -> Tensor:
     """Multiply each group of rows with its own matrix of the pattern 2:4: ``rows[group s] @ weight[s].T``.
 
-    On a CPU only matrices that rows reached are spelled out, tile by tile, in the backward pass again. Elsewhere, and
-    while a compiler traces, it is :func:`sparse24_twin`.
+    On a CPU only matrices that rows reached are spelled out, tile by tile, in the backward pass again; for a single row
+    not even those, see `moe_kernels.sparse24_row`. Elsewhere, and while a compiler traces, it is :func:`sparse24_twin`.
 
     Args:
         rows_PI: Rows sorted by slot, ``[P, I]``, in the type to compute in.
@@ -191,6 +192,10 @@ class _GroupedProduct(torch.autograd.Function):
             expansion = _expansion(rows_PI, values_SOK)
             planes_PX = to_planes(rows_PI.to(expansion.dtype))
             for slot, group in row_groups(ctx.ends):
+                if one_row_pays(group.stop - group.start, values_SOK.shape[1], rows_PI.dtype):
+                    values_OK = values_SOK[slot].to(rows_PI.dtype)
+                    one_row_product(rows_PI[group.start], values_OK, metadata_SOB[slot], out_PO[group.start])
+                    continue
                 for part in expansion.parts():
                     weight_TX = expansion.tile(values_SOK[slot, part], metadata_SOB[slot, part])
                     out_PO[group, part] = F.linear(planes_PX[group], weight_TX)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from moe_kernels import sparse24 as kernels
-from moe_kernels import sparse24_grouped_linear, sparse24_twin
+from moe_kernels import sparse24_grouped_linear, sparse24_row, sparse24_twin
 from moe_kernels.machine import Machine
 from moe_kernels.packing import Packed24, pack_24_kept, unpack_24
 from torch import Tensor
@@ -71,6 +71,53 @@ def test_products_equal_numpy(outputs: int, inputs: int, ends: tuple[int, ...], 
     assert got.dtype == dtype
     assert relative_error(got, product(case)) <= TOLERANCE[dtype]
     assert relative_error(sparse24_twin(*case[:4]), product(case)) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@SIZES
+def test_single_rows_equal_numpy(
+    monkeypatch: pytest.MonkeyPatch, outputs: int, inputs: int, dtype: torch.dtype
+) -> None:
+    """Also of values that lie with strides, and with several tiles, of which the last is smaller."""
+    monkeypatch.setattr(sparse24_row, "LOOKUPS", 24)
+    case = make_case(outputs, inputs, (1,), dtype)
+    strided = case.values.transpose(1, 2).contiguous().transpose(1, 2)
+    for values in (case.values, strided):
+        got = torch.full((outputs,), torch.nan, dtype=dtype)
+        sparse24_row.one_row_product(case.rows[0], values[0], case.metadata[0], got)
+        assert relative_error(got[None], product(case)) <= TOLERANCE[dtype]
+
+
+def test_single_rows_among_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(33, 40, (1, 1, 4, 5))
+    seen: list[int] = []
+
+    def watched(row: Tensor, *arguments: Tensor) -> None:
+        seen.append(row.data_ptr())
+        sparse24_row.one_row_product(row, *arguments)
+
+    monkeypatch.setattr(sparse24_row, "_LEAST_OUTPUTS", 33)
+    monkeypatch.setattr(kernels, "one_row_product", watched)
+    rows, values = case.rows.requires_grad_(), case.values.requires_grad_()
+    got = sparse24_grouped_linear(rows, case.offsets, values, case.metadata)
+    assert seen == [case.rows[0].data_ptr(), case.rows[4].data_ptr()]
+    assert relative_error(got, product(case)) <= TOLERANCE[torch.float32]
+    got.backward(draw_rows(5, 33, seed=1))
+    assert rows.grad is not None and values.grad is not None
+    expected = sparse24_twin(*case[:4]), (case.rows, case.values)
+    wanted = torch.autograd.grad(expected[0], expected[1], draw_rows(5, 33, seed=1))
+    for tensor, other in zip((rows.grad, values.grad), wanted, strict=True):
+        assert relative_error(tensor, other.numpy()) <= TOLERANCE[torch.float32]
+
+
+def test_when_single_rows_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert sparse24_row.one_row_pays(1, 1024, torch.bfloat16)
+    assert not sparse24_row.one_row_pays(2, 1024, torch.bfloat16)
+    assert not sparse24_row.one_row_pays(1, 64, torch.bfloat16)
+    assert not sparse24_row.one_row_pays(1, 1024, torch.float64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert not sparse24_row.one_row_pays(1, 1024, torch.bfloat16)
 
 
 @DTYPES
