@@ -82,29 +82,18 @@ class Int4Matrices(ABC):
         """Write ``grad @ weight[slot]`` to ``out_PI``."""
 
 
-@dataclass(frozen=True)
-class WordMatrices(Int4Matrices):
-    """Int4 matrices as they are stored; see :func:`dequantize_int4`."""
+class TiledMatrices(Int4Matrices):
+    """Matrices that are spelled out a few outputs at a time."""
 
-    words_SOW: Tensor
-    scale_SOG: Tensor
-    zero_SOB: Tensor | None
-    inputs: int
-
-    @property
-    def outputs(self) -> int:
-        """O."""
-        return self.words_SOW.shape[1]
+    @abstractmethod
+    def _tile(self, slot: int, part: slice, dtype: torch.dtype) -> Tensor:
+        """Return some outputs of a matrix in floating point, ``[T, I]``."""
 
     def _tiles(self, slot: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         step = max(16, TILE_WEIGHTS // max(self.inputs, 1))
         for first in range(0, self.outputs, step):
             part = slice(first, first + step)
-            zero_TB = None if self.zero_SOB is None else self.zero_SOB[slot, part]
-            yield (
-                part,
-                dequantize_int4(self.words_SOW[slot, part], self.scale_SOG[slot, part], zero_TB, self.inputs, dtype),
-            )
+            yield part, self._tile(slot, part, dtype)
 
     def product(self, slot: int, rows_PI: Tensor, out_PO: Tensor) -> None:
         """See `Int4Matrices.product`."""
@@ -119,6 +108,25 @@ class WordMatrices(Int4Matrices):
         for part, weight_TI in self._tiles(slot, grad_PO.dtype):
             total_PI += grad_PO[:, part] @ weight_TI
         out_PI.copy_(total_PI)
+
+
+@dataclass(frozen=True)
+class WordMatrices(TiledMatrices):
+    """Int4 matrices as they are stored; see :func:`dequantize_int4`."""
+
+    words_SOW: Tensor
+    scale_SOG: Tensor
+    zero_SOB: Tensor | None
+    inputs: int
+
+    @property
+    def outputs(self) -> int:
+        """O."""
+        return self.words_SOW.shape[1]
+
+    def _tile(self, slot: int, part: slice, dtype: torch.dtype) -> Tensor:
+        zero_TB = None if self.zero_SOB is None else self.zero_SOB[slot, part]
+        return dequantize_int4(self.words_SOW[slot, part], self.scale_SOG[slot, part], zero_TB, self.inputs, dtype)
 
 
 def tile_type(rows: Tensor) -> torch.dtype:

@@ -243,6 +243,30 @@ def test_gradients_of_weights_that_pruning_left(name: str) -> None:
     numpy.testing.assert_allclose(parameter.grad.numpy(), expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.kind in ("sparse24", "int8")])
+@pytest.mark.parametrize("counts", [[3, 0, 1, 5], [0, 0, 0, 0]])
+def test_products_on_a_cpu_spell_out_no_stack(monkeypatch: pytest.MonkeyPatch, name: str, counts: list[int]) -> None:
+    stack, exact = stack_of(name)
+    monkeypatch.setattr(type(stack), "dense", lambda *_: pytest.fail("the whole stack was spelled out"))
+    rows, offsets = routed(counts)
+    got = stack.linear(rows.requires_grad_(), offsets)
+    numpy.testing.assert_allclose(got.detach().numpy(), loop(rows.detach(), exact, counts), rtol=0, atol=2e-5)
+    got.sum().backward()
+    assert rows.grad is not None
+    for parameter in stack.parameters():
+        assert parameter.grad is not None and parameter.grad.any() == any(counts)
+
+
+def test_a_linear_layer_of_2_of_4_trains() -> None:
+    stack, exact = packed(random_weight(1, OUTPUTS, INPUTS), FORMATS["2:4"])
+    rows = random_weight(1, 7, INPUTS, 5)[0]
+    PackedLinear(stack)(rows.view(7, 1, INPUTS)).sum().backward()
+    assert isinstance(stack, Sparse24) and stack.values.grad is not None
+    expected = numpy.broadcast_to(rows.double().numpy().sum(0), exact.shape)
+    expected = numpy.take_along_axis(expected, stack.places.numpy(), -1)
+    numpy.testing.assert_allclose(stack.values.grad.numpy(), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["2:4", "4:8", "half"])
 def test_zeros_stay_zeros_through_training(name: str) -> None:
     stack, exact = stack_of(name)

@@ -1,6 +1,6 @@
 """Integers of 4 or 8 bits with a scale for each group of neighbours along the input.
 
-Legend: S matrices (slots), O outputs, I inputs, G groups along the input, X inputs of a group.
+Legend: S matrices (slots), O outputs, I inputs, G groups along the input, P rows sorted by slot.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from moe_kernels import grouped_product
+from moe_kernels.int8 import SYMMETRIC_ZERO, ByteMatrices, dequantize_codes
 from moe_kernels.packing import pack_int4, unpack_int4
 from torch import Tensor
 
@@ -66,20 +68,27 @@ class Int8(WeightStack):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weights in floating point, ``[S, O, I]``, computed in fp32 and rounded once."""
-        return _decode(self.codes, self.scale, self.zero if self.zero is not None else 128, dtype or self.dtype)
+        zero = SYMMETRIC_ZERO if self.zero is None else self.zero
+        return dequantize_codes(self.codes, self.scale, zero, dtype or self.dtype)
+
+    def linear(self, rows_PI: Tensor, offsets_S: Tensor) -> Tensor:
+        """Multiply each group of rows with its own matrix, ``[P, O]``; differentiable in the rows.
+
+        On a CPU only matrices that rows reached are dequantised, tile by tile; not so while a compiler traces.
+
+        Args:
+            rows_PI: Rows sorted by slot, in the type to compute in.
+            offsets_S: End of each slot's rows, int32.
+        """
+        if rows_PI.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().linear(rows_PI, offsets_S)
+        return grouped_product(rows_PI, offsets_S, ByteMatrices(self.codes, self.scale, self.zero))
 
     def select(self, slots: Sequence[int]) -> Int8:
         """Return a stack of some of the matrices."""
         index = slot_index(slots, self.codes.device)
         zero = None if self.zero is None else self.zero[index]
         return Int8(self.format, self.codes[index], self.scale[index], zero, self.dtype)
-
-
-def _decode(codes_SOI: Tensor, scale_SOG: Tensor, zero_SOG: Tensor | int, dtype: torch.dtype) -> Tensor:
-    wide = torch.promote_types(dtype, torch.float32)
-    codes_SOGX = codes_SOI.unflatten(-1, (scale_SOG.shape[-1], -1)).to(wide)
-    zero = zero_SOG[..., None].to(wide) if isinstance(zero_SOG, Tensor) else zero_SOG
-    return ((codes_SOGX - zero) * scale_SOG[..., None].to(wide)).flatten(-2).to(dtype)
 
 
 class Int4(GpuForm):
@@ -144,7 +153,7 @@ class Int4(GpuForm):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weights in floating point, ``[S, O, I]``, computed in fp32 and rounded once."""
         zeros = self.zeros
-        return _decode(self.codes, self.scale, zeros if zeros is not None else 8, dtype or self.dtype)
+        return dequantize_codes(self.codes, self.scale, zeros if zeros is not None else 8, dtype or self.dtype)
 
     def select(self, slots: Sequence[int]) -> Int4:
         """Return a stack of some of the matrices."""
