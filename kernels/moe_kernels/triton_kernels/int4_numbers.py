@@ -68,8 +68,8 @@ def group_product(product_OT, pairs_O, sums_T, dtype: tl.constexpr):
     return (product_OT - zeros_of(pairs_O, dtype)[:, None] * sums_T[None, :]) * scales_of(pairs_O)[:, None]
 
 
-@triton.jit
-def zeros_apart(BLOCK_TOKENS: tl.constexpr, dtype: tl.constexpr):
+@triton.constexpr_function  # triton 3.6 makes a number of the GPU out of what a function under jit returns
+def zeros_apart(BLOCK_TOKENS, dtype):
     """Say whether zeros are taken off once, behind the loop: with many tokens they cost as much as the scales in it.
 
     Not in fp32: without an offset of the codes there is little to take off, and no tensor core that would do it.
