@@ -30,9 +30,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from moe_lightning.callbacks import LastCheckpoint, PredictionWriter, RandomState, last_checkpoint
+from moe_lightning.checkpoints import has_weights
 from moe_lightning.cli.arguments import with_bare_flags
 from moe_lightning.cli.config_files import resolve_configs, run_name
+from moe_lightning.cli.dry_options import Asked, describe_model
 from moe_lightning.cli.errors import TRACEBACK_VARIABLE, OneLineErrors
+from moe_lightning.cli.fit_dry_run import print_dry_run
 from moe_lightning.cli.messages import for_the_command, readable_messages
 from moe_lightning.cli.run_callbacks import NoteBeginning, SaveRunConfig, check_names, recovered_share
 from moe_lightning.cli.run_directory import RunDirectory
@@ -95,7 +98,7 @@ class MoELightningCLI(LightningCLI):
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--run_dir``, and ``--overwrite`` to ``fit``."""
+        """Add ``--run_dir``, and ``--overwrite`` and ``--dry_run`` to ``fit``."""
         parser.add_argument(
             "--run_dir",
             type=str,
@@ -109,6 +112,13 @@ class MoELightningCLI(LightningCLI):
                 default=False,
                 help="Start anew in a run directory that holds a checkpoint, and delete what the last run left there.",
             )
+            parser.add_argument(
+                "--dry_run",
+                type=bool,
+                default=False,
+                help="Say what would happen at which step, what trains, and what it takes, and do nothing. With a "
+                "config.json alone in --model.checkpoint, neither weights nor text are looked at.",
+            )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the options and find what cannot work before anything is built."""
@@ -116,6 +126,8 @@ class MoELightningCLI(LightningCLI):
         self.config = parser.parse_args(args)
         parser = self._subcommand_parsers[self.config.subcommand]
         self.options = self.config[self.config.subcommand]
+        self.asked: Asked | None = None
+        self.dry_run = bool(self.options.get("dry_run"))
         self.run_dir = Path(self.options.run_dir)
         self.directory = RunDirectory(self.run_dir)
         self.beginning = NoteBeginning(self.directory)
@@ -152,6 +164,8 @@ class MoELightningCLI(LightningCLI):
         """Return the checkpoint to load, as Lightning understands it."""
         wanted = self.options.get("ckpt_path")
         last = last_checkpoint(self.run_dir)
+        if self.dry_run and wanted is not None:
+            raise ValueError("--dry_run says what a run does from its beginning on: leave --ckpt_path out")
         if wanted == "last":
             if not last.is_file():
                 raise FileNotFoundError(
@@ -182,6 +196,8 @@ class MoELightningCLI(LightningCLI):
         """Let a model folder's tokenizer be the data's."""
         folder = self.options.model.checkpoint
         if folder is None or self.options.data.get("tokenizer") is not None or not Path(folder).is_dir():
+            return
+        if self.dry_run and not has_weights(folder):
             return
         if not holds_tokenizer(folder):
             raise ValueError(
@@ -219,6 +235,14 @@ class MoELightningCLI(LightningCLI):
 
     # ------------------------------------------------------------ objects
 
+    def before_instantiate_classes(self) -> None:
+        """In a dry run, put the sizes of a model in the place of its folder."""
+        if self.dry_run:
+            try:
+                self.asked = describe_model(self.options)
+            except (ValueError, FileNotFoundError) as error:
+                self._subcommand_parsers[self.config.subcommand].error(str(error))
+
     def instantiate_classes(self) -> None:
         """Make module, data and trainer; a mistake in an option is one line, not a traceback."""
         try:
@@ -235,6 +259,8 @@ class MoELightningCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         config["default_root_dir"] = str(self.run_dir)
+        if self.asked is not None:
+            self.asked.read_trainer(config)
         if config.get("logger") in (None, True):
             # No version folders: a resumed run goes on in the same place.
             config["logger"] = TensorBoardLogger(str(self.run_dir), name="logs", version="", default_hp_metric=False)
@@ -267,6 +293,8 @@ class MoELightningCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
+            if self.asked is not None:
+                return print_dry_run(self.trainer, self.model, self.datamodule, self.asked)
             super()._run_subcommand(subcommand)
         except SystemExit:
             # Lightning leaves so after Ctrl-C.
@@ -356,5 +384,5 @@ def main(arguments: Sequence[str]) -> int:
         print(f"moe-lightning {arguments[0]}: error: {error}", file=sys.stderr)
         return 2
     with readable_messages(arguments[0]):
-        MoELightningCLI(with_bare_flags(resolved, ("--overwrite",)), configs)
+        MoELightningCLI(with_bare_flags(resolved, ("--overwrite", "--dry_run")), configs)
     return 0

@@ -70,14 +70,14 @@ class Prepared:
             return len(self.calibration) * self.data.eval_batch_size
         if not need_batches(self.methods):
             return 0
-        return _blocks_by_options(self.data, "calibration", self.calibration_batches)
+        return blocks_by_options(self.data, "calibration", self.calibration_batches)
 
     @property
     def test_blocks(self) -> int:
         """Blocks of text that are tested on."""
         if not self.only_sizes:
             return len(self.data.test_dataloader()) * self.data.eval_batch_size
-        return _blocks_by_options(self.data, "test")
+        return blocks_by_options(self.data, "test")
 
     @property
     def calibration(self) -> Any:
@@ -87,7 +87,7 @@ class Prepared:
         return self.data.calibration_batches(self.calibration_batches)
 
 
-def _blocks_by_options(data: TextDataModule, split: str, batches: int | None = None) -> int:
+def blocks_by_options(data: TextDataModule, split: str, batches: int | None = None) -> int:
     """Return how many blocks a split will have, without its text.
 
     Args:
