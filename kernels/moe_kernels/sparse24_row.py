@@ -18,8 +18,8 @@ LOOKUPS = 2**17
 
 # The table of bytes takes as long as a third of this many outputs.
 _LEAST_OUTPUTS = 512
-# torch's look-up in one dimension is the work of one thread; from three on, tiles that all share are sooner done.
-_MOST_THREADS = 2
+# torch's look-up in one dimension is the work of one thread; with more, tiles that all share are done as soon or sooner.
+_MOST_THREADS = 1
 
 
 def one_row_pays(rows: int, outputs: int, dtype: torch.dtype) -> bool:

@@ -97,6 +97,7 @@ def test_single_rows_among_others(monkeypatch: pytest.MonkeyPatch) -> None:
         sparse24_row.one_row_product(row, *arguments)
 
     monkeypatch.setattr(sparse24_row, "_LEAST_OUTPUTS", 33)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(kernels, "one_row_product", watched)
     rows, values = case.rows.requires_grad_(), case.values.requires_grad_()
     got = sparse24_grouped_linear(rows, case.offsets, values, case.metadata)
@@ -111,12 +112,12 @@ def test_single_rows_among_others(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_when_single_rows_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert sparse24_row.one_row_pays(1, 1024, torch.bfloat16)
     assert not sparse24_row.one_row_pays(2, 1024, torch.bfloat16)
     assert not sparse24_row.one_row_pays(1, 64, torch.bfloat16)
     assert not sparse24_row.one_row_pays(1, 1024, torch.float64)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert not sparse24_row.one_row_pays(1, 1024, torch.bfloat16)
 
 
