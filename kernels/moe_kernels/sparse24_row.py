@@ -18,7 +18,7 @@ LOOKUPS = 2**17
 
 # The table of bytes takes as long as a third of this many outputs.
 _LEAST_OUTPUTS = 512
-# torch's look-up in one dimension is the work of one thread; with more, tiles that all share are done as soon or sooner.
+# torch's look-up in one dimension is the work of one thread; with more, tiles that all share are done no later.
 _MOST_THREADS = 1
 
 
