@@ -3,6 +3,7 @@
 import functools
 import re
 from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 from moe_kernels.triton_kernels.compile_only import (
@@ -17,6 +18,11 @@ from tests.kernels.triton.compiled_kernels import EVERYTHING, SAMPLE, Case
 
 pytestmark = pytest.mark.skipif(can_compile() is not None, reason=f"kernels cannot be compiled: {can_compile()}")
 
+# Bounds are those of triton 3.7 and later. 3.6 takes up to 1.18 times as many instructions for int4 weights, and parks
+# up to eight registers before or behind a loop.
+OLDER = can_compile() is None and tuple(map(int, version("triton").split(".")[:2])) < (3, 7)
+MORE, PARKED = (1.2, 8) if OLDER else (1.0, 0)
+
 
 @functools.cache
 def compiled(everything: bool) -> dict[str, Resources]:
@@ -27,13 +33,13 @@ def compiled(everything: bool) -> dict[str, Resources]:
 
 def check(case: Case, found: Resources) -> None:
     # One register may be parked in memory before the loop and fetched behind it; in the loop, none.
-    assert found.spills <= case.spills, found
+    assert found.spills <= max(case.spills, PARKED), found
     assert not {"STL", "LDL"} & found.opcodes.keys() or not found.loop_instructions, found
     assert found.shared_bytes <= SHARED_BYTES_LIMIT[case.request.arch], found
     assert found.has_wgmma == case.wgmma, found
     assert found.has_mma >= case.products, found
     if case.weights:
-        assert 0.5 < found.per_weight(case.request.num_warps, case.weights) <= case.per_weight, found
+        assert 0.5 < found.per_weight(case.request.num_warps, case.weights) <= MORE * case.per_weight, found
 
 
 # All of these in one test: with several workers, each would compile them all.

@@ -20,8 +20,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 HIDDEN, INNER, EXPERTS, NOVICES = 512, 768, 8, 2
-# Results and inner activations are rounded to bfloat16; behind more than 64 tokens, int4 weights are, too.
-TOLERANCE, ROUNDED_TOLERANCE = 3e-3, 5e-3
+# Results and inner activations are rounded to bfloat16; behind more than 64 tokens, int4 weights are, too. What
+# low-rank maps read is rounded twice before the result is: few numbers, whose errors (2^-9 at most) do not average out.
+TOLERANCE, ROUNDED_TOLERANCE, MAPS_TOLERANCE = 3e-3, 5e-3, 6e-3
 FORMS = pytest.mark.parametrize("form", ["dense", "int4", "sparse24"])
 
 
@@ -40,13 +41,14 @@ def matrices(form: str, slots: int, outputs: int, inputs: int) -> list[Tensor]:
     return [tiles.words_SGOW, tiles.pairs_SGO]
 
 
-def layer(form: str) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """Return a slot map, both stacks, and novices with maps."""
+def layer(form: str, maps: bool = True) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """Return a slot map, both stacks, and novices, with or without maps."""
     slots = EXPERTS - NOVICES
     slot_map = routing_problem(1, EXPERTS, 2, novices=(1, 6))[2].to(DEVICE)
     novices = [torch.randn(NOVICES, HIDDEN), torch.randn(3, HIDDEN) * HIDDEN**-0.5, torch.randn(3, HIDDEN)]
     held = [tensor.to(DEVICE, DTYPE) for tensor in novices] + [torch.tensor([0, 1, 1], device=DEVICE)]
-    return slot_map, matrices(form, slots, 2 * INNER, HIDDEN), matrices(form, slots, HIDDEN, INNER), held
+    stacks = matrices(form, slots, 2 * INNER, HIDDEN), matrices(form, slots, HIDDEN, INNER)
+    return slot_map, *stacks, held if maps else held[:1]
 
 
 def tokens_of(number: int, seed: int = 0, top_k: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,18 +57,21 @@ def tokens_of(number: int, seed: int = 0, top_k: int = 2) -> tuple[Tensor, Tenso
     return hidden.to(DEVICE, DTYPE), index.to(DEVICE), weight.to(DEVICE)
 
 
-def tolerance(form: str, tokens: int) -> float:
+def tolerance(form: str, tokens: int, maps: bool = True) -> float:
+    if maps:
+        return MAPS_TOLERANCE
     return ROUNDED_TOLERANCE if form == "int4" and tokens > 64 else TOLERANCE
 
 
 @FORMS
 @pytest.mark.parametrize("tokens", [1, 3, 8, 16, 17, 32, 64, 65, 300, 2048])
 @pytest.mark.parametrize("top_k", [1, 2, 8])
-def test_bfloat16_equals_the_twin(form: str, tokens: int, top_k: int) -> None:
-    inputs, weights = tokens_of(tokens, top_k=top_k), layer(form)
+@pytest.mark.parametrize("maps", [False, True])
+def test_bfloat16_equals_the_twin(form: str, tokens: int, top_k: int, maps: bool) -> None:
+    inputs, weights = tokens_of(tokens, top_k=top_k), layer(form, maps)
     got, want = mix_experts_op(*inputs, *weights), mix_experts_twin(*inputs, *weights)
     assert got.dtype == DTYPE
-    assert relative_error(got, want) <= tolerance(form, tokens)
+    assert relative_error(got, want) <= tolerance(form, tokens, maps)
 
 
 def recorded(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -115,7 +120,7 @@ def test_a_recorded_block_routes_anew(form: str) -> None:
         graph.replay()
         index, weight = choose_experts(torch.nn.functional.linear(hidden, router), 2, True)
         seen.add(tuple(index.flatten().tolist()))
-        assert relative_error(output, mix_experts_twin(hidden, index, weight, *weights)) <= TOLERANCE
+        assert relative_error(output, mix_experts_twin(hidden, index, weight, *weights)) <= MAPS_TOLERANCE
     assert len(seen) > 1
 
 
