@@ -70,7 +70,7 @@ def routing_kernel(
         slot_S = program * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS)
         reached_S = tl.max((chosen_P[:, None] == slot_S[None, :]).to(tl.int32), 0)
         tl.store(reached_ptr + slot_S, reached_S, mask=slot_S < num_slots)
-    else:
+    elif GROUP > 0:  # looked at while compiling: hidden sizes need no group that is a power of two
         NUM_GROUPS: tl.constexpr = HIDDEN // GROUP
         token = (program - slot_programs).to(tl.int64)
         for first in tl.range(0, NUM_GROUPS, BLOCK_GROUPS):
@@ -122,7 +122,7 @@ def decode_routing(
             TOP_K=top_k,
             ABSENT_SLOT=ABSENT,
             HIDDEN=hidden_size,
-            GROUP=group or hidden_size,
+            GROUP=group or 0,
             # Of 64 tokens at most: one shape of tile for all.
             BLOCK_PAIRS=triton.next_power_of_2(max(num_tokens, 64) * top_k),
             BLOCK_SLOTS=_SLOTS_OF_A_TILE,
