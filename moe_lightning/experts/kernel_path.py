@@ -168,11 +168,19 @@ def storage_weights(storage: Dense | Packed, hidden_NH: Tensor) -> KernelWeights
         return KernelWeights([first.values, first.metadata], [second.values, second.metadata], storage.bias)
     if not isinstance(first, Int4) or not isinstance(second, Int4):
         return f"the kernels do not know {storage.gate_up_proj}"
+    if _has_cut_terms(storage, first, second):
+        return "low-rank terms beside pruned weights are cut to those that are left, and the kernels add them whole"
     reason = first.why_no_tiles() or second.why_no_tiles()
     if reason is not None:
         return reason
     gate_up, down = first.tiles(), second.tiles()
     return KernelWeights([gate_up.words_SGOW, gate_up.pairs_SGO], [down.words_SGOW, down.pairs_SGO], storage.bias)
+
+
+def _has_cut_terms(storage: Dense | Packed, *stacks: Int4) -> bool:
+    """Say whether a stack was pruned before it was rounded, and has terms beside it; see `adapted_linear`."""
+    terms = (storage.gate_up_lora, storage.down_lora)
+    return any(term is not None and stack.is_pruned for stack, term in zip(stacks, terms, strict=True))
 
 
 def kernel_inputs(

@@ -46,6 +46,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return found
 
 
+PRUNED_INT4 = (Sparsify(0, pattern="2:4"), INT4, AddLora(0, rank=2))
+
+
 def make_model(*edits: Edit, dtype: torch.dtype = torch.float32) -> Any:
     return fill_new(packed_mixtral(edits, dtype=dtype, **{**SIZES, "num_hidden_layers": 1})).to(DEVICE)
 
@@ -103,18 +106,31 @@ def test_a_term_beside_one_projection_alone(gone: str, calls: list[bool]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("edit", "dtype", "known"),
+    ("edits", "dtype", "known"),
     [
-        (Sparsify(0, pattern="2:4"), torch.float32, [False]),
-        (Quantize(0, bits=8, group_size=64), torch.float32, []),
-        (KeepExperts(0, (0, 1, 3)), torch.float64, []),
+        ((Sparsify(0, pattern="2:4"),), torch.float32, [False]),
+        ((Quantize(0, bits=8, group_size=64),), torch.float32, []),
+        ((KeepExperts(0, (0, 1, 3)),), torch.float64, []),
+        # There the terms are cut to the weights that are left, which the kernels do not do.
+        (PRUNED_INT4, torch.float32, []),
     ],
-    ids=["2:4", "int8", "float64"],
+    ids=["2:4", "int8", "float64", "terms beside int4 of 2:4"],
 )
 def test_what_these_kernels_do_not_know_trains_by_torch(
-    edit: Edit, dtype: torch.dtype, known: list[bool], calls: list[bool]
+    edits: tuple[Edit, ...], dtype: torch.dtype, known: list[bool], calls: list[bool]
 ) -> None:
-    model = make_model(edit, dtype=dtype)
+    model = make_model(*edits, dtype=dtype)
     (want_loss, want), (got_loss, got) = step(model, "off"), step(model, "always")
     assert calls == known
     assert torch.equal(got_loss, want_loss) and all(torch.equal(got[key], want[key]) for key in want)
+
+
+def test_pruned_int4_goes_by_the_kernels_where_there_are_no_terms(calls: list[bool]) -> None:
+    """Only where a term is cut do the kernels step back, and integers stay in the form that they have then."""
+    model = make_model(*PRUNED_INT4)
+    storage = model.model.layers[0].mlp.experts.storage
+    step(model, "always")
+    assert not calls and not storage.gate_up_proj.in_kernel_form
+    storage.gate_up_lora = storage.down_lora = None
+    (want_loss, _), (got_loss, _) = step(model, "off"), step(model, "always")
+    assert calls == [True] and relative_error(got_loss, want_loss) <= 1e-5

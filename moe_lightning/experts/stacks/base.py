@@ -90,6 +90,11 @@ class WeightStack(nn.Module):
         """Where the tensors lie."""
         return next(tensor.device for tensor in (*self.parameters(), *self.buffers()))
 
+    @property
+    def is_pruned(self) -> bool:
+        """Whether weights were pruned, so that some are zero for good."""
+        return self.format.sparsity is not None or self.format.pattern is not None
+
     @abstractmethod
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weights in floating point, ``[S, O, I]``.
@@ -113,9 +118,15 @@ class WeightStack(nn.Module):
 
     def zeros_kept(self) -> Tensor | None:
         """Return which weights may be other than zero, bool ``[S, O, I]``; None where nothing was pruned."""
-        if self.format.sparsity is None and self.format.pattern is None:
-            return None
-        return self.dense() != 0
+        return self.dense() != 0 if self.is_pruned else None
+
+    def slot(self, number: int) -> WeightStack:
+        """Return one of the matrices as a stack of one, to read from: it may share its tensors with this stack.
+
+        Args:
+            number: Slot.
+        """
+        return self.select([number])
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """Return what is written to disk, by name."""
