@@ -8,6 +8,7 @@ from importlib.metadata import version
 import pytest
 from moe_kernels.triton_kernels.compile_only import (
     SHARED_BYTES_LIMIT,
+    Request,
     Resources,
     can_compile,
     resources,
@@ -57,6 +58,18 @@ def test_everything() -> None:
         except AssertionError as error:
             failed.append(f"{case.name}: {str(error).splitlines()[0]}")
     assert not failed, "\n".join(failed)
+
+
+def test_routing_for_a_hidden_size_that_is_no_power_of_two() -> None:
+    """The interpreter never looks at branches that are not taken; a compiler does."""
+    pointers = dict.fromkeys(("hidden_ptr", "sums_ptr"), "*bf16") | dict.fromkeys(("index_ptr", "slot_map_ptr"), "*i64")
+    pointers |= dict.fromkeys(("slot_ptr", "reached_ptr"), "*i32")
+    numbers = dict.fromkeys(("num_tokens", "num_slots", "num_experts"), "i32")
+    constants = {"TOP_K": 2, "ABSENT_SLOT": -(2**31), "HIDDEN": 72, "GROUP": 0}
+    constants |= {"BLOCK_PAIRS": 128, "BLOCK_SLOTS": 16, "BLOCK_GROUPS": 16}
+    name = "moe_kernels.triton_kernels.routing:routing_kernel"
+    (found,) = resources_of([Request(name, pointers | numbers, constants)])
+    assert not found.spills
 
 
 def test_arguments_that_a_kernel_does_not_have() -> None:
