@@ -20,10 +20,11 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
         labels: ``[B, S]``, not shifted; -100 where a token does not count.
 
     Returns:
-        A scalar in fp32; 0 for a batch in which no token counts.
+        A scalar in fp32 or wider; 0 for a batch in which no token counts.
     """
     targets = labels[:, 1:].reshape(-1)
-    flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    flat = logits[:, :-1].reshape(-1, logits.shape[-1]).to(wide)
     total = functional.cross_entropy(flat, targets, ignore_index=-100, reduction="sum")
     return total / (targets != -100).sum().clamp(min=1)
 

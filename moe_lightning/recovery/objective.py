@@ -83,7 +83,8 @@ class Objective:
         teacher: Who teaches; None for the text alone.
         alpha: Share of the teacher, from 0 to 1.
         temperature: tau.
-        hidden_weight: beta: weight of the squared error of hidden states in units of the teacher's squares.
+        hidden_weight: beta: weight of the squared error of hidden states in units of the teacher's squares, the mean
+            over what enters the layers that both have, but for layer 0, and what leaves the last norm.
         load_balancing_coefficient: gamma: weight of the load-balancing loss; None for the module's own.
 
     Raises:
@@ -127,11 +128,12 @@ class Objective:
         Returns:
             The loss, and its parts by name: ``loss`` (cross-entropy, nats), ``kl``, ``hidden_error``; those that count.
         """
-        entropy = next_token_loss(student.logits, batch["labels"])
+        # Without the graph of a loss that does not count: it would hold the logits of all tokens once more.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha < 1):
+            entropy = next_token_loss(student.logits, batch["labels"])
         parts = {"loss": entropy.detach()}
         if self.teacher is None:
             return entropy, parts
-        # Without the graph of a loss that does not count.
         total = (1 - self.alpha) * entropy if self.alpha < 1 else torch.zeros_like(parts["loss"])
         targets = self.teacher.targets(batch, self.temperature, self.wants_hidden)
         if self.alpha > 0:
@@ -155,8 +157,9 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         mask = batch.get("attention_mask")
         known = torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
-        # Of layers that were dropped nothing is known.
-        layers = sorted(student.hidden.keys() & targets.hidden.keys())
+        # Of layers that were dropped nothing is known. What enters layer 0 is the embedding of the words, which no
+        # layer made: its error is mostly zero and would only thin out the mean.
+        layers = sorted((student.hidden.keys() & targets.hidden.keys()) - {0})
         error = hidden_error(
             [student.hidden[layer][known] for layer in layers], [targets.hidden[layer][known] for layer in layers]
         )

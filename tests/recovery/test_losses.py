@@ -152,8 +152,14 @@ def test_next_token_loss() -> None:
     counted = [(row, place) for row in range(2) for place in range(1, 5) if int(labels[row, place]) >= 0]
     expected = -np.mean([log[row, place - 1, int(labels[row, place])] for row, place in counted])
     assert len(counted) == 6
-    # In float32, as training does.
-    assert float(next_token_loss(logits, labels)) == pytest.approx(expected, rel=1e-6)
+    assert float(next_token_loss(logits, labels)) == pytest.approx(expected, rel=1e-12)
+    for narrow in (logits.float(), logits.bfloat16()):
+        loss = next_token_loss(narrow, labels)
+        assert loss.dtype == torch.float32
+        # In float32 as it always was, bit by bit.
+        targets, flat = labels[:, 1:].flatten(), narrow.float()[:, :-1].flatten(0, 1)
+        assert torch.equal(loss, torch.nn.functional.cross_entropy(flat, targets, reduction="sum") / 6)
+    assert float(next_token_loss(logits.float(), labels)) == pytest.approx(expected, rel=1e-6)
     assert float(next_token_loss(logits, torch.full_like(labels, -100))) == 0
 
 

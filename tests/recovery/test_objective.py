@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import moe_lightning as ml
 from moe_lightning.architectures import architecture_of
-from moe_lightning.recovery import Objective, Student, Targets, TopWords, hidden_by_layer
+from moe_lightning.recovery import Objective, Student, Targets, TopWords, hidden_by_layer, kl_to_teacher
 from moe_lightning.recovery.logit_cache import top_words
 from moe_lightning.recovery.teachers import ModelTeacher
 from tests.models import random_batches, tiny_mixtral
@@ -74,8 +74,8 @@ def test_the_mixture_counts_only_what_labels_count(alpha: float, top_k: int | No
     objective = Objective(FixedTeacher(teacher, top_k=top_k), alpha=alpha, temperature=2.0)
     loss, parts = objective(Student(student), batch)
     entropy, kl = expected_parts(student, teacher, batch["labels"], 2.0)
-    torch.testing.assert_close(loss.double(), (1 - alpha) * entropy + alpha * kl, rtol=1e-6, atol=0)
-    assert float(parts["loss"]) == pytest.approx(float(entropy), rel=1e-6)
+    torch.testing.assert_close(loss, (1 - alpha) * entropy + alpha * kl, rtol=1e-9, atol=0)
+    assert float(parts["loss"]) == pytest.approx(float(entropy), rel=1e-9)
     assert ("kl" in parts) == (alpha > 0)
     if alpha > 0:
         assert float(parts["kl"]) == pytest.approx(float(kl), rel=1e-9)
@@ -83,6 +83,31 @@ def test_the_mixture_counts_only_what_labels_count(alpha: float, top_k: int | No
     (expected,) = torch.autograd.grad((1 - alpha) * entropy + alpha * kl, student)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-9)
     assert not got[:, -1].any() and not got[0, 1].any()
+
+
+def saved_numbers(function: Callable[[], object]) -> int:
+    """Return how many numbers in floating point a computation keeps for its gradient."""
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel() if tensor.is_floating_point() else 0)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(saved)
+
+
+def test_a_teacher_alone_keeps_no_graph_of_the_text() -> None:
+    student, teacher, batch = problem()
+    objective = {alpha: Objective(FixedTeacher(teacher), alpha=alpha) for alpha in (0.5, 1.0)}
+    counts_BS = batch["labels"][:, 1:] != -100
+    rows_NV = [logits[:, :-1][counts_BS] for logits in (student, teacher)]
+    alone = saved_numbers(lambda: kl_to_teacher(rows_NV[0], rows_NV[1]))
+    kept = {alpha: saved_numbers(lambda a=alpha: objective[a](Student(student), batch)) for alpha in objective}  # type: ignore[misc]
+    assert kept[1.0] == alone < kept[0.5] - B * (S - 1) * V + 1
+    _, parts = objective[1.0](Student(student), batch)
+    assert torch.equal(parts["loss"], objective[0.5](Student(student), batch)[1]["loss"])
 
 
 def test_without_a_teacher_it_is_the_text_alone() -> None:
@@ -111,11 +136,12 @@ def test_hidden_states_without_padding_and_of_common_layers() -> None:
     objective = Objective(FixedTeacher(teacher, theirs), hidden_weight=0.7)
     loss, parts = objective(Student(student, mine), batch)
     known = batch["attention_mask"].bool()
-    terms = [(mine[n] - theirs[n])[known].square().sum() / theirs[n][known].square().sum() for n in (0, 2, 3)]
-    expected = sum(terms) / 3
+    # What enters layer 0 is the embedding alone.
+    terms = [(mine[n] - theirs[n])[known].square().sum() / theirs[n][known].square().sum() for n in (2, 3)]
+    expected = sum(terms) / 2
     assert float(parts["hidden_error"]) == pytest.approx(float(expected), rel=1e-9)
     entropy, _ = expected_parts(student, teacher, batch["labels"], 1.0)
-    assert float(loss) == pytest.approx(float(entropy + 0.7 * expected), rel=1e-6)
+    assert float(loss) == pytest.approx(float(entropy + 0.7 * expected), rel=1e-9)
     assert objective.teacher.asked == [(1.0, True)]  # type: ignore[union-attr]
 
 
@@ -193,6 +219,10 @@ def test_a_student_with_dropped_blocks_is_compared_layer_by_layer() -> None:
         terms[layer] = float(error / theirs[layer].double().square().sum())
     assert all(terms[layer] < 1e-10 for layer in blocks if layer <= gap)
     assert all(terms[layer] > 1e-6 for layer in (*blocks, 4) if layer > gap)
-    assert float(parts["hidden_error"]) == pytest.approx(sum(terms.values()) / 4, rel=1e-4)
+    counted = [layer for layer in (*blocks, 4) if layer != 0]
+    assert len(counted) == 4 - (0 in blocks)
+    assert float(parts["hidden_error"]) == pytest.approx(
+        sum(terms[layer] for layer in counted) / len(counted), rel=1e-4
+    )
     loss.backward()
     assert all(parameter.grad is None for parameter in original.parameters())
