@@ -89,11 +89,11 @@ def print_dry_run(trainer: Trainer, module: MixtralModule, data: TextDataModule,
     model = language_model(module)
     before = measure(model, data.block_size)
     tokens = data.batch_size * data.block_size * asked.processes * trainer.accumulate_grad_batches
+    rows = list(_rows(trainer, module, data, asked, total))
     kind = str(asked.dtype).removeprefix("torch.")
     print(f"model    {asked.model}: {before.parameters:,} parameters, {_size(before.bytes)} in {kind}")
     length = f"{asked.epochs} epochs" if total is None else f"{total:,} steps"
     print(f"run      {length} on {asked.where}, {tokens:,} tokens a step: {asked.step_in_words(data, trainer)}")
-    rows = list(_rows(trainer, module, data, asked, total))
     _print_table(rows, tokens)
     for line in _teachers(trainer, model, data, before.bytes, tokens):
         print(line)
@@ -223,7 +223,11 @@ def _stage_row(trainer: Trainer, module: MixtralModule, stage: RecoveryStage, en
 
 def _change_row(model: Any, data: TextDataModule, asked: Asked, step: float, owner: str, act: Act) -> Row | None:
     shape: ModelShape = architecture_of(model).shape(model)
-    edits, after = trial_edits(shape, act.methods)
+    try:
+        edits, after = trial_edits(shape, act.methods)
+    except ValueError as error:
+        when = "the end" if math.isinf(step) else f"step {step:.0f}"
+        raise ValueError(f"{owner} at {when}: {error}") from None
     if not edits:
         return None  # rounded to whole experts, nothing more goes
     adds_only = all(isinstance(method, LoRA) for method in act.methods)  # what it adds is all that it makes

@@ -121,6 +121,16 @@ def test_what_a_run_would_find(
     assert all(word in error for word in words), error
 
 
+def test_what_would_not_fit_in_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = yaml.safe_load((SIZES / "recover-lora.yaml").read_text())
+    last = [item for item in options["trainer"]["callbacks"] if item["class_path"] == "Compress"][-1]
+    last["init_args"]["methods"] = [{"class_path": "BlockDrop", "init_args": {"count": 32}}]
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(options))
+    assert fit("-c", str(tmp_path / "wrong.yaml")) == 2
+    written = capsys.readouterr()
+    assert "Compress at the end: " in written.err and "parameters" not in written.out
+
+
 def test_devices_and_stretches_without_a_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = yaml.safe_load((SIZES / "recover-lora.yaml").read_text())
     kept = [item for item in options["trainer"]["callbacks"] if item["class_path"] == "RouterDistillation"]
