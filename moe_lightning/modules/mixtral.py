@@ -196,6 +196,8 @@ class MixtralModule(LightningModule):
         model = from_pretrained(directory, dtype=torch.get_default_dtype())
         values = model.config.to_dict()
         self.hparams["model"] = {name: values[name] for name in sorted(MODEL_FIELDS) if name in values}
+        # Of the original model: the plan takes blocks out once more when the structure is made anew.
+        self.hparams["model"]["num_hidden_layers"] = architecture_of(model).shape(model).num_layers
         self.hparams["checkpoint"] = None
         self.set_plan(plan_of(model))
         return model

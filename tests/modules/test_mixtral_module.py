@@ -15,10 +15,11 @@ from torch.nn import functional
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from moe_lightning.checkpoints import save_pretrained
 from moe_lightning.data import TextDataModule
 from moe_lightning.experts.balancing import load_balancing_loss
 from moe_lightning.modules import MixtralModule
-from moe_lightning.plan import CompressionPlan, NoviceExperts
+from moe_lightning.plan import CompressionPlan, DropBlock, NoviceExperts
 from moe_lightning.recovery import next_token_loss
 from moe_lightning.surgery import plan_of, rebuild
 from tests.small_runs import MODEL, small_options
@@ -260,6 +261,23 @@ def test_a_folder_trains_and_its_checkpoint_does_not_need_it_any_more(
     shutil.rmtree(folder)
     loaded = MixtralModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
     assert torch.equal(loaded.model.lm_head.weight, module.model.lm_head.weight)
+
+
+def test_a_folder_without_some_of_its_layers_goes_on_after_a_checkpoint(
+    folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    model = MixtralForCausalLM.from_pretrained(folder)
+    layers = model.config.num_hidden_layers
+    rebuild(model, CompressionPlan((DropBlock(0), NoviceExperts(layer=layers - 1, experts=(0,)))))
+    save_pretrained(model, tmp_path / "dropped")
+    module = MixtralModule(checkpoint=str(tmp_path / "dropped"))
+    trainer = quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    trainer.fit(module, data(data_folder, tokenizer=str(folder)))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = MixtralModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert len(loaded.model.model.layers) == layers - 1
+    for name, tensor in module.model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], tensor), name
 
 
 def test_a_folder_with_a_tokenizer_trained_anew_is_an_error(folder: Path, data_folder: Path) -> None:
