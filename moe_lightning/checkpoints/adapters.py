@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ from moe_lightning.files import check_output_folder, written_folder
 from moe_lightning.plan import AddLora, CompressionPlan, LoraRank, ModelShape
 from moe_lightning.plan.edits import Target
 from moe_lightning.recovery.lora import LoRA
+from moe_lightning.statistics.fingerprint import fingerprint, same_weights
 from moe_lightning.surgery import apply_plan, plan_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -40,6 +42,8 @@ PEFT_CONFIG = "adapter_config.json"
 OWN_CONFIG = "moe_lightning_adapters.json"
 VERSION = 1
 _PREFIX = "base_model.model."
+_OTHER_TYPE = 1e-2
+"""By how much sums of squares may differ, of the same weights in another type: bf16 rounds each to three digits."""
 _OTHER_KINDS = ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "modules_to_save", "use_qalora", "use_bdlora")
 """Options of peft's config that, when they are set, mean another computation than ours."""
 
@@ -221,7 +225,8 @@ def save_adapters(
     check_output_folder(directory, overwrite, "overwrite=True")
     reason = why_not_peft(shape)
     config = _lora_config(shape, matrices, None if base is None else str(base))
-    own = {"version": VERSION, "why_not_peft": reason, "structure": _structure(shape), "config": config}
+    own: dict[str, Any] = {"version": VERSION, "why_not_peft": reason, "structure": _structure(shape), "config": config}
+    own["weights"] = {"dtype": _dtype_name(model), "fingerprint": fingerprint(model, terms=False)}
     with written_folder(directory, overwrite) as folder:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         (folder / OWN_CONFIG).write_text(json.dumps(own, indent=2) + "\n")
@@ -241,6 +246,10 @@ def load_adapters(model: PreTrainedModel, directory: str | os.PathLike[str]) -> 
 
     Returns:
         The plan of the model, with the terms.
+
+    Warns:
+        UserWarning: The weights are not those that the terms stood beside when they were saved. Routers that trained
+            along, or a model that was compressed anew, make that difference too.
 
     Raises:
         FileNotFoundError: The folder or one of its files is missing.
@@ -274,7 +283,33 @@ def load_adapters(model: PreTrainedModel, directory: str | os.PathLike[str]) -> 
     except BaseException:
         surgery.undo()
         raise
+    _warn_of_other_weights(model, folder)
     return plan
+
+
+def _dtype_name(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _warn_of_other_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Warn where the weights that terms stand beside now are not those of the model that they were saved from."""
+    if not (folder / OWN_CONFIG).is_file() or model.device.type == "meta":
+        return
+    saved = json.loads((folder / OWN_CONFIG).read_text()).get("weights")
+    if saved is None:
+        return
+    mine, theirs = fingerprint(model, terms=False), saved["fingerprint"]
+    tolerance = 1e-9 if saved["dtype"] == _dtype_name(model) else _OTHER_TYPE
+    # Routers and experts take turns in a fingerprint.
+    parts = {name: (mine[start::2], theirs[start::2]) for start, name in enumerate(("routers", "experts"))}
+    others = [name for name, pair in parts.items() if not same_weights(*pair, tolerance)]
+    if others:
+        warnings.warn(
+            f"the low-rank terms in {folder} were saved from a model with other weights than this one has "
+            f"({' and '.join(others)} differ): what they learnt may not fit. Load the model that they were trained "
+            "beside, with whatever else trained along with them",
+            stacklevel=3,
+        )
 
 
 def _read_config(folder: Path, shape: ModelShape) -> dict[str, Any]:

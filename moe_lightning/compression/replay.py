@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,6 +129,9 @@ def replays(plan: CompressionPlan) -> list[Method]:
     Args:
         plan: The whole plan.
 
+    Warns:
+        UserWarning: The plan has low-rank terms: what they learnt is not in it.
+
     Raises:
         ValueError: An edit names a method that is not known, or options that it does not take.
     """
@@ -144,4 +148,11 @@ def replays(plan: CompressionPlan) -> list[Method]:
                 continue
             assert isinstance(first, SlimmingEdit)
             found.append(SlimmingReplay(part, method_of(first, part)))
+    if any(isinstance(edit, AddLora) for edit in plan.edits):
+        warnings.warn(
+            "the plan puts low-rank terms beside matrices, and what they learnt is in no plan: they begin anew, and "
+            "merging them changes nothing before they are trained again. For what they learnt load the model's folder, "
+            "or the terms with load_adapters",
+            stacklevel=3,
+        )
     return found or [Replay(plan)]

@@ -177,6 +177,42 @@ def test_in_another_type(tmp_path: Path) -> None:
         assert torch.equal(stack.lora_B, expected[name].lora_B.bfloat16())
 
 
+def warned(model: Any, folder: Path) -> list[str]:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        ml.load_adapters(model, folder)
+    return [str(item.message) for item in found if "saved from a model with other weights" in str(item.message)]
+
+
+@pytest.mark.parametrize("base", ["dense", "int4", "2:4"])
+def test_other_weights_under_the_terms_are_told(base: str, tmp_path: Path) -> None:
+    folder = ml.save_adapters(adapted_mixtral(base), tmp_path / "adapters")
+
+    def model(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+        found = tiny_mixtral(dtype=dtype, **options)
+        apply_filled(found, BASES[base])
+        return found
+
+    # Of the terms themselves nothing is in the comparison, and another type rounds.
+    assert not warned(model(), folder)
+    assert not warned(model(torch.bfloat16), folder)
+    routed = model()
+    with torch.no_grad():
+        routed.model.layers[1].mlp.gate.weight.mul_(1.001)
+    (said,) = warned(routed, folder)
+    assert "(routers differ)" in said and str(folder) in said
+    assert lora_stacks(routed), "it is a warning, no refusal"
+    (said,) = warned(model(seed=7), folder)
+    assert "(routers and experts differ)" in said
+    (said,) = warned(model(torch.bfloat16, seed=7), folder)
+    assert "differ)" in said
+    # Folders that were written before say nothing of it.
+    own = json.loads((folder / OWN_CONFIG).read_text())
+    del own["weights"]
+    (folder / OWN_CONFIG).write_text(json.dumps(own))
+    assert not warned(model(seed=7), folder)
+
+
 PEFT_TARGETS: dict[str, dict[str, Any]] = {
     "all": {
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],

@@ -1,6 +1,7 @@
 """Plans with formats, replayed: the same weights again."""
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from moe_lightning.slimming.pruners import SparseGPT, Wanda
 from moe_lightning.slimming.quantizers import GPTQ, RTN
 from moe_lightning.surgery import plan_of
 from tests.compression.rounding_method import BATCHES, compress
+from tests.lora import fill_terms
 from tests.models import tiny_mixtral
 
 
@@ -96,3 +98,19 @@ def test_methods_before_and_after_trimming_give_working_models() -> None:
             assert torch.isfinite(model(**BATCHES[0]).logits).all()
         experts = model.model.layers[0].mlp.experts
         assert experts.novices.dtype == torch.float32 and experts.storage.format.bits == 4
+
+
+def test_that_terms_learnt_something_is_in_no_plan() -> None:
+    one = tiny_mixtral()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # making such a plan is no reason to warn
+        ml.compress(one, None, [RTN(group_size=16), ml.LoRA(rank=2)], progress=False)
+    fill_terms(one)
+    plan = compress(one, ml.MergeLoRA()).plan
+    with pytest.warns(UserWarning, match="what they learnt is in no plan") as found:
+        again = ml.compress(tiny_mixtral(), None, plan=plan, progress=False)
+    assert again.plan.edits == plan.edits
+    assert len([item for item in found if "in no plan" in str(item.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ml.compress(tiny_mixtral(), None, plan=CompressionPlan(plan.edits[:3], plan.origin), progress=False)
