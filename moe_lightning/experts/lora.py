@@ -13,6 +13,7 @@ import torch
 from moe_kernels import GroupedLora, grouped_linear, lora_term
 from torch import Tensor, nn
 
+from moe_lightning.experts.cut_terms import cut_linear
 from moe_lightning.experts.stacks import WeightStack
 
 LORA_PARAMETERS = ("lora_A", "lora_B")
@@ -21,6 +22,10 @@ LORA_PARAMETERS = ("lora_A", "lora_B")
 
 class LoraStack(nn.Module):
     """A low-rank term for each matrix of a stack: ``alpha / R * lora_B lora_A``.
+
+    The terms are in the type of the model. Where that is bf16 (``precision: bf16-true``), a step smaller than half the
+    distance to the next bf16 number is lost: of 50 steps of AdamW with noisy gradients, 99 % of the way that fp32 goes
+    is left at a learning rate of 1e-4, and 62 % at 1e-5. Train in ``bf16-mixed``, or with a larger learning rate.
 
     Attributes:
         lora_A: What the terms read of the input, ``[S, R, X]``.
@@ -79,7 +84,8 @@ def adapted_linear(rows_PX: Tensor, offsets_S: Tensor, weight: Tensor | WeightSt
     """Multiply each group of rows with its own matrix and add the low-rank term beside it.
 
     Beside pruned matrices the term is cut to the weights that are left, so that it can be folded into them without
-    error; it costs a product of the size of the weights then. Elsewhere it costs ``R (O + X)`` a row.
+    error; each matrix that rows reached is then spelled out with its term, on the way back once more. Elsewhere a term
+    costs ``R (O + X)`` a row.
 
     Args:
         rows_PX: Rows sorted by slot.
@@ -92,8 +98,8 @@ def adapted_linear(rows_PX: Tensor, offsets_S: Tensor, weight: Tensor | WeightSt
     """
     if not isinstance(weight, WeightStack):
         product_PO = grouped_linear(rows_PX, weight, offsets_S)
-    elif lora is not None and (delta_SOX := kept_delta(weight, lora, rows_PX.dtype)) is not None:
-        return grouped_linear(rows_PX, weight.dense(rows_PX.dtype) + delta_SOX, offsets_S)
+    elif lora is not None and weight.is_pruned:
+        return cut_linear(rows_PX, offsets_S, weight, lora.grouped())
     else:
         product_PO = weight.linear(rows_PX, offsets_S)
     return product_PO if lora is None else product_PO + lora_term(rows_PX, offsets_S, lora.grouped())

@@ -205,7 +205,9 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("name", ["dense", "int4", "novices", "novices, channels, int4"])
+@pytest.mark.parametrize(
+    "name", ["dense", "int4", "novices", "novices, channels, int4", "2:4", "1:4", "masked", "int4 of 2:4"]
+)
 def test_terms_cost_the_routed_tokens_and_no_matrix_of_the_size_of_the_weights(name: str) -> None:
     experts, _ = make_layer(name, torch.float32)
     for parameter in experts.parameters():
@@ -223,7 +225,8 @@ def test_terms_cost_the_routed_tokens_and_no_matrix_of_the_size_of_the_weights(n
 
     with Largest(held) as largest, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         experts(hidden_NH, index_NK, weight_NK).sum().backward()
-    # At these sizes an int4 matrix is one tile: one of them at a time, and never those of all experts.
+    # At these sizes an int4 matrix is one tile, and a pruned one is spelled out: one of them at a time, and never those
+    # of all experts.
     storage = experts.storage
     gate_up = storage.gate_up_proj
     one = gate_up[0].numel() if isinstance(gate_up, Tensor) else gate_up.outputs * gate_up.inputs

@@ -249,6 +249,18 @@ class Masked(WeightStack):
         name = "values" if self.weight is None else "weight"
         return Masked(self.format, size, self.bits[index], **{name: chosen})
 
+    def slot(self, number: int) -> Masked:
+        """Return one of the matrices as a stack of one, to read from; an open one shares its weights with this stack.
+
+        Args:
+            number: Slot.
+        """
+        if self.weight is None:
+            return super().slot(number)  # type: ignore[return-value]
+        part = slice(number, number + 1)
+        shared = nn.Parameter(self.weight.detach()[part], requires_grad=False)
+        return Masked(self.format, (1, self.outputs, self.inputs), self.bits[part], weight=shared)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._clear(always=True)
         super()._save_to_state_dict(destination, prefix, keep_vars)
