@@ -6,6 +6,7 @@ from abc import abstractmethod
 from typing import Any, Literal, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from transformers import PreTrainedModel
 
 from moe_lightning.architectures import architecture_of
@@ -45,7 +46,7 @@ def tell(trainer: Trainer, hook: str, module: LightningModule, *more: Any) -> No
 
     Hooks are ``before_compression(trainer, module)`` and ``after_compression(trainer, module)`` around each act of a
     ``Compress``, ``before_stage(trainer, module, stage)`` and ``after_stage(trainer, module, stage)`` around a stage of
-    recovery.
+    recovery, ``training_over(trainer, module, stopped)`` before anything that happens at the end.
 
     Args:
         trainer: The trainer.
@@ -68,11 +69,23 @@ def total_steps(trainer: Trainer) -> float:
     return trainer.estimated_stepping_batches
 
 
+def time_was_up(trainer: Trainer) -> bool:
+    """Say whether training ended only because a Timer (``--trainer.max_time``) ran out: it can go on where it is.
+
+    Clocks of several processes differ: the first one decides.
+    """
+    if trainer.global_step >= total_steps(trainer):
+        return False
+    left = [callback.time_remaining() for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    return bool(trainer.strategy.broadcast(any(time is not None and time <= 0 for time in left)))
+
+
 class AtStep(Callback):
     """Act once, before the first batch after ``at_step`` optimizer steps, or when training ends.
 
     Never inside gradient accumulation: the first batch after a step is the first of the next one. A resumed run does
-    not act again on what a checkpoint already holds.
+    not act again on what a checkpoint already holds. The end is that of training, after the last step or because a
+    callback such as EarlyStopping ended it; not where only the time was up (``max_time``) and the run is to go on.
 
     Args:
         at_step: Optimizer step, 0 or more, or ``end``.
@@ -87,6 +100,7 @@ class AtStep(Callback):
             raise ValueError(f"{type(self).__name__}: at_step must be a step number >= 0 or 'end', got {at_step!r}")
         self.at_step = at_step
         self.done = False
+        self._stopped: bool | None = None  # at the end: whether only the time was up
 
     @property
     def state_key(self) -> str:
@@ -149,11 +163,49 @@ class AtStep(Callback):
         if not self.done and self.at_step != "end" and trainer.global_step >= cast(int, self.next_step):
             self._act_once(trainer, pl_module)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget how an earlier run ended, should that have failed."""
+        self._stopped = None
+
+    @property
+    def waits_for_end(self) -> bool:
+        """Whether there is something that it will do when training ends."""
+        return self.at_step == "end" and not self.done
+
+    def training_over(self, trainer: Trainer, module: LightningModule, stopped: bool) -> None:
+        """Take note that training is over; called once, of all, before anything at the end acts.
+
+        Args:
+            trainer: The trainer.
+            module: Its module.
+            stopped: Only the time was up.
+        """
+        self._stopped = stopped
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Act at the end."""
-        if not self.done and self.at_step == "end":
+        """Act at the end; where only the time was up, leave everything as it is, to go on with."""
+        if self._stopped is None:
+            # The first of the list finds out, for all of them: what acts at the end wants the stages over, wherever
+            # they stand, and takes time itself.
+            stopped = time_was_up(trainer)
+            if stopped:
+                _say_who_waits(trainer)
+            tell(trainer, "training_over", pl_module, stopped)
+        stopped, self._stopped = bool(self._stopped), None
+        if self.waits_for_end and not stopped:
             self._act_once(trainer, pl_module)
 
     def _act_once(self, trainer: Trainer, module: LightningModule) -> None:
         self.act(trainer, module)
         self.done = True
+
+
+def _say_who_waits(trainer: Trainer) -> None:
+    steps = [callback for callback in trainer.callbacks if isinstance(callback, AtStep)]  # type: ignore[attr-defined]
+    names = ", ".join(type(callback).__name__ for callback in steps if callback.waits_for_end)
+    if names:
+        say(
+            trainer,
+            f"step {trainer.global_step}: the time was up before training ended: what waits for the end did not happen "
+            f"({names}); go on with --ckpt_path last and more --trainer.max_time",
+        )

@@ -20,6 +20,8 @@ from moe_lightning.statistics import Statistics
 
 Targets = Literal["experts", "attention", "experts+attention"]
 
+Existing = Literal["error", "keep"]
+
 
 class AdapterMethod(Method):
     """What both methods share: they measure nothing, and go through the layers one by one."""
@@ -50,6 +52,8 @@ class LoRA(AdapterMethod):
         alpha: Numerator of the factor; twice the rank where None.
         targets: The matrices of the experts, those of attention, or both.
         seed: Of the random numbers in ``A``.
+        existing: What becomes of terms that are there already. error: nothing is done. keep: those of the same rank and
+            factor stay as they are, and only what is missing is added.
 
     Source: 2106.09685, eq. 3, with a term for each expert.
     Cost: ``2 R (O + X)`` operations for each routed token.
@@ -59,6 +63,7 @@ class LoRA(AdapterMethod):
     alpha: float | None = None
     targets: Targets = "experts+attention"
     seed: int = 0
+    existing: Existing = "error"
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -68,11 +73,13 @@ class LoRA(AdapterMethod):
             raise ValueError(f"LoRA: alpha must be positive, or None for twice the rank, got {self.alpha!r}")
         if self.targets not in get_args(Targets):
             raise ValueError(f"LoRA: targets must be one of {', '.join(get_args(Targets))}, got {self.targets!r}")
+        if self.existing not in get_args(Existing):
+            raise ValueError(f"LoRA: existing must be one of {', '.join(get_args(Existing))}, got {self.existing!r}")
 
     def propose(self, shape: ModelShape, statistics: Statistics) -> tuple[Edit, ...]:
         """Put terms beside every attention and every layer that has real experts; see :meth:`Method.propose`."""
-        alpha = float(self.alpha if self.alpha is not None else 2 * self.rank)
-        edits: list[Edit] = []
+        alpha = self.numerator
+        edits: list[AddLora] = []
         for block in shape.blocks:
             if "attention" in self.targets:
                 edits.append(AddLora(block, "attention", self.rank, alpha))
@@ -80,7 +87,24 @@ class LoRA(AdapterMethod):
                 edits.append(AddLora(block, "experts", self.rank, alpha))
         if not edits:
             raise ValueError("LoRA: no layer has a real expert to put a term beside: target the attention")
+        if self.existing == "keep":
+            edits = [edit for edit in edits if not self._is_there(shape, edit)]
         return tuple(edits)
+
+    @property
+    def numerator(self) -> float:
+        """``alpha`` as a number."""
+        return float(self.alpha if self.alpha is not None else 2 * self.rank)
+
+    def _is_there(self, shape: ModelShape, edit: AddLora) -> bool:
+        held = shape.lora(edit.layer, edit.target)
+        if held is not None and (held.rank, held.alpha) != (edit.rank, edit.alpha):
+            raise ValueError(
+                f"layer {edit.layer}: its {edit.target} have low-rank terms already, of rank {held.rank} and alpha "
+                f"{held.alpha:g}, not of rank {edit.rank} and alpha {edit.alpha:g}: take theirs, or merge them first "
+                "(MergeLoRA)"
+            )
+        return held is not None
 
     @torch.no_grad()
     def begin(self, stack: LoraStack, layer: int, name: str) -> None:
@@ -104,7 +128,7 @@ class LoRA(AdapterMethod):
 
 @dataclass
 class MergeLoRA(AdapterMethod):
-    """Fold all low-rank terms into the weights, which then have the size that they had without them.
+    """Fold low-rank terms into the weights, which then have the size that they had without them.
 
     Integers are spelled out, get the term added, and are rounded again, each to the nearest point of its group's new
     grid; how much of the term the rounding took is told for each matrix. Zeros of pruned matrices stay zeros.
@@ -112,9 +136,16 @@ class MergeLoRA(AdapterMethod):
     Attributes:
         dequantize: Leave weights that were integers in floating point, for a method behind that rounds them with
             calibration data, such as GPTQ.
+        targets: Terms beside the matrices of the experts, those of attention, or both.
     """
 
     dequantize: bool = False
+    targets: Targets = "experts+attention"
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.targets not in get_args(Targets):
+            raise ValueError(f"MergeLoRA: targets must be one of {', '.join(get_args(Targets))}, got {self.targets!r}")
 
     def propose(self, shape: ModelShape, statistics: Statistics) -> tuple[Edit, ...]:
         """Merge wherever there are terms; see :meth:`Method.propose`."""
@@ -122,8 +153,11 @@ class MergeLoRA(AdapterMethod):
         for block in shape.blocks:
             places: list[Target] = ["attention", "experts"] if block in shape.moe_layers else ["attention"]
             edits += [
-                MergeLora(block, place, self.dequantize) for place in places if shape.lora(block, place) is not None
+                MergeLora(block, place, self.dequantize)
+                for place in places
+                if place in self.targets and shape.lora(block, place) is not None
             ]
         if not edits:
-            raise ValueError("MergeLoRA: the model has no low-rank terms: put LoRA (or LoRARecovery) before it")
+            where = "" if self.targets == "experts+attention" else f" beside its {self.targets}"
+            raise ValueError(f"MergeLoRA: the model has no low-rank terms{where}: put LoRA (or LoRARecovery) before it")
         return tuple(edits)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from moe_lightning.architectures import architecture_of
 from moe_lightning.experts import is_lora
 from moe_lightning.plan import ModelShape, WeightFormat
+from moe_lightning.recovery.lora import Targets
 from moe_lightning.surgery import is_novice
 
 
@@ -62,20 +63,36 @@ class Novices(Selection):
 
 
 class Adapters(Selection):
-    """The low-rank terms beside matrices."""
+    """The low-rank terms beside matrices.
+
+    Args:
+        targets: Beside those of the experts, those of attention, or both.
+    """
 
     words = "low-rank terms"
 
+    def __init__(self, targets: Targets = "experts+attention") -> None:
+        self.targets = targets
+
     def parameters(self, model: PreTrainedModel) -> dict[str, nn.Parameter]:
         """Return them; see :class:`Selection`."""
-        return {name: parameter for name, parameter in model.named_parameters() if is_lora(name)}
+        layers = architecture_of(model).moe_layers(model)
+        in_blocks = {id(parameter) for layer in layers for parameter in layer.block.parameters()}
+        return {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if is_lora(name) and ("experts" if id(parameter) in in_blocks else "attention") in self.targets
+        }
 
     def claimed(self, shape: ModelShape) -> int:
         """Count both factors of each; see :class:`Selection`."""
-        beside_experts = (
-            layout.lora_parameters(shape.hidden_size, shape.intermediate_size) for layout in shape.layouts
-        )
-        return sum(beside_experts) + sum(map(shape.attention_lora_parameters, shape.blocks))
+        found = 0
+        if "experts" in self.targets:
+            sizes = shape.hidden_size, shape.intermediate_size
+            found += sum(layout.lora_parameters(*sizes) for layout in shape.layouts)
+        if "attention" in self.targets:
+            found += sum(map(shape.attention_lora_parameters, shape.blocks))
+        return found
 
 
 class Everything(Selection):

@@ -321,9 +321,18 @@ def test_novice_tuning_in_a_module_of_ones_own(trains: str, tmp_path: Path) -> N
 
 
 @pytest.mark.filterwarnings("ignore:.*has no set_plan")
-def test_a_learning_rate_that_no_group_can_take_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="learning_rate needs an optimizer with a group named 'novices'"):
-        fit(OwnModule(), tmp_path, [novices_at(0), NoviceTuning(at_step=0, learning_rate=0.1)], steps=3)
+def test_a_learning_rate_without_a_group_for_novices(tmp_path: Path) -> None:
+    """All groups have it while the stage lasts, for nothing else trains; afterwards each has its own again."""
+    module = OwnModule()
+    rates: list[set[float]] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            rates.append({group["lr"] for group in trainer.optimizers[0].param_groups})
+
+    fit(module, tmp_path, [novices_at(0), NoviceTuning(1, steps=2, learning_rate=0.1), Look()], steps=4)
+    assert rates[0] == rates[3] and [len(found) for found in rates] == [1] * 4
+    assert rates[1] == {0.1} and rates[2] == {pytest.approx(0.1 * (0.1 + 0.9 * 0.5))}
 
 
 def test_a_step_behind_the_last_epoch_is_found(tmp_path: Path) -> None:

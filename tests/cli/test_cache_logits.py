@@ -211,9 +211,9 @@ def test_a_cache_that_is_too_small_is_found_before_the_run(folder: Path, tmp_pat
         fit(folder, tmp_path, [stage, blocks := Blocks()], max_steps=5)
     assert not blocks.steps
     # Up to where it reaches it is enough.
-    stage = RouterDistillation(1, 3, teacher=str(tmp_path / "cache"))
+    stage = RouterDistillation(1, steps=3, teacher=str(tmp_path / "cache"))
     fit(folder, tmp_path, [stage], max_steps=5)
-    other = RouterDistillation(1, 3, teacher=str(tmp_path / "cache"), temperature=2.0)
+    other = RouterDistillation(1, steps=3, teacher=str(tmp_path / "cache"), temperature=2.0)
     with pytest.raises(ValueError, match="temperature"):
         fit(folder, tmp_path, [other], max_steps=5)
 

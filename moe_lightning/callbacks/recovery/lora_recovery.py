@@ -18,12 +18,15 @@ from moe_lightning.compression import CompressionResult, compress
 from moe_lightning.method import Method
 from moe_lightning.recovery.lora import LoRA, MergeLoRA, Targets
 from moe_lightning.recovery.selections import Adapters
+from moe_lightning.statistics import Statistics
 
 
 class LoRARecovery(RecoveryStage):
     """From a step on, train a low-rank term beside each matrix and nothing else; in the end fold them into the weights.
 
-    The matrices may be dense, pruned, or integers: they stay as they are while the terms train.
+    The matrices may be dense, pruned, or integers: they stay as they are while the terms train. Terms of the same rank
+    and alpha that are there already beside its targets train on, and are folded in with the others; terms beside other
+    matrices stay as they are.
 
     Args:
         at_step: Optimizer step before which the terms are added.
@@ -41,7 +44,8 @@ class LoRARecovery(RecoveryStage):
         alpha: Share of the teacher in the loss, from 0 (the text alone) to 1 (the teacher alone).
         temperature: By which predictions are softened.
         hidden_weight: Weight of the squared error of hidden states, in units of the teacher's squares.
-        load_balancing_coefficient: Weight of the load-balancing loss; None for the module's own.
+        load_balancing_coefficient: Weight of the load-balancing loss; None for the module's own. 0 here: routers stand
+            still, and terms that even out their choice by way of hidden states would not serve the text.
 
     Raises:
         ValueError: An option out of its range.
@@ -49,11 +53,10 @@ class LoRARecovery(RecoveryStage):
     Source: 2106.09685, with a term for each expert.
     """
 
-    selection = Adapters()
-
     def __init__(
         self,
         at_step: int,
+        *,
         steps: int | None = None,
         rank: int = 16,
         lora_alpha: float | None = None,
@@ -70,28 +73,72 @@ class LoRARecovery(RecoveryStage):
     ) -> None:
         super().__init__(
             at_step,
-            steps,
-            learning_rate,
-            warmup_steps,
-            teacher,
-            alpha,
-            temperature,
-            hidden_weight,
-            load_balancing_coefficient,
+            steps=steps,
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            teacher=teacher,
+            alpha=alpha,
+            temperature=temperature,
+            hidden_weight=hidden_weight,
+            load_balancing_coefficient=load_balancing_coefficient,
         )
         if requantize not in ("rtn", None):
             raise ValueError(f"LoRARecovery: requantize must be 'rtn' or None, got {requantize!r}")
         try:
-            self.terms = LoRA(rank=rank, alpha=lora_alpha, targets=targets)
+            self.terms = LoRA(rank=rank, alpha=lora_alpha, targets=targets, existing="keep")
         except ValueError as error:
             said = str(error).removeprefix("LoRA: ")
             raise ValueError(f"LoRARecovery: {'lora_' if said.startswith('alpha') else ''}{said}") from None
+        self.selection = Adapters(targets)
         self.merge = merge
         self.requantize = requantize
+        self._begun_with: dict[str, Any] | None = None  # options of another process perhaps
 
     @property
     def _merging(self) -> MergeLoRA:
-        return MergeLoRA(dequantize=self.requantize is None)
+        return MergeLoRA(dequantize=self.requantize is None, targets=self.terms.targets)
+
+    # ------------------------------------------------------------ state
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {
+            "rank": self.terms.rank,
+            "lora_alpha": self.terms.numerator,
+            "targets": self.terms.targets,
+            "merge": self.merge,
+            "requantize": self.requantize,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far it has come, and by which terms."""
+        return {**super().state_dict(), "options": self._begun_with or self._options}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over how far it has come, and warn where that was with other terms than are asked for now.
+
+        Raises:
+            ValueError: The stage has begun with others, and is not over.
+        """
+        super().load_state_dict(state_dict)
+        then, now = state_dict.get("options"), self._options
+        if then is None or then == now or not self.entered:
+            return
+        other = {name: value for name, value in now.items() if then.get(name) != value}
+        words = [", ".join(f"{name}={options.get(name)}" for name in other) for options in (then, now)]
+        if not self.left:
+            raise ValueError(
+                f"LoRARecovery at step {self.first_step}: the checkpoint lies in the middle of the stage with "
+                f"{words[0]}: go on with the same options, and not with {words[1]}, or start from an earlier checkpoint"
+            )
+        self._begun_with = then
+        warnings.warn(
+            f"LoRARecovery at step {self.first_step}: the stage is over, with {words[0]}, and the model stays as it "
+            f"is: {words[1]} is not applied. Start from an earlier checkpoint, or anew, to apply it",
+            stacklevel=2,
+        )
+
+    # ------------------------------------------------------------ the course
 
     def changes(self, trainer: Trainer) -> list[Change]:
         """Return what it will add and fold; see :class:`~moe_lightning.callbacks.course.ChangesStructure`."""
@@ -115,10 +162,16 @@ class LoRARecovery(RecoveryStage):
             )
 
     def change(self, trainer: Trainer, module: LightningModule) -> None:
-        """Add the terms; they are zero."""
+        """Add the terms that are not there; they are zero."""
         model = language_model(module)
-        if not self.selection.claimed(architecture_of(model).shape(model)):  # not where a longer run goes on with them
+        shape = architecture_of(model).shape(model)
+        there = self.selection.claimed(shape)
+        if self.terms.propose(shape, Statistics.synthetic(shape)):
             self._compress(trainer, module, self.terms, "lora", "low-rank terms added")
+        if there and not self._reopened:
+            step = f"step {trainer.global_step}: LoRARecovery"
+            say(trainer, f"{step} goes on with terms that are there already, {there:,} parameters")
+        self._begun_with = None
 
     def change_back(self, trainer: Trainer, module: LightningModule) -> None:
         """Fold the terms into the weights."""

@@ -6,7 +6,6 @@ import math
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Timer
 from torch import nn
 
 from moe_lightning.architectures import architecture_of
@@ -52,7 +51,7 @@ class RecoveryStage(AtStep):
         ValueError: An option out of its range.
     """
 
-    selection: ClassVar[Selection]
+    selection: Selection
     """What trains."""
     remedy: ClassVar[str] = ""
     """What to do where there is nothing to train, for a message."""
@@ -62,6 +61,7 @@ class RecoveryStage(AtStep):
     def __init__(
         self,
         at_step: int,
+        *,
         steps: int | None = None,
         learning_rate: float | None = None,
         warmup_steps: int = 0,
@@ -270,11 +270,16 @@ class RecoveryStage(AtStep):
         if self._active and trainer.global_step >= self.last_step_of(trainer):
             self.leave(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    @property
+    def waits_for_end(self) -> bool:
+        """Whether it will be left when training ends."""
+        return self._active
+
+    def training_over(self, trainer: Trainer, module: LightningModule, stopped: bool) -> None:
         """Leave when training ends, unless it is only that its time is up: then it can go on where it is."""
-        left_times = [timer.time_remaining() for timer in trainer.callbacks if isinstance(timer, Timer)]  # type: ignore[attr-defined]
-        if self._active and not any(left is not None and left <= 0 for left in left_times):
-            self.leave(trainer, pl_module)
+        super().training_over(trainer, module, stopped)
+        if self._active and not stopped:
+            self.leave(trainer, module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let train again what trained before."""
@@ -326,8 +331,10 @@ class RecoveryStage(AtStep):
         if not counted:
             raise ValueError(f"{where}: the model has no {self.selection.words} to train{self.remedy}")
         claimed = self.selection.claimed(architecture_of(model).shape(model))
-        if self.trains_frozen and counted != claimed:
-            raise RuntimeError(f"{where}: {counted:,} parameters train, but the model's shape claims {claimed:,}")
+        # Beside those that train what was frozen before, where the stage leaves that alone.
+        there = sum(parameter.numel() for parameter in self.selection.parameters(model).values())
+        if there != claimed:
+            raise RuntimeError(f"{where}: there are {there:,} parameters, but the model's shape claims {claimed:,}")
         self._held.hold(module, list(chosen.values()))
         held = parameters_of(trainer.optimizers)
         missing = [name for name, parameter in chosen.items() if id(parameter) not in held]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import LightningModule, Trainer
-
 from moe_lightning.callbacks.recovery.stage import RecoveryStage
 from moe_lightning.recovery.selections import Everything, Novices, Routers
 
@@ -24,7 +22,8 @@ class RouterDistillation(RecoveryStage):
         alpha: Share of the teacher in the loss, from 0 (the text alone) to 1 (the teacher alone).
         temperature: By which predictions are softened.
         hidden_weight: Weight of the squared error of hidden states, in units of the teacher's squares.
-        load_balancing_coefficient: Weight of the load-balancing loss; None for the module's own.
+        load_balancing_coefficient: Weight of the load-balancing loss; None for the module's own. 0 here: it would pull
+            the routers, which alone move, away from the teacher's choice.
 
     Raises:
         ValueError: An option out of its range.
@@ -38,6 +37,7 @@ class RouterDistillation(RecoveryStage):
     def __init__(
         self,
         at_step: int,
+        *,
         steps: int | None = None,
         learning_rate: float | None = 1e-3,
         warmup_steps: int = 0,
@@ -49,14 +49,14 @@ class RouterDistillation(RecoveryStage):
     ) -> None:
         super().__init__(
             at_step,
-            steps,
-            learning_rate,
-            warmup_steps,
-            teacher,
-            alpha,
-            temperature,
-            hidden_weight,
-            load_balancing_coefficient,
+            steps=steps,
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            teacher=teacher,
+            alpha=alpha,
+            temperature=temperature,
+            hidden_weight=hidden_weight,
+            load_balancing_coefficient=load_balancing_coefficient,
         )
 
 
@@ -67,16 +67,17 @@ class NoviceTuning(RecoveryStage):
 
     Args:
         at_step: Optimizer step from which only novices train.
+        steps: Optimizer steps that it lasts; None up to the next stage, or to the end of the run.
         learning_rate: Peak learning rate of the novices, from there a cosine to a tenth; None keeps the module's
             schedule.
-        steps: Optimizer steps that it lasts; None up to the next stage, or to the end of the run.
         warmup_steps: Optimizer steps over which the learning rate rises linearly from 0.
         teacher: Who is imitated: ``before`` for the model as it was before the first compression of this run, a Hugging
             Face folder, or a folder of predictions that ``moe-lightning cache-logits`` wrote. None for the text alone.
         alpha: Share of the teacher in the loss, from 0 (the text alone) to 1 (the teacher alone).
         temperature: By which predictions are softened.
         hidden_weight: Weight of the squared error of hidden states, in units of the teacher's squares.
-        load_balancing_coefficient: Weight of the load-balancing loss; None for the module's own.
+        load_balancing_coefficient: Weight of the load-balancing loss; None for the module's own, so that without other
+            options the loss is that of the training before; routers stand still, and it moves little.
 
     Raises:
         ValueError: An option out of its range.
@@ -90,8 +91,9 @@ class NoviceTuning(RecoveryStage):
     def __init__(
         self,
         at_step: int,
-        learning_rate: float | None = None,
+        *,
         steps: int | None = None,
+        learning_rate: float | None = None,
         warmup_steps: int = 0,
         teacher: str | None = None,
         alpha: float = 0.0,
@@ -101,29 +103,15 @@ class NoviceTuning(RecoveryStage):
     ) -> None:
         super().__init__(
             at_step,
-            steps,
-            learning_rate,
-            warmup_steps,
-            teacher,
-            alpha,
-            temperature,
-            hidden_weight,
-            load_balancing_coefficient,
+            steps=steps,
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            teacher=teacher,
+            alpha=alpha,
+            temperature=temperature,
+            hidden_weight=hidden_weight,
+            load_balancing_coefficient=load_balancing_coefficient,
         )
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find a step that never comes, and an optimizer whose novices have no learning rate of their own.
-
-        Raises:
-            ValueError: The step never comes, or ``learning_rate`` is given and no optimizer has a group for novices.
-        """
-        super().on_train_start(trainer, pl_module)
-        groups = [group.get("name") for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        if self.learning_rate is not None and "novices" not in groups:
-            raise ValueError(
-                "NoviceTuning: learning_rate needs an optimizer with a group named 'novices': make its groups with "
-                "moe_lightning.surgery.parameter_groups, as MixtralModule does, or leave learning_rate out"
-            )
 
 
 class FullFineTuning(RecoveryStage):
@@ -142,12 +130,13 @@ class FullFineTuning(RecoveryStage):
         alpha: Share of the teacher in the loss, from 0 (the text alone) to 1 (the teacher alone).
         temperature: By which predictions are softened.
         hidden_weight: Weight of the squared error of hidden states, in units of the teacher's squares.
-        load_balancing_coefficient: Weight of the load-balancing loss; None for the module's own.
+        load_balancing_coefficient: Weight of the load-balancing loss; None for the module's own: routers and experts
+            move together here, as when the model was trained.
 
     Raises:
         ValueError: An option out of its range.
 
-    Source: 1503.02531; alpha 0.5 is that of 2507.00390's distillation.
+    Source: 1503.02531; alpha 0.5 and temperature 2 are those of 2507.00390's distillation.
     """
 
     selection = Everything()
@@ -156,23 +145,24 @@ class FullFineTuning(RecoveryStage):
     def __init__(
         self,
         at_step: int,
+        *,
         steps: int | None = None,
         learning_rate: float | None = None,
         warmup_steps: int = 0,
         teacher: str | None = "before",
         alpha: float = 0.5,
-        temperature: float = 1.0,
+        temperature: float = 2.0,
         hidden_weight: float = 0.0,
         load_balancing_coefficient: float | None = None,
     ) -> None:
         super().__init__(
             at_step,
-            steps,
-            learning_rate,
-            warmup_steps,
-            teacher,
-            alpha,
-            temperature,
-            hidden_weight,
-            load_balancing_coefficient,
+            steps=steps,
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            teacher=teacher,
+            alpha=alpha,
+            temperature=temperature,
+            hidden_weight=hidden_weight,
+            load_balancing_coefficient=load_balancing_coefficient,
         )

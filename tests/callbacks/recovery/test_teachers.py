@@ -38,7 +38,7 @@ def half(step: int) -> Compress:
 
 
 def imitate(step: int, steps: int | None = None, teacher: str = "before", **options: Any) -> RouterDistillation:
-    return RouterDistillation(step, steps, teacher=teacher, **options)
+    return RouterDistillation(step, steps=steps, teacher=teacher, **options)
 
 
 class Watch(Callback):
@@ -110,7 +110,7 @@ def test_stages_share_a_teacher_which_is_freed_in_the_end(tmp_path: Path, monkey
     load = teachers.from_pretrained
     monkeypatch.setattr(teachers, "from_pretrained", lambda *arguments: opened.append(arguments) or load(*arguments))
     watch = Watch()
-    stages = [imitate(2, 2), FullFineTuning(5, 2, alpha=0.5)]
+    stages = [imitate(2, 2), FullFineTuning(5, steps=2, alpha=0.5)]
     module = tiny_module()
     fit(module, tmp_path, [half(2), *stages, watch], steps=9)
     assert len(opened) == 1
