@@ -18,6 +18,7 @@ from moe_lightning.compression import CompressionResult, as_methods, compress, t
 from moe_lightning.compression.layerwise import measures, need_batches
 from moe_lightning.method import Method
 from moe_lightning.slimming.policy import SlimmingPolicy, Starved
+from moe_lightning.surgery import plan_of
 
 
 class Compress(AtStep):
@@ -94,6 +95,8 @@ class Compress(AtStep):
         self.max_fallback, self.max_moment_bytes = max_fallback, max_moment_bytes
         self.acts_done = 0
         """How many of the acts are behind."""
+        self.changed = False
+        """Whether one of them changed the model: a share of it may have been no whole expert."""
         self.result: CompressionResult | None = None
         """What the last act did; None before it, and in a run that was resumed after it."""
         self._applied: list[str] | None = None  # methods in words, by another process perhaps
@@ -107,9 +110,9 @@ class Compress(AtStep):
         return f"Compress[at_step={self.at_step},methods={names}]"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return whether and how often it has acted, and the methods in words."""
+        """Return whether, how often and to what effect it has acted, and the methods in words."""
         methods = self._applied or list(map(repr, self.methods))
-        return {**super().state_dict(), "acts": self.acts_done, "methods": methods}
+        return {**super().state_dict(), "acts": self.acts_done, "methods": methods, "changed": self.changed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over how often it has acted, and warn where that was something else than what is asked for now.
@@ -119,6 +122,7 @@ class Compress(AtStep):
         """
         super().load_state_dict(state_dict)
         self.acts_done = int(state_dict.get("acts", len(self.acts) if self.done else 0))
+        self.changed = bool(state_dict.get("changed", self.acts_done))
         self._applied = state_dict.get("methods") if self.acts_done else None
         now = list(map(repr, self.methods))
         if self._applied in (None, now):
@@ -217,6 +221,7 @@ class Compress(AtStep):
         if act.share is not None and not trial_edits(architecture_of(model).shape(model), act.methods)[0]:
             return  # rounded to whole experts, nothing more goes
         tell(trainer, "before_compression", module)
+        edits_before = plan_of(model).edits
         datamodule: Any = getattr(trainer, "datamodule", None)
         origin = {"step": trainer.global_step, "calibration_batches": self.calibration_batches}
         if hasattr(datamodule, "describe"):
@@ -245,6 +250,7 @@ class Compress(AtStep):
             note = f"{self.acts_done + 1} of {len(self.acts)}{taken}"
         log_compression(trainer, result, act, f"compression-{self.next_step}{self._number(trainer)}", note)
         self.result = result
+        self.changed = self.changed or result.plan.edits != edits_before
         tell(trainer, "after_compression", module)
 
     def _act_once(self, trainer: Trainer, module: LightningModule) -> None:

@@ -46,9 +46,26 @@ def keep_model(model: PreTrainedModel, folder: Path) -> None:
             transformers_logging.enable_progress_bar()
 
 
-def held_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of a model's parameters and of the buffers that are saved."""
-    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
+def held_bytes(model: PreTrainedModel, dtype: torch.dtype | None = None) -> int:
+    """Return the bytes of a model's parameters and of the buffers that are saved.
+
+    Args:
+        model: The model.
+        dtype: Type in which floating-point numbers are held; None for the one that they have.
+    """
+    sizes = (
+        (value, dtype.itemsize if dtype is not None and value.is_floating_point() else value.element_size())
+        for value in model.state_dict().values()
+    )
+    return sum(value.numel() * size for value, size in sizes)
+
+
+def is_floating(source: Path | PreTrainedModel) -> bool:
+    """Say whether all weights of a folder, or of a model, are floating-point numbers, and none packed."""
+    if isinstance(source, PreTrainedModel):
+        return all(value.is_floating_point() for value in source.state_dict().values())
+    entries = (entry for path in source.glob("*.safetensors") for entry in read_header(path).values())
+    return all(entry["dtype"] in FLOATS for entry in entries)
 
 
 @dataclass(frozen=True)

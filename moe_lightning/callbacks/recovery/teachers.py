@@ -15,7 +15,7 @@ from moe_lightning.architectures import architecture_named, architecture_of
 from moe_lightning.callbacks.at_step import language_model, say
 from moe_lightning.callbacks.compress import Compress
 from moe_lightning.callbacks.recovery.blocks_to_come import blocks_to_come
-from moe_lightning.callbacks.recovery.teacher_folders import held_bytes, keep_model, opening
+from moe_lightning.callbacks.recovery.teacher_folders import held_bytes, is_floating, keep_model, opening
 from moe_lightning.checkpoints import from_pretrained, read_config
 from moe_lightning.recovery.logit_cache import LogitCache, is_cache
 from moe_lightning.recovery.objective import Objective, Teacher
@@ -47,7 +47,9 @@ class TeacherSource:
     The teacher's weights are in no state dict of the student. Stages that name the same teacher share it; it is freed
     when the last of them puts another objective into the module. On the CPU, weights that need no conversion are
     memory-mapped: measured with 458 MiB of weights, opening a folder with fused tensors took 55 MiB of memory that is
-    not the file's, and one with a tensor for each expert 608 MiB.
+    not the file's, and one with a tensor for each expert 608 MiB. Where the student computes in bf16 by autocast,
+    floating-point weights are held in bf16, to which each pass would cast them; not ``before`` on the CPU, which stays
+    mapped.
 
     Args:
         name: ``before`` for the model as it was before the first compression of the run (kept in ``RUN/teacher``), a
@@ -137,7 +139,7 @@ class TeacherSource:
 
     def _check_folder(self, trainer: Trainer, student: PreTrainedModel) -> str:
         raw = read_config(self.name)
-        takes = opening(Path(self.name), student.dtype, trainer.strategy.root_device)
+        takes = opening(Path(self.name), self._dtype(trainer, student), trainer.strategy.root_device)
         config = AutoConfig.from_pretrained(self.name)
         theirs = architecture_named(raw["model_type"]).shape_of_config(config)
         mine = architecture_of(student).shape(student)
@@ -181,13 +183,13 @@ class TeacherSource:
         folder = self.folder(trainer)
         known = self._known(trainer)
         if known is not None:
-            takes = opening(folder, student.dtype, trainer.strategy.root_device)
+            takes = opening(folder, self._dtype(trainer, student), trainer.strategy.root_device)
             _check_same(from_pretrained(folder), known, f"{folder} does not hold the model that this run kept")
             return str(takes)
         moments = []
         for place, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
             if isinstance(callback, Compress):
-                if callback.acts_done:
+                if callback.changed:
                     raise ValueError(
                         "the checkpoint holds a compressed model, and no stage of its run asked for the model before: "
                         "name a folder, start from an earlier checkpoint, or start anew"
@@ -206,9 +208,9 @@ class TeacherSource:
             raise ValueError(
                 f"{folder} needs {needed:,} bytes on disk, and {free:,} are free: make room, or use --run_dir"
             )
-        where = (
-            "memory-mapped" if trainer.strategy.root_device.type == "cpu" else "held on the device beside the student"
-        )
+        held = held_bytes(student, self._dtype(trainer, student)) / 2**20
+        on_cpu = trainer.strategy.root_device.type == "cpu"
+        where = "memory-mapped" if on_cpu else f"{held:,.1f} MiB held on the device beside the student"
         return f"{needed / 2**20:,.1f} MiB of weights, to be kept in {folder}, {where}"
 
     # ------------------------------------------------------------ the run
@@ -234,9 +236,18 @@ class TeacherSource:
         model = language_model(module)
         numbers = fingerprint(model)
         folder = self.folder(trainer)
+        error: Exception | None = None
         if trainer.is_global_zero:
-            keep_model(model, folder)
-        trainer.strategy.barrier("teacher")
+            try:
+                keep_model(model, folder)
+            except (OSError, ValueError, RuntimeError) as raised:
+                error = raised
+        # The others wait here, and must not wait for a folder that does not come.
+        problem = trainer.strategy.broadcast(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        if problem is not None:
+            raise RuntimeError(f"the first process could not keep the teacher in {folder}: {problem}")
         self._fingerprint = numbers
         say(trainer, f"step {trainer.global_step}: kept the model as it is in {folder}, as a teacher")
 
@@ -268,15 +279,30 @@ class TeacherSource:
             self.before_compression(trainer, module)
         folder = self.folder(trainer) if self.kind == "before" else Path(self.name)
         student = language_model(module)
+        dtype = self._dtype(trainer, student)
         try:
-            model = from_pretrained(folder, student.dtype, torch.device(module.device))
+            if self.kind == "before" and dtype != student.dtype:
+                # It is known by the numbers that it was kept with; they are mapped.
+                self._recognise(fingerprint(from_pretrained(folder, student.dtype)))
+            model = from_pretrained(folder, dtype, torch.device(module.device))
         except OSError as error:
             raise ValueError(f"teacher={self.name}: {error}") from None
-        self._recognise(fingerprint(model))
+        if self.kind != "before" or dtype == student.dtype:
+            self._recognise(fingerprint(model))
         implementation = getattr(module, "experts_implementation", None)
         if implementation is not None:
             model.set_experts_implementation(implementation)
         return ModelTeacher(model)
+
+    def _dtype(self, trainer: Trainer, student: PreTrainedModel) -> torch.dtype:
+        """Return the type in which the teacher is held: the student's, or that in which autocast lets it compute."""
+        before = self.kind == "before"
+        mixed = trainer.precision_plugin.precision == "bf16-mixed"
+        if not mixed or (before and trainer.strategy.root_device.type == "cpu"):
+            return student.dtype
+        source = self.folder(trainer) if before else Path(self.name)
+        kept = before and self._known(trainer) is None  # it is still the student
+        return torch.bfloat16 if is_floating(student if kept else source) else student.dtype
 
     def _known(self, trainer: Trainer) -> list[float] | None:
         """Return the fingerprint of the model that the run has kept, if it has."""
