@@ -213,10 +213,10 @@ class ExpertBudget:
                 raise ValueError(f"{self.owner}: {error}") from None
             if removed > sum(removable):
                 total, layers = sum(room.sizes), len(room.sizes)
+                least = (total - sum(removable)) / layers
                 raise ValueError(
                     f"{self.owner}: a layer, on average, would keep {(total - removed) / layers:g} expert(s) but "
-                    f"{room.reason}: {room.advice}set keep to at least {(total - sum(removable)) / layers:g} or ratio "
-                    f"to at most {sum(removable) / total:g}"
+                    f"{room.reason}: {room.advice}{self._limits(least, sum(removable) / total)}"
                 )
             return counts_over_layers(ranking, removed, removable, weights)
         self._check_reach(shape, room, edits_of)
@@ -251,12 +251,18 @@ class ExpertBudget:
     def _check_floors(self, shape: ModelShape, room: Room, counts: Sequence[int]) -> None:
         for row, (size, floor, count) in enumerate(zip(room.sizes, room.floors, counts, strict=True)):
             if size - count < floor:
-                least = max(room.floors)
                 most = min(space / size for space, size in zip(room.removable, room.sizes, strict=True) if size)
                 raise ValueError(
                     f"{self.owner}: layer {shape.layouts[row].layer} would keep {size - count} expert(s) but "
-                    f"{room.reason}: {room.advice}set keep to at least {least} or ratio to at most {most:g}"
+                    f"{room.reason}: {room.advice}{self._limits(max(room.floors), most)}"
                 )
+
+    def _limits(self, least: float, most: float) -> str:
+        """Return advice: the smallest number to keep in a layer, or the largest share of those left to remove."""
+        if self.original is None:
+            return f"set keep to at least {least:g} or ratio to at most {most:g}"
+        # The ratio is a share of the original's experts, and keep does not go with that.
+        return f"set ratio to at most {(self.original - least) / self.original:g}"
 
     def _fits(self, shape: ModelShape, edits: Sequence[Edit]) -> bool:
         name, target = self.target or ("parameters", 0)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import moe_lightning as ml
 from moe_lightning.architectures import architecture_of
-from moe_lightning.plan import KeepChannels, ModelShape
+from moe_lightning.plan import CompressionPlan, KeepChannels, ModelShape
 from moe_lightning.statistics import Statistics
 from moe_lightning.trimming.novices import low_rank_wants, novice_parameters, novice_values, settle_ranks
 from tests.models import random_batches, tiny_mixtral
@@ -426,3 +426,26 @@ def test_options_of_one_method_out_of_range(make: Any, message: str) -> None:
 def test_what_does_not_fit_the_model_is_found_before_calibration(methods: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compress(tiny_mixtral(), methods, Untouchable())
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_advice_where_the_ratio_is_a_share_of_the_original(scope: Any) -> None:
+    """Of 6 experts 4 are left and 2 must stay: 2 / 3 of the original's may go, though only half of those left."""
+    model = tiny_mixtral()
+    compress(model, ml.ExpertDrop(keep=4))
+    start = architecture_of(model).shape(model)
+
+    def drop(ratio: float) -> Any:
+        method = ml.ExpertDrop(ratio=ratio, of="original", scope=scope, criterion="frequency")
+        return method.propose(start, Statistics.synthetic(start))
+
+    with pytest.raises(ValueError, match="set ratio to at most ") as raised:
+        drop(0.9)
+    assert "keep to at least" not in str(raised.value)
+    most = float(str(raised.value).rpartition(" ")[2])
+    assert most == pytest.approx(4 / 6, abs=1e-5)
+    kept = CompressionPlan(drop(most)).check(start)
+    assert sum(len(layout.real) for layout in kept.layouts) == 2 * len(start.layouts)
+    # Without it both are there, and about those that are left.
+    with pytest.raises(ValueError, match=r"set keep to at least 2 or ratio to at most 0\.5$"):
+        ml.ExpertDrop(ratio=0.9, scope=scope, criterion="frequency").propose(start, Statistics.synthetic(start))
