@@ -103,6 +103,29 @@ def test_equals_measuring_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "after LoRARecovery" in lines[2] and f"{share.before:.4f} before any compression" in lines[2]
 
 
+class Stop(Callback):
+    """End the run after a step, before a validation behind it."""
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        trainer.should_stop = trainer.global_step >= 3
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_what_a_stage_leaves_is_measured_anew(place: int, tmp_path: Path) -> None:
+    """A validation of the same step saw the terms beside integers, which the end of the stage rounds."""
+    last, share = ByHand(), RecoveredShare(num_batches=3)
+    given: list[Any] = [compress(1, ml.RTN(bits=4, group_size=16)), stage("LoRARecovery", 1, learning_rate=0.3), Stop()]
+    given.insert(place, share)
+    module = tiny_module()
+    fit(module, tmp_path, [*given, last], steps=8, validation=VALIDATION, val_check_interval=3)
+    ends = [item for item in share.boundaries if item["event"] == "LoRARecovery"]
+    assert [item["step"] for item in ends] == [3]
+    left = mean_loss(module.model, 3)
+    assert abs(left - last.found["validation", 3]) > 2e-5
+    assert ends[0]["loss"] == pytest.approx(left)
+    assert share.boundaries[-1] == ends[0]
+
+
 def test_training_is_not_disturbed(tmp_path: Path) -> None:
     """Weights, optimizer and random numbers are those of a run without it."""
     states = []
