@@ -8,68 +8,58 @@ from typing import Any, Literal, get_args
 Curve = Literal["cubic", "linear"]
 
 
-class Schedule:
-    """What the schedules share: ``s(t) = end + (start - end) (1 - t / steps)^3``, or without the power for ``linear``.
+# No base class: the YAML parser takes a dataclass with one for a class to be named.
 
-    The cubic one takes most while there is most to take. It is held at ``end`` from then on. Children are dataclasses
-    with the options start, end, steps, every and shape.
+
+def _check(options: Any, what: str) -> None:
+    """Check the options of a schedule.
+
+    Args:
+        options: The schedule.
+        what: What start and end are shares of, for messages.
+    """
+    name = type(options).__name__
+    for option in ("start", "end"):
+        value = getattr(options, option)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(
+                f"{name}: {option} must be a number, a share of {what} from 0 to 1, got {value!r}: write it "
+                "without quotes, e.g. 0.5"
+            )
+    if not 0 <= options.start < options.end < 1:
+        raise ValueError(
+            f"{name}: start={options.start} and end={options.end} must satisfy 0 <= start < end < 1: they are "
+            f"shares of {what}, e.g. start 0 and end 0.5"
+        )
+    for option in ("steps", "every"):
+        value = getattr(options, option)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: {option} must be a whole number, at least 1, got {value!r}")
+    if options.every > options.steps:
+        raise ValueError(
+            f"{name}: every={options.every} is beyond steps={options.steps}, so that there would be one step "
+            "only: lower every, or give a number instead of a schedule"
+        )
+    if options.shape not in get_args(Curve):
+        raise ValueError(f"{name}: unknown shape {options.shape!r}: choose {' or '.join(get_args(Curve))}")
+
+
+def _share_at(options: Any, steps_done: int) -> float:
+    """Return ``end + (start - end) (1 - t / steps)^3``, or the same without the power, held at ``end``.
 
     Source: 1710.01878, equation 1 (cubic).
     """
+    left = 1 - min(max(steps_done, 0), options.steps) / options.steps
+    return options.end + (options.start - options.end) * (left**3 if options.shape == "cubic" else left)
 
-    def _options(self) -> Any:
-        return self
 
-    def _check(self, what: str) -> None:
-        """Check the options.
-
-        Args:
-            what: What start and end are shares of, for messages.
-        """
-        name, options = type(self).__name__, self._options()
-        for option in ("start", "end"):
-            value = getattr(options, option)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(
-                    f"{name}: {option} must be a number, a share of {what} from 0 to 1, got {value!r}: write it "
-                    "without quotes, e.g. 0.5"
-                )
-        if not 0 <= options.start < options.end < 1:
-            raise ValueError(
-                f"{name}: start={options.start} and end={options.end} must satisfy 0 <= start < end < 1: they are "
-                f"shares of {what}, e.g. start 0 and end 0.5"
-            )
-        for option in ("steps", "every"):
-            value = getattr(options, option)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: {option} must be a whole number, at least 1, got {value!r}")
-        if options.every > options.steps:
-            raise ValueError(
-                f"{name}: every={options.every} is beyond steps={options.steps}, so that there would be one step "
-                "only: lower every, or give a number instead of a schedule"
-            )
-        if options.shape not in get_args(Curve):
-            raise ValueError(f"{name}: unknown shape {options.shape!r}: choose {' or '.join(get_args(Curve))}")
-
-    def at(self, steps_done: int) -> float:
-        """Return the share after a number of steps.
-
-        Args:
-            steps_done: Steps since the schedule began; `end` holds from `steps` on.
-        """
-        options = self._options()
-        left = 1 - min(max(steps_done, 0), options.steps) / options.steps
-        return options.end + (options.start - options.end) * (left**3 if options.shape == "cubic" else left)
-
-    def moments(self) -> tuple[int, ...]:
-        """Return the steps at which something is taken, ascending, counted from the first of the schedule."""
-        options = self._options()
-        steps = sorted({*range(0, options.steps, options.every), options.steps})
-        return tuple(step for step in steps if self.at(step) > 0)
+def _moments(options: Any) -> tuple[int, ...]:
+    steps = sorted({*range(0, options.steps, options.every), options.steps})
+    return tuple(step for step in steps if _share_at(options, step) > 0)
 
 
 @dataclass(frozen=True)
-class SparsitySchedule(Schedule):
+class SparsitySchedule:
     """Prune a little every few steps, so that training can make up for it in between.
 
     ``s(t) = end + (start - end) (1 - t / steps)^3``, or the same without the power for ``linear``: the cubic one takes
@@ -94,11 +84,23 @@ class SparsitySchedule(Schedule):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        self._check("zeros")
+        _check(self, "zeros")
+
+    def at(self, steps_done: int) -> float:
+        """Return the share after a number of steps.
+
+        Args:
+            steps_done: Steps since the schedule began; `end` holds from `steps` on.
+        """
+        return _share_at(self, steps_done)
+
+    def moments(self) -> tuple[int, ...]:
+        """Return the steps at which something is taken, ascending, counted from the first of the schedule."""
+        return _moments(self)
 
 
 @dataclass(frozen=True)
-class RatioSchedule(Schedule):
+class RatioSchedule:
     """Take a few experts every so many steps, so that training can make up for it in between.
 
     The shares follow the curves of `SparsitySchedule`, and are shares of the experts of the *original* model. A moment
@@ -120,4 +122,19 @@ class RatioSchedule(Schedule):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        self._check("the experts")
+        _check(self, "the experts")
+
+    def at(self, steps_done: int) -> float:
+        """Return the share after a number of steps.
+
+        Args:
+            steps_done: Steps since the schedule began; `end` holds from `steps` on.
+        """
+        return _share_at(self, steps_done)
+
+    def moments(self) -> tuple[int, ...]:
+        """Return the steps at which something is taken, ascending, counted from the first of the schedule."""
+        return _moments(self)
+
+
+Schedule = SparsitySchedule | RatioSchedule

@@ -46,6 +46,13 @@ def test_every_config_parses(path: Path, capsys: pytest.CaptureFixture[str]) -> 
     elif path.parent.name == "slimming":  # fragments that stand behind another file
         arguments = ["compress", "-c", "compress", "-c", str(path), "--model", "somewhere"]
         expected = r"moe_lightning\.slimming\.\w+\.(GPTQ|SparseGPT)|class_path: (moe_lightning\.)?(GPTQ|SparseGPT)"
+    elif path.parent.name == "mixtral-8x7b" and not path.stem.startswith("recover"):
+        command = "cache-logits" if path.stem == "cache-logits" else "compress"
+        arguments = [command, "-c", str(path), "--model", "somewhere", "--output", "elsewhere"]
+        expected = r"top_k: \d+|(ExpertDrop|LayerDrop|BlockDrop|AWQ|Novices)"
+    elif path.parent.name in ("recover", "mixtral-8x7b"):
+        arguments = ["fit", "-c", str(path)]
+        expected = r"(RouterDistillation|NoviceTuning|LoRARecovery|FullFineTuning)"
     elif path.stem.startswith("compress"):
         arguments = ["compress", "-c", str(path), "--model", "somewhere"]
     else:

@@ -188,11 +188,14 @@ def flops_of(shape: ModelShape, sequence_length: int, statistics: Statistics | N
     hidden, tokens = shape.hidden_size, sequence_length
     blocks = len(shape.blocks)
     products = blocks * (shape.block_parameters - hidden) + shape.vocab_size * hidden
+    products += sum(shape.attention_lora_parameters(block) for block in shape.blocks)
     experts = 0
     for layout in shape.layouts:
         vectors = len(layout.router) + len(layout.novices) + 2 * layout.stored_rank
         products += vectors * hidden
-        width = shape.intermediate_size if layout.width is None else layout.width
+        sizes = shape.expert_sizes(layout).values()
+        one = sum(outputs * inputs for outputs, inputs in sizes)
+        one += 0 if layout.lora is None else layout.lora.parameters(1, sizes)
         reachable = sum(place >= 0 for place in layout.slot_map)
         picks = float(min(shape.top_k, reachable))
         if statistics is not None:
@@ -200,6 +203,6 @@ def flops_of(shape: ModelShape, sequence_length: int, statistics: Statistics | N
             places = torch.tensor(layout.slot_map)
             share = float(count_E[places >= 0].sum() / count_E.sum()) if float(count_E.sum()) else 1.0
             picks = min(picks, min(shape.top_k, len(layout.router)) * share)
-        experts += round(tokens * picks * 3 * hidden * width)
+        experts += round(tokens * picks * one)
     scores = 4 * tokens * tokens * shape.num_attention_heads * shape.head_dim * blocks
     return 2 * (tokens * products + experts) + scores
