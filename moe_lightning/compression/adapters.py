@@ -19,7 +19,6 @@ from moe_lightning.compression.filling import undo
 from moe_lightning.compression.precision import full_float32
 from moe_lightning.compression.ranks import take_from_first_rank
 from moe_lightning.experts import Int4, Int8, LoraStack, Masked, PackedLinear, Sparse24, WeightStack
-from moe_lightning.experts.lora import kept_delta
 from moe_lightning.experts.stacks.integers import SCALE_TYPE
 from moe_lightning.plan import AddLora, CompressionPlan, Edit, MergeLora, WeightFormat
 from moe_lightning.recovery.lora import AdapterMethod, LoRA
@@ -100,7 +99,7 @@ def apply_adapters(
         origin: Entry of the plan's history.
 
     Returns:
-        What was done.
+        What was done. Merged matrices are there twice until its surgeries are dropped: as they were and as they are.
 
     Raises:
         RuntimeError: Merged weights are not finite in the type of the model.
@@ -128,105 +127,132 @@ def apply_adapters(
 
 
 def _merge(model: PreTrainedModel, edit: MergeLora, plan: CompressionPlan, adapted: Adapted) -> None:
-    places = places_of(model, edit.layer, edit.target)
-    wanted, sizes = {}, {}
-    for name, place in places.items():
-        term_SOX = _term(place)
-        sizes[name] = term_SOX.square().flatten(1).sum(1)
-        wanted[name] = term_SOX.add_(_weights(place))
-    after = plan.check(architecture_of(model).shape(model).uncompressed())
-    experts = edit.target == "experts"
-    format = after.layout(edit.layer).format if experts else after.attention_format(edit.layer)
-    stacks = {}
-    for name, place in places.items():
-        if isinstance(place.weight, WeightStack) and place.weight.format != format and format is not None:
-            # Spelled out, but for the zeros.
-            # Integers do not tell weights that were pruned from those that were rounded to zero: the largest stay, on
-            # every process the same.
-            take_from_first_rank([wanted[name]])
-            selection = Selection(format.sparsity, format.pattern, format.scope)  # type: ignore[arg-type]
-            keep = keep_mask(wanted[name].abs(), selection)
-            kind: type[Sparse24] | type[Masked] = Sparse24 if format.kind == "sparse24" else Masked
-            stacks[edit.layer, name] = kind.pack(format, wanted[name].to(place.weight.dtype), keep)
-    surgery = apply_plan(model, plan, stacks=stacks)
+    before = places_of(model, edit.layer, edit.target)
+    surgery = apply_plan(model, plan)
     adapted.surgeries.append(surgery)
     for name, place in places_of(model, edit.layer, edit.target).items():
-        stored = _write(surgery, place.weight, wanted[name])
-        take_from_first_rank(stored)
-        _report(adapted, edit.layer, places[name], place.weight, wanted[name], sizes[name])
+        lost_S = _write(surgery, before[name], place.weight)
+        rounded = _rounds(before[name].weight, place.weight)
+        for key, lost in zip(before[name].keys, lost_S, strict=True):
+            said = "merged a term that is zero" if lost is None else "merged"
+            adapted.losses.setdefault(edit.layer, {})[key] = lost or 0.0
+            adapted.statuses.setdefault(edit.layer, {})[key] = f"{said}, {rounded}" if rounded else said
+
+
+def _write(surgery: Surgery, before: Place, after: nn.Parameter | WeightStack) -> list[float | None]:
+    """Fold terms into matrices, one after another; all are finite before any takes the place of what is there.
+
+    What was there is neither copied nor written over: a parameter gets another storage, and has the old one again when
+    the surgery is undone. What the surgery made itself is written to as it is.
+
+    Args:
+        surgery: Took the terms away, and perhaps put other matrices there.
+        before: The matrices and the terms beside them, as they were.
+        after: The matrices that stand there now.
+
+    Returns:
+        Of each matrix the share of the squared term that storing it took; None where the term is zero.
+    """
+    made = after is not before.weight
+    held = _held(after, made)
+    new = {name: tensor.detach() if made else torch.empty_like(tensor.detach()) for name, tensor in held.items()}
+    lost_S: list[float | None] = []
+    for slot in range(len(before.keys)):
+        merged_OX = _term(before, slot)
+        size = merged_OX.square().sum()
+        merged_OX += _weight(before, slot)
+        one = _stored(after, slot, merged_OX, made)
+        for name, tensor in new.items():
+            value = getattr(one, name)[0] if isinstance(one, WeightStack) else one
+            _check_finite(value, name)
+            (tensor if isinstance(after, WeightStack) or tensor.ndim == 3 else tensor[None])[slot] = value
+        if merged_OX.device.type == "meta":
+            lost_S.append(0.0)
+            continue
+        stored_OX = one.dense(merged_OX.dtype)[0] if isinstance(one, WeightStack) else one.to(merged_OX.dtype)
+        lost = float((stored_OX - merged_OX).square().sum() / size.clamp(min=1e-30))
+        lost_S.append(lost if size > 0 else None)
+    take_from_first_rank(new.values())
+    if not made:
+        for name, tensor in held.items():
+            surgery.change.undo_steps.append(partial(_hold, after, name, tensor.detach()))
+            _hold(after, name, new[name])
+    return lost_S
+
+
+def _term(place: Place, slot: int) -> Tensor:
+    """Return what a term adds to its matrix, ``[O, X]`` in fp32 or wider; nothing to weights that are pruned."""
+    assert place.lora is not None
+    lora, wide = place.lora, _wide(place.weight)
+    term_OX = lora.scale * (lora.lora_B[slot].to(wide) @ lora.lora_A[slot].to(wide))
+    kept_SOX = place.weight.slot(slot).zeros_kept() if isinstance(place.weight, WeightStack) else None
+    return term_OX if kept_SOX is None else term_OX.masked_fill_(~kept_SOX[0], 0)
+
+
+def _weight(place: Place, slot: int) -> Tensor:
+    """Return a matrix without its term, ``[O, X]`` in fp32 or wider."""
+    if isinstance(place.weight, WeightStack):
+        return place.weight.slot(slot).dense(_wide(place.weight))[0]
+    weight = place.weight.detach()
+    return (weight if weight.ndim == 2 else weight[slot]).to(_wide(place.weight))
 
 
 def _wide(weight: nn.Parameter | WeightStack) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def _term(place: Place) -> Tensor:
-    """Return what the terms add to the matrices, ``[S, O, X]`` in fp32 or wider; nothing to weights that are pruned."""
-    assert place.lora is not None
-    wide = _wide(place.weight)
-    delta_SOX = kept_delta(place.weight, place.lora, wide) if isinstance(place.weight, WeightStack) else None
-    return place.lora.delta(wide) if delta_SOX is None else delta_SOX
-
-
-def _weights(place: Place) -> Tensor:
-    """Return the matrices without their terms, ``[S, O, X]`` in fp32 or wider."""
-    if isinstance(place.weight, WeightStack):
-        return place.weight.dense(_wide(place.weight))
-    weight_SOX = place.weight.detach().to(_wide(place.weight))
-    return weight_SOX if weight_SOX.ndim == 3 else weight_SOX[None]
-
-
-def _write(surgery: Surgery, weight: nn.Parameter | WeightStack, merged_SOX: Tensor) -> list[Tensor]:
-    """Put merged weights in the place of those that are there; undone with the surgery."""
-    new: dict[str, Tensor]
+def _held(weight: nn.Parameter | WeightStack, made: bool) -> dict[str, Tensor]:
+    """Return the tensors that merging writes, by name: of pruned matrices that are there already not the places."""
     if not isinstance(weight, WeightStack):
-        held: dict[str, Tensor] = {"weight": weight}
-        new = {"weight": merged_SOX.view(weight.shape)}
-    elif isinstance(weight, Int4 | Int8):
-        scheme = Scheme(weight.format.bits, weight.format.group_size, weight.format.symmetric, SCALE_TYPE)  # type: ignore[arg-type]
-        if isinstance(weight, Int4):
-            weight.take_stored_form()
-        packed = type(weight).pack(weight.format, *round_to_nearest(merged_SOX, scheme), weight.dtype)
-        held = dict(weight.named_buffers())
-        new = dict(packed.named_buffers())
-    elif isinstance(weight, Sparse24):
-        held, new = {"values": weight.values}, {"values": torch.take_along_dim(merged_SOX, weight.places, -1)}
-    else:
-        assert isinstance(weight, Masked) and weight.weight is not None
-        held, new = {"weight": weight.weight}, {"weight": merged_SOX}
-    for name, tensor in held.items():
-        value = new[name].to(tensor.dtype)
-        if value.is_floating_point() and value.device.type != "meta" and not bool(torch.isfinite(value).all()):
-            raise RuntimeError(f"weights with their low-rank terms folded in are not finite in {tensor.dtype} ({name})")
-        surgery.change.undo_steps.append(partial(_put_back, weight, name, tensor.detach().clone()))
-        tensor.copy_(value)
-    return list(held.values())
+        return {"weight": weight}
+    if isinstance(weight, Int4):
+        weight.take_stored_form()
+    if isinstance(weight, Int4 | Int8):
+        return dict(weight.named_buffers())
+    assert not isinstance(weight, Masked) or weight.weight is not None
+    return dict(weight.named_parameters()) | (dict(weight.named_buffers()) if made else {})
 
 
-def _put_back(weight: nn.Parameter | WeightStack, name: str, old: Tensor) -> None:
-    # A stack is asked anew: integers may have gone through another form since, as they do when they work.
+def _stored(weight: nn.Parameter | WeightStack, slot: int, merged_OX: Tensor, made: bool) -> WeightStack | Tensor:
+    """Return a merged matrix as it is stored: a stack of one, or ``[O, X]``."""
+    if not isinstance(weight, WeightStack):
+        return merged_OX.to(weight.dtype)
+    format, merged_SOX = weight.format, merged_OX[None]
+    if isinstance(weight, Int4 | Int8):
+        scheme = Scheme(format.bits, format.group_size, format.symmetric, SCALE_TYPE)  # type: ignore[arg-type]
+        return type(weight).pack(format, *round_to_nearest(merged_SOX, scheme), weight.dtype)
+    assert isinstance(weight, Sparse24 | Masked)
+    if made:
+        # Spelled out, but for the zeros. Integers do not tell weights that were pruned from those that were rounded to
+        # zero: the largest stay, on every process the same.
+        take_from_first_rank([merged_OX])
+        keep = keep_mask(merged_SOX.abs(), Selection(format.sparsity, format.pattern, format.scope))  # type: ignore[arg-type]
+        return type(weight).pack(format, merged_SOX.to(weight.dtype), keep)
+    if isinstance(weight, Sparse24):
+        one = weight.slot(slot)
+        assert isinstance(one, Sparse24)
+        values = torch.take_along_dim(merged_SOX, one.places, -1).to(weight.dtype)
+        return Sparse24(format, nn.Parameter(values, requires_grad=False), one.metadata)
+    size = (1, weight.outputs, weight.inputs)
+    value = nn.Parameter(merged_SOX.to(weight.dtype), requires_grad=False)
+    return Masked(format, size, weight.bits[slot : slot + 1], weight=value)
+
+
+def _check_finite(value: Tensor, name: str) -> None:
+    if value.is_floating_point() and value.device.type != "meta" and not bool(torch.isfinite(value).all()):
+        raise RuntimeError(f"weights with their low-rank terms folded in are not finite in {value.dtype} ({name})")
+
+
+def _hold(weight: nn.Parameter | WeightStack, name: str, tensor: Tensor) -> None:
+    """Let a parameter or a packed tensor hold other values, without a copy where they are of its type and device."""
     with torch.inference_mode(False), torch.no_grad():
-        (getattr(weight, name) if isinstance(weight, WeightStack) else weight).copy_(old)
-
-
-def _report(
-    adapted: Adapted,
-    layer: int,
-    before: Place,
-    after: nn.Parameter | WeightStack,
-    merged_SOX: Tensor,
-    size_S: Tensor,
-) -> None:
-    if merged_SOX.device.type == "meta":
-        return
-    wide = _wide(after)
-    stored_SOX = after.dense(wide) if isinstance(after, WeightStack) else after.detach().to(wide).view(merged_SOX.shape)
-    lost_S = (stored_SOX - merged_SOX).square().flatten(1).sum(1) / size_S.clamp(min=1e-30)
-    for key, lost, size in zip(before.keys, lost_S.tolist(), size_S.tolist(), strict=True):
-        adapted.losses.setdefault(layer, {})[key] = lost if size > 0 else 0.0
-        rounded = _rounds(before.weight, after)
-        said = "merged" if size > 0 else "merged a term that is zero"
-        adapted.statuses.setdefault(layer, {})[key] = f"{said}, {rounded}" if rounded else said
+        # A stack is asked anew: integers may have gone through another form since, as they do when they work.
+        now = getattr(weight, name) if isinstance(weight, WeightStack) else weight
+        if isinstance(now, nn.Parameter):
+            now.data = tensor.to(now)
+        else:
+            assert isinstance(weight, WeightStack)
+            weight._buffers[name] = tensor.to(now)
 
 
 def _rounds(before: nn.Parameter | WeightStack, after: nn.Parameter | WeightStack) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from moe_lightning.compression.layerwise import measures
@@ -13,6 +14,9 @@ from moe_lightning.slimming.policy import SlimmingPolicy
 from moe_lightning.statistics import Statistics, statistics_bytes
 from moe_lightning.statistics.moment_memory import MomentKind, layer_input_bytes, moment_bytes, solving_bytes
 from moe_lightning.statistics.second_moments import MAX_BYTES, second_moment_bytes
+
+_MERGING_COPIES = 8
+"""Matrices in fp32 that are there at most while one is merged: of itself, its term, and what rounding works with."""
 
 
 def trial_edits(shape: ModelShape, methods: Sequence[Method]) -> tuple[list[Edit], ModelShape]:
@@ -40,30 +44,51 @@ def made_bytes(shape: ModelShape, methods: Sequence[Method]) -> int:
     """Say how much memory the weights take that methods make, beside those that the model had before.
 
     ``ml.compress`` keeps every layer that it changes until all methods are done, so that it can put the model back: the
-    peak is the model as it was and everything that was made of it, what a later method replaced again included.
+    peak is the model as it was and everything that was made of it, what a later method replaced again included. Weights
+    that low-rank terms are folded into are there twice as well, as they were and as they are.
 
     Args:
         shape: Shape of the model as it is.
         methods: The methods, in order.
 
     Returns:
-        Bytes of the experts and attentions that the methods change, as they are held in memory.
+        Bytes of the experts, attentions and low-rank terms that the methods change, as they are held in memory, and of
+        what merging works with: a few copies of the largest matrix in fp32.
     """
-    made = 0
+    made = working = 0
     for method in methods:
         after = trial_edits(shape, [method])[1]
-        before = {layout.layer: layout for layout in shape.layouts}
-        made += sum(_layout_bytes(after, layout) for layout in after.layouts if layout != before[layout.layer])
-        for block, format in after.attention:
-            if format != shape.attention_format(block):
+        changed: list[int] = []
+        for layout in after.layouts:
+            old = shape.layout(layout.layer)
+            if layout == old:
+                continue
+            if replace(layout, lora=old.lora) == old and layout.lora is not None:
+                # Terms come, and nothing else.
+                made += layout.lora_parameters(shape.hidden_size, shape.intermediate_size) * shape.weight_bytes
+                continue
+            made += _layout_bytes(after, layout)
+            if old.lora is not None and layout.lora is None:
+                changed += [outputs * inputs for outputs, inputs in after.expert_sizes(layout).values()]
+        terms = dict(shape.attention_lora), dict(after.attention_lora)
+        for block in after.blocks:
+            format = after.attention_format(block)
+            merged = block in terms[0] and block not in terms[1]
+            if merged or format != shape.attention_format(block):
                 made += sum(
                     _held_bytes(format, 1, *size, after.weight_bytes) for size in after.attention_sizes.values()
                 )
+            if merged:
+                changed += [outputs * inputs for outputs, inputs in after.attention_sizes.values()]
+            if terms[0].get(block) != terms[1].get(block):
+                made += after.attention_lora_parameters(block) * after.weight_bytes
+        working = max(working, _MERGING_COPIES * 4 * max(changed, default=0))
         shape = after
-    return made
+    return made + working
 
 
 def _layout_bytes(shape: ModelShape, layout: ExpertLayout) -> int:
+    """Return the bytes of a layer's router, experts and what stands beside them."""
     held = layout.parameters(shape.hidden_size, shape.intermediate_size) * shape.weight_bytes
     if layout.format is not None:
         slots = len(layout.real)
@@ -73,7 +98,9 @@ def _layout_bytes(shape: ModelShape, layout: ExpertLayout) -> int:
     return held
 
 
-def _held_bytes(format: WeightFormat, slots: int, outputs: int, inputs: int, weight_bytes: int) -> int:
+def _held_bytes(format: WeightFormat | None, slots: int, outputs: int, inputs: int, weight_bytes: int) -> int:
+    if format is None:
+        return slots * outputs * inputs * weight_bytes
     if format.kind != "sparse":
         return format.stored_bytes(slots, outputs, inputs, weight_bytes)
     # All weights, and a bit for each.

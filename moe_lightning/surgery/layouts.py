@@ -24,6 +24,7 @@ from moe_lightning.surgery.packed import (
     change_attention,
     check_stacks,
     expert_stacks,
+    in_floating_point,
     replace_weights,
     spelled_out,
 )
@@ -109,7 +110,7 @@ def _in_floating_point(change: LayoutChange, prefix: str, source: Packed, slots:
     parameters = {}
     for name, stack in (("gate_up_proj", source.gate_up_proj), ("down_proj", source.down_proj)):
         with torch.inference_mode(False), torch.no_grad():
-            parameters[name] = nn.Parameter(stack.dense())
+            parameters[name] = nn.Parameter(in_floating_point(stack))
         spelled_out(change, f"{prefix}.{name}", stack, parameters[name])
     if source.bias is None:
         return Dense(parameters["gate_up_proj"], parameters["down_proj"])

@@ -1,6 +1,6 @@
 """Putting packed matrices in the place of others.
 
-Legend: S real experts (slots).
+Legend: S real experts (slots), O outputs, X inputs.
 """
 
 from __future__ import annotations
@@ -148,6 +148,15 @@ def replace_weights(
     )
     change.replaced.append(item)
     return new
+
+
+def in_floating_point(stack: WeightStack) -> Tensor:
+    """Return packed matrices as ``[S, O, X]``, one after another: what spelling out works with is of one of them."""
+    size = (stack.slots, stack.outputs, stack.inputs)
+    result_SOX = torch.empty(size, dtype=stack.dtype, device=stack.device)
+    for slot, dense_OX in enumerate(result_SOX):
+        dense_OX.copy_(stack.slot(slot).dense()[0])
+    return result_SOX
 
 
 def spelled_out(change: LayoutChange, name: str, old: WeightStack, new: nn.Parameter) -> None:
