@@ -332,7 +332,7 @@ def test_a_learning_rate_without_a_group_for_novices(tmp_path: Path) -> None:
 
     fit(module, tmp_path, [novices_at(0), NoviceTuning(1, steps=2, learning_rate=0.1), Look()], steps=4)
     assert rates[0] == rates[3] and [len(found) for found in rates] == [1] * 4
-    assert rates[1] == {0.1} and rates[2] == {pytest.approx(0.1 * (0.1 + 0.9 * 0.5))}
+    assert rates[1] == {0.1} and rates[2].pop() == pytest.approx(0.1 * (0.1 + 0.9 * 0.5))
 
 
 def test_a_step_behind_the_last_epoch_is_found(tmp_path: Path) -> None:

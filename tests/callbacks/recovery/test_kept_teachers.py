@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 import moe_lightning as ml
 from moe_lightning.callbacks import Compress, RouterDistillation
 from moe_lightning.callbacks.recovery import teachers
-from moe_lightning.callbacks.recovery.teacher_folders import is_floating, opening
+from moe_lightning.callbacks.recovery.teacher_folders import is_floating, keep_model, opening
 from moe_lightning.callbacks.recovery.teachers import TeacherSource
 from tests.callbacks.recovery.stage_runs import load_checkpoint, train_batches
 from tests.callbacks.small_fit import batches, fit, loader, tiny_module
@@ -185,7 +185,12 @@ def test_before_is_held_in_that_type_on_a_device(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(TeacherSource, "_dtype", lambda *_: torch.bfloat16)
     compress = Compress([ml.ExpertDrop(ratio=0.5)], at_step=1, batches=CALIBRATION)
     stage = RouterDistillation(1, teacher="before")
-    fit(tiny_module(), tmp_path, [look, compress, stage], steps=2, train=batches(2))
+    module = tiny_module()
+    trainer = fit(module, tmp_path, [look, compress, stage], steps=2, train=batches(2))
     assert look.types == {torch.bfloat16}
     kept = ml.from_pretrained(tmp_path / "teacher")
     assert kept.dtype is torch.float32
+    keep_model(tiny_mixtral(seed=5), tmp_path / "teacher")
+    assert stage.source is not None
+    with pytest.raises(ValueError, match="not the one that this run began with"):
+        stage.source._load(trainer, module)
