@@ -51,7 +51,7 @@ def test_terms_are_noted_and_change_nothing_else() -> None:
     ("edits", "message"),
     [
         ((EXPERTS, EXPERTS), "layer 0: its experts have low-rank terms already: merge them first"),
-        ((ATTENTION, ATTENTION), "layer 0: its attention have low-rank terms already"),
+        ((ATTENTION, ATTENTION), "layer 0: its attention has low-rank terms already"),
         ((dataclasses.replace(EXPERTS, rank=0),), "rank of low-rank terms must be 1 or more, not 0"),
         ((dataclasses.replace(EXPERTS, alpha=0.0),), "alpha must be positive, not 0"),
         ((dataclasses.replace(EXPERTS, layer=3),), "layer 3 is not an MoE layer"),
@@ -60,10 +60,13 @@ def test_terms_are_noted_and_change_nothing_else() -> None:
         ((DropBlock(0), ATTENTION), "layer 0 is not a decoder layer"),
         ((NoviceExperts(0, (0, 1, 2, 3, 4, 5)), EXPERTS), "layer 0 has no real expert to put low-rank terms beside"),
         ((MergeLora(0),), "layer 0: its experts have no low-rank terms to merge"),
-        ((EXPERTS, MergeLora(0, "attention")), "layer 0: its attention have no low-rank terms to merge"),
+        ((EXPERTS, MergeLora(0, "attention")), "layer 0: its attention has no low-rank terms to merge"),
         ((EXPERTS, MergeLora(0), MergeLora(0)), "no low-rank terms to merge"),
         *(
-            ((EXPERTS, edit), f"cannot {verb} experts that have low-rank terms beside them: merge those first")
+            (
+                (EXPERTS, edit),
+                f"cannot {verb} the experts, because its experts have low-rank terms: fold .*merge: true.*MergeLoRA",
+            )
             for edit, verb in (
                 (KeepExperts(0, (0, 1)), "drop"),
                 (NoviceExperts(0, (1,)), "replace"),
@@ -73,8 +76,14 @@ def test_terms_are_noted_and_change_nothing_else() -> None:
                 (Quantize(0, group_size=16), "quantise"),
             )
         ),
-        ((ATTENTION, Sparsify(0, "attention", pattern="2:4")), "cannot prune attention that have low-rank terms"),
-        ((ATTENTION, Quantize(0, "attention", group_size=16)), "cannot quantise attention that have low-rank terms"),
+        (
+            (ATTENTION, Sparsify(0, "attention", pattern="2:4")),
+            "cannot prune the attention, because its attention has low-rank terms",
+        ),
+        (
+            (ATTENTION, Quantize(0, "attention", group_size=16)),
+            "cannot quantise the attention, because its attention has low-rank terms",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(edits: tuple[Edit, ...], message: str) -> None:

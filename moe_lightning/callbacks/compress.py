@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from moe_lightning.architectures import architecture_of
 from moe_lightning.callbacks.at_step import AtStep, Moment, language_model, tell
 from moe_lightning.callbacks.compression_log import log_compression
-from moe_lightning.callbacks.course import Change, shape_at
+from moe_lightning.callbacks.course import Change, in_words, shape_at
 from moe_lightning.callbacks.gradual import Act, acts_of
 from moe_lightning.callbacks.strategies import check_strategy, wrap_again
 from moe_lightning.compression import CompressionResult, as_methods, compress, trial_edits
@@ -129,12 +129,12 @@ class Compress(AtStep):
             return
         if not self.done:
             raise ValueError(
-                f"Compress at step {self.at_step}: the checkpoint lies in the middle of "
+                f"Compress {in_words(self.at_step)}: the checkpoint lies in the middle of "
                 f"{', '.join(self._applied or ())}: go on with the same methods, and not with {', '.join(now)}, or "
                 "start from an earlier checkpoint"
             )
         warnings.warn(
-            f"Compress at step {self.at_step}: the checkpoint holds a model that was compressed by "
+            f"Compress {in_words(self.at_step)}: the checkpoint holds a model that was compressed by "
             f"{', '.join(self._applied or ())}, and stays as it is: {', '.join(now)} is not applied. Start from an "
             "earlier checkpoint, or anew, to apply it",
             stacklevel=2,
@@ -193,7 +193,10 @@ class Compress(AtStep):
             return None
         datamodule: Any = getattr(trainer, "datamodule", None)
         if not hasattr(datamodule, "calibration_batches"):
-            raise ValueError("Compress needs calibration data: train with a TextDataModule, or pass batches=...")
+            raise ValueError(
+                "Compress needs calibration data: train with a TextDataModule, or with a datamodule that has the "
+                "method calibration_batches(n), which returns n batches (n None: all), or pass batches=..."
+            )
         return datamodule.calibration_batches(self.calibration_batches)
 
     def _top_up(self, trainer: Trainer) -> Iterable[Mapping[str, Any]] | None:

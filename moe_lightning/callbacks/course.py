@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -72,5 +73,14 @@ def shape_at(trainer: Trainer, shape: ModelShape, moment: Moment, included: bool
             try:
                 shape = check_methods(shape, act.methods)
             except ValueError as error:
-                raise ValueError(f"{owner} at step {when[0]}: {error}") from None
+                raise ValueError(f"{owner} {in_words(when[0])}: {error}") from None
     return shape
+
+
+def in_words(step: float | str) -> str:
+    """Say when something happens.
+
+    Args:
+        step: Optimizer step; infinity or ``end`` for the end of the run.
+    """
+    return "at the end" if step in (math.inf, "end") else f"at step {float(step):.0f}"

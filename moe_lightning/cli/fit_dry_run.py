@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from moe_lightning.architectures import architecture_of
 from moe_lightning.callbacks import Compress, Export, RecoveredShare, RecoveryStage
 from moe_lightning.callbacks.at_step import AtStep, language_model
-from moe_lightning.callbacks.course import course_of
+from moe_lightning.callbacks.course import course_of, in_words
 from moe_lightning.callbacks.gradual import Act
 from moe_lightning.callbacks.recovery.stage import stages_of
 from moe_lightning.cli.dry_options import Asked
@@ -226,8 +226,7 @@ def _change_row(model: Any, data: TextDataModule, asked: Asked, step: float, own
     try:
         edits, after = trial_edits(shape, act.methods)
     except ValueError as error:
-        when = "the end" if math.isinf(step) else f"step {step:.0f}"
-        raise ValueError(f"{owner} at {when}: {error}") from None
+        raise ValueError(f"{owner} {in_words(step)}: {error}") from None
     if not edits:
         return None  # rounded to whole experts, nothing more goes
     adds_only = all(isinstance(method, LoRA) for method in act.methods)  # what it adds is all that it makes

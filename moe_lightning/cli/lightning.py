@@ -39,6 +39,7 @@ from moe_lightning.cli.fit_dry_run import print_dry_run
 from moe_lightning.cli.messages import for_the_command, readable_messages
 from moe_lightning.cli.run_callbacks import NoteBeginning, SaveRunConfig, check_names, recovered_share
 from moe_lightning.cli.run_directory import RunDirectory
+from moe_lightning.cli.trainer_options import clip_validation
 from moe_lightning.data import TextDataModule, holds_tokenizer
 from moe_lightning.files import write_atomically
 from moe_lightning.modules import MixtralModule
@@ -272,6 +273,7 @@ class MoELightningCLI(LightningCLI):
             wanted.append(PredictionWriter())
         if self.subcommand == "fit":
             wanted += recovered_share(given, self.options.data.validation)
+            clip_validation(config)
         has_checkpoints = any(isinstance(callback, Checkpoint) for callback in given)
         if self.subcommand != "fit":
             config["enable_checkpointing"] = has_checkpoints
@@ -325,7 +327,7 @@ class MoELightningCLI(LightningCLI):
             self._undo()
             if self.beginning.has_begun or os.environ.get(TRACEBACK_VARIABLE):
                 raise
-            print(f"moe-lightning {subcommand}: error: {error}", file=sys.stderr)
+            print(f"moe-lightning {subcommand}: error: {for_the_command(str(error), subcommand)}", file=sys.stderr)
             raise SystemExit(2) from error
         except BaseException:
             self._undo()

@@ -36,6 +36,12 @@ IN_OPTIONS = (
 )
 """What ml.compress says in words of its arguments, and how it is called on the command line."""
 
+_RARE_VALIDATION = re.compile(
+    r" ?`val_check_interval` \((\d+)\) must be less than or equal to the number of the training batches \((\d+)\).*",
+    re.S,
+)
+"""What Lightning says where an epoch is shorter than the time between two validations."""
+
 MOST_NAMED = 8
 """Experts or matrices named in a message."""
 
@@ -66,6 +72,11 @@ def for_the_command(text: str, command: str) -> str:
     """
     for ours, theirs in IN_OPTIONS:
         text = text.replace(ours, theirs)
+    text = _RARE_VALIDATION.sub(
+        r"--trainer.val_check_interval \1 is more than the \2 batches of an epoch: set it to \2 or less, or do not "
+        "validate, by --trainer.limit_val_batches 0",
+        text,
+    )
     # In fit it is an option of Compress, which has no words of its own on the command line.
     text = re.sub(r"starved='(\w+)'", r"starved: \1" if command == "fit" else r"--starved \1", text)
     return _LAYERS.sub(_shortened, text)

@@ -29,6 +29,7 @@ from moe_lightning.compression.replay import replays
 from moe_lightning.data import TextDataModule
 from moe_lightning.method import Method
 from moe_lightning.plan import CompressionPlan, ModelShape, Sparsify, WeightFormat
+from moe_lightning.recovery import LoRA, MergeLoRA
 from moe_lightning.sizes import ModelSize, measure
 from moe_lightning.slimming.policy import SlimmingPolicy
 from moe_lightning.surgery import apply_plan, build, open_stacks, plan_of
@@ -159,6 +160,16 @@ def _read_plan(plan: str, model: str, carried: CompressionPlan) -> CompressionPl
         raise ValueError(f"--plan {plan} is no plan that compress, fit or plan wrote: {error}") from None
 
 
+def _first_entry(shape: ModelShape, methods: Sequence[Method]) -> str:
+    """Return what to write first into the list of methods where a model has low-rank terms that nobody merges."""
+    unmerged = any(shape.lora(block, "attention") for block in shape.blocks) or any(
+        layout.lora for layout in shape.layouts
+    )
+    if not unmerged or any(isinstance(method, LoRA | MergeLoRA) for method in methods):
+        return ""
+    return ". This model has such terms: let the list begin with 'methods: [{class_path: MergeLoRA}, ...]'"
+
+
 def prepare(
     model: str,
     data: TextDataModule,
@@ -200,7 +211,10 @@ def prepare(
     shape, carried = inspected(model, weights=not only_sizes)
     replayed = None if plan is None else _read_plan(plan, model, carried)
     chosen = list(methods) if replayed is None else replays(replayed)
-    edits, after = trial_edits(shape, chosen)
+    try:
+        edits, after = trial_edits(shape, chosen)
+    except ValueError as error:
+        raise ValueError(f"{error}{_first_entry(shape, chosen)}") from None
     written = check_format(after, format)
     check_zeros(shape, chosen)
     if not edits:

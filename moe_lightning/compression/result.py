@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,8 +109,20 @@ class CompressionResult:
     def __str__(self) -> str:
         before, after = self.size_before, self.size_after
         return (
-            f"compressed {len(self.modules)} modules: {before.parameters:,} -> {after.parameters:,} parameters "
+            f"{self._what()}: {before.parameters:,} -> {after.parameters:,} parameters "
             f"({after.parameters / before.parameters:.1%}), "
             f"{before.bytes / 2**20:,.1f} -> {after.bytes / 2**20:,.1f} MiB; "
             f"touched {self.touched:,} of {self.claimed:,} parameters claimed"
         )
+
+    def _what(self) -> str:
+        """Say how many modules changed; where only low-rank terms came or went, nothing was compressed."""
+        number = f"{len(self.modules)} modules"
+        before, after = (_without_terms(shape) for shape in (self.shape_before, self.shape_after))
+        grew = self.size_after.bytes > self.size_before.bytes  # integers that were spelled out
+        return f"{number} changed" if before == after or grew else f"compressed {number}"
+
+
+def _without_terms(shape: ModelShape) -> ModelShape:
+    layouts = tuple(dataclasses.replace(layout, lora=None) for layout in shape.layouts)
+    return dataclasses.replace(shape, layouts=layouts, attention_lora=())

@@ -134,8 +134,14 @@ def refuse_lora(shape: ModelShape, layer: int, target: str, verb: str) -> None:
     """Raise ValueError where low-rank terms stand beside the matrices that an edit is about."""
     if shape.lora(layer, target) is not None:
         raise ValueError(
-            f"layer {layer}: cannot {verb} {target} that have low-rank terms beside them: merge those first (MergeLoRA)"
+            f"layer {layer}: cannot {verb} the {target}, because its {target} {has(target)} low-rank terms: fold "
+            "those into the weights before, by 'merge: true' of LoRARecovery or by MergeLoRA in front of this method"
         )
+
+
+def has(target: str) -> str:
+    """Return the verb that goes with the name of some matrices."""
+    return "has" if target == "attention" else "have"
 
 
 def _subset(layout: ExpertLayout, kept: set[int], router: tuple[int, ...], absent: tuple[int, ...]) -> ExpertLayout:

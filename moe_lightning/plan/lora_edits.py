@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moe_lightning.plan.edits import Edit, Target
+from moe_lightning.plan.edits import Edit, Target, has
 from moe_lightning.plan.shape import LoraRank, ModelShape
 
 
@@ -31,7 +31,8 @@ class AddLora(Edit):
         """Return the shape after this edit; see :meth:`Edit.apply`."""
         if shape.lora(self.layer, self.target) is not None:
             raise ValueError(
-                f"layer {self.layer}: its {self.target} have low-rank terms already: merge them first (MergeLoRA)"
+                f"layer {self.layer}: its {self.target} {has(self.target)} low-rank terms already: merge them first "
+                "(MergeLoRA)"
             )
         if self.target == "experts" and not shape.layout(self.layer).real:
             raise ValueError(f"layer {self.layer} has no real expert to put low-rank terms beside: leave the edit out")
@@ -61,7 +62,8 @@ class MergeLora(Edit):
         """Return the shape after this edit; see :meth:`Edit.apply`."""
         if shape.lora(self.layer, self.target) is None:
             raise ValueError(
-                f"layer {self.layer}: its {self.target} have no low-rank terms to merge: leave the edit out"
+                f"layer {self.layer}: its {self.target} {has(self.target)} no low-rank terms to merge: leave the edit "
+                "out"
             )
         shape = _with_lora(shape, self.layer, self.target, None)
         experts = self.target == "experts"

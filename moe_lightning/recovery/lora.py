@@ -15,7 +15,7 @@ import torch
 from moe_lightning.experts import LoraStack
 from moe_lightning.method import Method
 from moe_lightning.plan import AddLora, Edit, MergeLora, ModelShape
-from moe_lightning.plan.edits import Target
+from moe_lightning.plan.edits import Target, has
 from moe_lightning.statistics import Statistics
 
 Targets = Literal["experts", "attention", "experts+attention"]
@@ -100,8 +100,8 @@ class LoRA(AdapterMethod):
         held = shape.lora(edit.layer, edit.target)
         if held is not None and (held.rank, held.alpha) != (edit.rank, edit.alpha):
             raise ValueError(
-                f"layer {edit.layer}: its {edit.target} have low-rank terms already, of rank {held.rank} and alpha "
-                f"{held.alpha:g}, not of rank {edit.rank} and alpha {edit.alpha:g}: take theirs, or merge them first "
+                f"layer {edit.layer}: its {edit.target} {has(edit.target)} low-rank terms already, of rank "
+                f"{held.rank} and alpha {held.alpha:g}, not of rank {edit.rank} and alpha {edit.alpha:g}: take theirs, or merge them first "
                 "(MergeLoRA)"
             )
         return held is not None

@@ -198,7 +198,10 @@ def test_compressing_after_novice_tuning_began(tmp_path: Path) -> None:
         ([compress(8)], "at_step=8 lies beyond the run, which has 8 steps"),
         ([compress(2, ml.ExpertDrop(keep=3)), compress(4, ml.ExpertDrop(keep=4))], "keep=4 is more than the 3 experts"),
         ([compress(2, ml.ExpertDrop(keep=1))], "picks 2: .*set keep to at least 2"),
-        ([Compress([ml.Novices(ratio=0.5)], at_step=2)], "Compress needs calibration data"),
+        (
+            [Compress([ml.Novices(ratio=0.5)], at_step=2)],
+            r"Compress needs calibration data: .*method calibration_batches\(n\)",
+        ),
         ([compress(2), NoviceTuning(9)], "NoviceTuning: at_step=9 lies beyond the run"),
     ],
 )

@@ -118,3 +118,22 @@ def test_without_a_folder_the_message_names_the_option(tmp_path: Path, capsys: p
     with pytest.raises(SystemExit):
         main(["fit", "-c", "recover/chain", "--run_dir", str(tmp_path / "run")])
     assert "model.checkpoint" in capsys.readouterr().err
+
+
+def test_a_run_shorter_than_its_validation_interval(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert fit(place, "router", run, "--trainer.max_steps", "6") == 0
+    assert "--trainer.val_check_interval 20 is more than the 6 batches of the run" in capsys.readouterr().err
+    boundaries = json.loads((run / "results" / "recovery.json").read_text())["boundaries"]
+    assert boundaries[-1]["step"] == 6
+
+
+def test_lightning_on_epochs_that_are_too_short_for_validation(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "5")
+    assert fit(place, "router", tmp_path / "run", *options) == 2
+    said = "error: --trainer.val_check_interval 20 is more than the 5 batches of an epoch: set it to 5 or less"
+    assert said in capsys.readouterr().err

@@ -298,8 +298,12 @@ def test_integers_may_stay_in_floating_point_after_merging(tmp_path: Path) -> No
             "Compress at step 3: .*low-rank terms",
         ),
         (
+            lambda: [stage("LoRARecovery", 2, merge=False), compress("end", ml.RTN(group_size=16))],
+            "Compress at the end: .* its experts have low-rank terms: .*'merge: true' of LoRARecovery or by MergeLoRA",
+        ),
+        (
             lambda: [stage("LoRARecovery", 2, steps=3, merge=False), stage("LoRARecovery", 5, rank=4)],
-            "LoRARecovery at step 5: .* have low-rank terms already, of rank 2 and alpha 4, not of rank 4 and alpha 8",
+            "LoRARecovery at step 5: .* has low-rank terms already, of rank 2 and alpha 4, not of rank 4 and alpha 8",
         ),
         (
             lambda: [
