@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 
 from moe_lightning.checkpoints import from_pretrained
 from moe_lightning.cli.commands import begun, check_vocabulary, device_named, dtype_named, inspected, run_command
+from moe_lightning.cli.run_of_cache import steps_of_run, with_options_of_run
 from moe_lightning.data import TextDataModule
 from moe_lightning.recovery.logit_cache import CacheHeader, Storage
 from moe_lightning.recovery.logit_cache_writer import MAX_SHARD_BYTES, LogitCacheWriter, check_cache_folder
@@ -25,7 +27,7 @@ def cache_logits(
     model: str,
     output: str,
     data: TextDataModule,
-    steps: int,
+    steps: int | None = None,
     from_step: int = 0,
     accumulate_grad_batches: int = 1,
     devices: int = 1,
@@ -37,19 +39,21 @@ def cache_logits(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     overwrite: bool = False,
+    run: str | None = None,
 ) -> None:
     """Write a teacher's predictions of the training text to files: a stage of recovery takes them for its teacher.
 
     They are those of exactly the blocks that a run with the same data options (and seed) sees in the steps given, and
     are found by their tokens: order and batch size do not matter afterwards. A folder that holds some of them already,
-    because the command was interrupted or for other steps, gets those that are missing.
+    because the command was interrupted or for other steps, gets those that are missing. The simplest way to the blocks
+    of a run is to name its config: --run CONFIG.
 
     Args:
         model: Hugging Face folder of the teacher, a Mixtral, compressed or not.
         output: Folder to write; it becomes the option teacher of a stage.
         data: The text that the run will train on, with its batch_size and seed. Its tokenizer is the model folder's
             unless one is given.
-        steps: Optimizer steps of the run whose blocks are wanted.
+        steps: Optimizer steps of the run whose blocks are wanted; with run, all from from_step on when not given.
         from_step: The first of them.
         accumulate_grad_batches: The trainer's.
         devices: Processes of the run, over all machines.
@@ -61,12 +65,20 @@ def cache_logits(
         device: auto (a GPU where there is one), cpu, cuda, cuda:1, ...
         dtype: Type of the teacher's weights; auto keeps the one they were saved in.
         overwrite: Delete a cache of something else that the folder holds.
+        run: Config of the run, a file or the name of a packaged one, as fit takes it: its data options, its
+            trainer.accumulate_grad_batches, devices and num_nodes (where they are numbers) and max_steps hold where
+            nothing else is given here.
 
     Raises:
         ValueError: Something does not fit; found before the first prediction.
         FileNotFoundError: The model or the text is not there.
         FileExistsError: The output folder holds something that is no cache.
     """
+    if steps is None and run is None:
+        raise ValueError("--steps is missing: say how many optimizer steps of the run, or name its config by --run")
+    if steps is None:
+        assert run is not None
+        steps = steps_of_run(run) - from_step
     for name, value, least in (
         ("steps", steps, 1),
         ("from_step", from_step, 0),
@@ -100,6 +112,8 @@ def cache_logits(
         with LogitCacheWriter(output, header, max_shard_bytes, overwrite) as writer:
             _write(writer, ModelTeacher(teacher), data, numbers, batch_size or data.eval_batch_size, where)
         written = sum(path.stat().st_size for path in Path(output).glob("*.safetensors"))
+    if writer.header.coverage:
+        print(f"kept     {writer.header.coverage}")
     print(f"wrote {output}: {len(writer):,} blocks, {written / 2**20:,.1f} MiB")
 
 
@@ -170,4 +184,9 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         Exit status: 0, or 2 where the options do not fit.
     """
+    try:
+        arguments = with_options_of_run(arguments)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"moe-lightning cache-logits: error: {error}", file=sys.stderr)
+        return 2
     return run_command("cache-logits", cache_logits, arguments, flags=("--overwrite",))

@@ -16,6 +16,7 @@ from moe_lightning.architectures import architecture_named
 from moe_lightning.callbacks import Compress, RecoveryStage
 from moe_lightning.callbacks.strategies import check_strategy
 from moe_lightning.checkpoints import check_checkpoint, has_weights, read_config
+from moe_lightning.cli.trainer_options import processes_of
 from moe_lightning.data import TextDataModule
 from moe_lightning.modules.checks import MODEL_FIELDS
 
@@ -87,7 +88,7 @@ class Asked:
             config: Options of the trainer; changed in place.
         """
         self.accelerator, self.strategy = str(config.get("accelerator", "auto")), config.get("strategy", "auto")
-        self.processes = _count(config.get("devices")) * int(config.get("num_nodes") or 1)
+        self.processes = processes_of(config)
         self.dtype = TRUE_TYPES.get(str(config.get("precision")), torch.float32)
         self.max_steps = int(config.get("max_steps", -1))
         epochs = config.get("max_epochs")
@@ -99,16 +100,6 @@ class Asked:
             {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": None}
             | {"logger": False, "plugins": None, "fast_dev_run": False}
         )
-
-
-def _count(devices: Any) -> int:
-    """Return how many devices an option means; 1 where that depends on the machine."""
-    if isinstance(devices, list | tuple):
-        return len(devices)
-    text = str(devices)
-    if "," in text:
-        return len([part for part in text.split(",") if part.strip()])
-    return int(text) if text.isdigit() and int(text) > 0 else 1
 
 
 def describe_model(options: Any) -> Asked:

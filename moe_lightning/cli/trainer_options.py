@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -30,3 +31,21 @@ def clip_validation(config: dict[str, Any]) -> None:
             "validated once, at its end",
             file=sys.stderr,
         )
+
+
+def processes_of(config: Mapping[str, Any]) -> int:
+    """Return how many processes train, over all machines; 1 for each machine where that depends on it.
+
+    Args:
+        config: Options of the trainer.
+    """
+    return _count(config.get("devices")) * int(config.get("num_nodes") or 1)
+
+
+def _count(devices: Any) -> int:
+    if isinstance(devices, list | tuple):
+        return len(devices)
+    text = str(devices)
+    if "," in text:
+        return len([part for part in text.split(",") if part.strip()])
+    return int(text) if text.isdigit() and int(text) > 0 else 1

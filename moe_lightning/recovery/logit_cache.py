@@ -37,6 +37,8 @@ from moe_lightning.statistics.fingerprint import same_weights
 HEADER = "cache.json"
 VERSION = 1
 HASH_BYTES = 16
+LITTLE_MASS = 0.9
+"""Below that share of the probability more words are worth their place."""
 TENSORS = ("hash", "first", "relative", "words", "rest")
 
 Storage = Literal["float16", "float32"]
@@ -54,6 +56,7 @@ class CacheHeader:
         storage: Type of the log-probabilities.
         teacher: Whose predictions they are: ``folder`` and ``fingerprint`` (:func:`fingerprint` of its weights).
         data: Which text; plain values for people.
+        kept_mass: Mean probability of the kept words together, at the temperature; None where nobody looked.
 
     Raises:
         ValueError: A number out of its range.
@@ -66,6 +69,7 @@ class CacheHeader:
     storage: Storage = "float16"
     teacher: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
+    kept_mass: float | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -75,6 +79,15 @@ class CacheHeader:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if self.storage not in ("float16", "float32"):
             raise ValueError(f"storage must be float16 or float32, got {self.storage!r}")
+
+    @property
+    def coverage(self) -> str:
+        """How much the kept words cover, in words, with what to do where that is little; nothing where unknown."""
+        if self.kept_mass is None:
+            return ""
+        words = f"the {self.top_k} likeliest words cover {self.kept_mass:.0%} of the teacher's probability on average"
+        words = words.replace("%", " %")
+        return words if self.kept_mass >= LITTLE_MASS else f"{words}: a larger --top_k covers more"
 
     @property
     def bytes_per_block(self) -> int:
@@ -172,6 +185,15 @@ def top_words(logits: Tensor, top_k: int, temperature: float) -> TopWords:
 def shard_paths(folder: Path) -> list[Path]:
     """Return the files of a cache that hold predictions, in order."""
     return sorted(folder.glob("predictions-*.safetensors"))
+
+
+def mass_of(rest: Tensor) -> float:
+    """Return the probability of kept words, added up over predictions.
+
+    Args:
+        rest: Log-probability of all other words, any shape.
+    """
+    return float(-rest.double().expm1().sum())
 
 
 def open_shard(path: Path) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -25,6 +25,7 @@ from moe_lightning.recovery.logit_cache import (
     block_hashes,
     dtype_of,
     is_cache,
+    mass_of,
     open_shard,
     read_header,
     shard_paths,
@@ -73,7 +74,9 @@ class LogitCacheWriter:
             path.unlink(missing_ok=True)  # of a writer that was killed
         self._blocks_per_shard = max(1, max_shard_bytes // header.bytes_per_block)
         paths = shard_paths(self.folder)
-        self._known = {bytes(row) for path in paths for row in open_shard(path)["hash"].numpy()}
+        shards = [open_shard(path) for path in paths]
+        self._known = {bytes(row) for shard in shards for row in shard["hash"].numpy()}
+        self._written_mass = sum(mass_of(shard["rest"]) for shard in shards)
         self._next_shard = 1 + max((int(path.stem.partition("-")[2]) for path in paths), default=-1)
         self._waiting: list[dict[str, Tensor]] = []
         self._write_header(len(self._known))
@@ -149,9 +152,12 @@ class LogitCacheWriter:
         path = self.folder / f"predictions-{self._next_shard:05}.safetensors"
         write_atomically(path, save(tensors, {"format": "pt"}))
         self._next_shard += 1
+        self._written_mass += mass_of(tensors["rest"])
         self._write_header(len(self._known) - len(self._waiting))
 
     def _write_header(self, blocks: int) -> None:
+        mass = self._written_mass / (blocks * self.header.block_size) if blocks else None
+        self.header = replace(self.header, kept_mass=mass)
         entries = {"version": VERSION, "blocks": blocks, "bytes_per_block": self.header.bytes_per_block}
         write_atomically(self.folder / HEADER, json.dumps(entries | asdict(self.header), indent=2) + "\n")
 

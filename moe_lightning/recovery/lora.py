@@ -101,8 +101,8 @@ class LoRA(AdapterMethod):
         if held is not None and (held.rank, held.alpha) != (edit.rank, edit.alpha):
             raise ValueError(
                 f"layer {edit.layer}: its {edit.target} {has(edit.target)} low-rank terms already, of rank "
-                f"{held.rank} and alpha {held.alpha:g}, not of rank {edit.rank} and alpha {edit.alpha:g}: take theirs, or merge them first "
-                "(MergeLoRA)"
+                f"{held.rank} and alpha {held.alpha:g}, not of rank {edit.rank} and alpha {edit.alpha:g}: take theirs, "
+                "or merge them first (MergeLoRA)"
             )
         return held is not None
 

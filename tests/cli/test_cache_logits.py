@@ -104,12 +104,12 @@ def test_what_it_says_and_writes(folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert run(folder, tmp_path / "cache", "--top_k", "8", "--temperature", "2.0") == 0
     lines = capsys.readouterr().out.splitlines()
     words = [line.split()[0] for line in lines]
-    assert words == ["model", "data", "size", "output", "time", "wrote"]
+    assert words == ["model", "data", "size", "output", "time", "kept", "wrote"]
     header = json.loads((tmp_path / "cache" / "cache.json").read_text())
     each = 16 * (8 * 4 + 8) + 16
     assert f"{each:,} bytes a block" in lines[2] and header["bytes_per_block"] == each
     assert re.fullmatch(r"time     about [\d,]+ s, by the first batch", lines[4])
-    assert "6 blocks" in lines[1] and "6 blocks" in lines[5]
+    assert "6 blocks" in lines[1] and "6 blocks" in lines[6]
     model = ml.from_pretrained(folder / "hub")
     assert (header["blocks"], header["top_k"], header["temperature"]) == (6, 8, 2.0)
     assert header["teacher"] == {"folder": str(folder / "hub"), "fingerprint": fingerprint(model)}
@@ -118,6 +118,12 @@ def test_what_it_says_and_writes(folder: Path, tmp_path: Path, capsys: pytest.Ca
     with torch.no_grad():
         log = (model(batch["input_ids"]).logits / 2).log_softmax(-1)
     assert torch.equal(got.words, log.topk(8).indices)
+    with torch.no_grad():
+        every = [data_of(folder).prepare().train_dataloader().batch(index)["input_ids"] for index in range(3)]
+        mass = (model(torch.cat(every)).logits / 2).softmax(-1).topk(8).values.sum(-1).mean()
+    assert header["kept_mass"] == pytest.approx(float(mass), rel=1e-3) and mass < 0.5
+    said = f"the 8 likeliest words cover {mass:.0%}".replace("%", " %")
+    assert lines[5] == f"kept     {said} of the teacher's probability on average: a larger --top_k covers more"
     torch.testing.assert_close(got.log_probability, log.topk(8).values, rtol=0, atol=4e-3)
 
 
@@ -128,6 +134,9 @@ def test_it_goes_on(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "found    4 of these blocks" in capsys.readouterr().out
     assert all((tmp_path / "cache" / name).read_bytes() == content for name, content in first.items())
     assert len(LogitCache(tmp_path / "cache")) == 8
+    mass = LogitCache(tmp_path / "cache").header.kept_mass
+    assert run(folder, tmp_path / "anew", steps=4) == 0
+    assert mass == pytest.approx(LogitCache(tmp_path / "anew").header.kept_mass, rel=1e-6)
     assert run(folder, tmp_path / "cache", steps=3) == 0
     assert len(LogitCache(tmp_path / "cache")) == 8
 
@@ -168,6 +177,36 @@ def test_overwrite(folder: Path, tmp_path: Path) -> None:
     assert run(folder, tmp_path / "cache", "--top_k", "3", "--overwrite", steps=1) == 0
     cache = LogitCache(tmp_path / "cache")
     assert (len(cache), cache.header.top_k) == (2, 3)
+
+
+def test_a_run_config_gives_its_blocks(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = yaml.safe_load((folder / "data.yaml").read_text())["data"] | {"order_seed": 3, "seed": 0}
+    trainer = {"max_steps": 5, "accumulate_grad_batches": 2, "devices": 1, "callbacks": [{"class_path": "Export"}]}
+    config = tmp_path / "fit.yaml"
+    config.write_text(yaml.safe_dump({"model": {"learning_rate": 0.1}, "data": data, "trainer": trainer}))
+    given = ["--model", str(folder / "hub"), "--run", str(config)]
+    assert main(["cache-logits", *given, "--output", str(tmp_path / "run"), "--from_step", "2"]) == 0
+    options = ["--data.order_seed", "3", "--accumulate_grad_batches", "2", "--from_step", "2"]
+    assert run(folder, tmp_path / "typed", *options, steps=3) == 0
+    held = []
+    for name in ("run", "typed"):
+        cache = LogitCache(tmp_path / name)
+        held.append({row.tobytes() for shard in cache._shards for row in shard["hash"].numpy()})
+    assert held[0] == held[1] and len(held[0]) == 3 * 2 * 2
+    # What is given beside it wins, in a file as on the command line.
+    both = ["-c", str(folder / "data.yaml"), "--data.order_seed", "0", "--steps", "1", "--accumulate_grad_batches", "1"]
+    assert main(["cache-logits", *both, *given, "--output", str(tmp_path / "one")]) == 0
+    assert LogitCache(tmp_path / "one").holds(data_of(folder).prepare().train_dataloader().batch(0)["input_ids"]).all()
+    assert len(LogitCache(tmp_path / "one")) == 2
+    capsys.readouterr()
+    output = ["--model", str(folder / "hub"), "--output", str(tmp_path / "no")]
+    for wrong, words in (
+        (["-c", str(config)], f"give it by --run {config}"),
+        (["--run", "nowhere"], "--run nowhere: there is no such file"),
+        (["-c", str(folder / "data.yaml")], "--steps is missing"),
+    ):
+        assert main(["cache-logits", *wrong, *output]) == 2
+        assert words in capsys.readouterr().err
 
 
 # ------------------------------------------------------------ a run that learns from it

@@ -138,7 +138,10 @@ def test_word_numbers_of_every_size(tmp_path: Path, vocab_size: int, kind: str) 
 
 def test_the_header(tmp_path: Path) -> None:
     write(tmp_path, tokens(5), header(data={"seed": 3}))
-    assert json.loads((tmp_path / "cache.json").read_text()) == {
+    entries = json.loads((tmp_path / "cache.json").read_text())
+    mass = (logits_of(tokens(5)) / 2).softmax(-1).topk(5).values.sum(-1).mean()
+    assert entries.pop("kept_mass") == pytest.approx(float(mass), rel=1e-3)
+    assert entries == {
         "version": 1,
         "blocks": 5,
         "bytes_per_block": header().bytes_per_block,
