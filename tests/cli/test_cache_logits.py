@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,18 @@ def test_a_cache_that_is_too_small_is_found_before_the_run(folder: Path, tmp_pat
     with pytest.raises(ValueError, match=r"2 of the 8 blocks .* not among its 6: .*--from_step 1"):
         fit(folder, tmp_path, [stage, blocks := Blocks()], max_steps=5)
     assert not blocks.steps
+    with pytest.raises(ValueError) as error:
+        fit(folder, tmp_path, [RouterDistillation(1, steps=4, teacher=str(tmp_path / "cache"))], max_steps=7)
+    words = shlex.split(re.search(r"'moe-lightning (.*?)', where CONFIG", str(error.value))[1])  # type: ignore[index]
+    given = dict(zip(words[1::2], words[2::2], strict=True))
+    wanted = {"from_step": 1, "steps": 4, "accumulate_grad_batches": 1, "devices": 1, "top_k": 64, "temperature": 1}
+    assert {f"--{name}": str(value) for name, value in wanted.items()}.items() <= given.items()
+    # The command does what it says.
+    data = {"data": yaml.safe_load((folder / "data.yaml").read_text())["data"], "trainer": {"max_steps": 7}}
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(data))
+    more = [str(tmp_path / "more") if word == str(tmp_path / "cache") else word for word in words]
+    assert main([str(tmp_path / "fit.yaml") if word == "CONFIG" else word for word in more]) == 0
+    fit(folder, tmp_path, [RouterDistillation(1, steps=4, teacher=str(tmp_path / "more"))], max_steps=7)
     # Up to where it reaches it is enough.
     stage = RouterDistillation(1, steps=3, teacher=str(tmp_path / "cache"))
     fit(folder, tmp_path, [stage], max_steps=5)

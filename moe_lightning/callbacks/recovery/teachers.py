@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 from moe_lightning.architectures import architecture_named, architecture_of
 from moe_lightning.callbacks.at_step import language_model, say
 from moe_lightning.callbacks.compress import Compress
-from moe_lightning.callbacks.recovery.blocks_to_come import blocks_to_come
+from moe_lightning.callbacks.recovery.blocks_to_come import blocks_to_come, command_for
 from moe_lightning.callbacks.recovery.teacher_folders import held_bytes, is_floating, keep_model, opening
 from moe_lightning.checkpoints import from_pretrained, read_config
 from moe_lightning.recovery.logit_cache import LogitCache, is_cache
@@ -138,6 +139,11 @@ class TeacherSource:
         say(trainer, f"{who}: teacher {self.name}: {words}")
 
     def _check_folder(self, trainer: Trainer, student: PreTrainedModel) -> str:
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self.name) and not Path(self.name).exists():
+            raise ValueError(
+                "there is no such folder, and names of the Hugging Face hub are not taken: download it first ('hf "
+                f"download {self.name} --local-dir FOLDER') and name the folder"
+            )
         raw = read_config(self.name)
         takes = opening(Path(self.name), self._dtype(trainer, student), trainer.strategy.root_device)
         config = AutoConfig.from_pretrained(self.name)
@@ -163,7 +169,8 @@ class TeacherSource:
             )
         self._recognise(header.teacher.get("fingerprint"))
         seen = missing = 0
-        for input_ids in blocks_to_come(trainer, stage.first_step, stage.planned_end(trainer)):
+        steps = stage.first_step, stage.planned_end(trainer)
+        for input_ids in blocks_to_come(trainer, *steps):
             if input_ids.shape[1] != header.block_size:
                 raise ValueError(
                     f"it holds blocks of {header.block_size} tokens, the data have {input_ids.shape[1]}: set "
@@ -173,16 +180,18 @@ class TeacherSource:
             missing += int((~cache.holds(input_ids)).sum())
         if missing:
             raise ValueError(
-                f"{missing:,} of the {seen:,} blocks that the stage sees are not among its {len(cache):,}: write them "
-                f"with 'moe-lightning cache-logits --output {self.name}', the data options of this run, --from_step "
-                f"{stage.first_step} and as many --steps as the stage has"
+                f"{missing:,} of the {seen:,} blocks that the stage sees are not among its {len(cache):,}: write "
+                f"them with '{command_for(trainer, self.name, header, *steps)}', where CONFIG is the config of this run; add what "
+                "you changed of its data options"
             )
-        return f"{len(cache):,} blocks, the {header.top_k} likeliest words of each prediction"
+        words = header.coverage or f"the {header.top_k} likeliest words of each prediction"
+        return f"{len(cache):,} blocks, {words}"
 
     def _check_before(self, trainer: Trainer, student: PreTrainedModel, stage: Any) -> str:
         folder = self.folder(trainer)
         known = self._known(trainer)
         if known is not None:
+            _check_kept(folder)
             takes = opening(folder, self._dtype(trainer, student), trainer.strategy.root_device)
             _check_same(from_pretrained(folder), known, f"{folder} does not hold the model that this run kept")
             return str(takes)
@@ -279,6 +288,8 @@ class TeacherSource:
             self.before_compression(trainer, module)
         folder = self.folder(trainer) if self.kind == "before" else Path(self.name)
         student = language_model(module)
+        if self.kind == "before":
+            _check_kept(folder)
         dtype = self._dtype(trainer, student)
         try:
             if self.kind == "before" and dtype != student.dtype:
@@ -333,3 +344,11 @@ def _check_vocabulary(theirs: int, mine: int) -> None:
 def _check_same(model: PreTrainedModel, numbers: list[float], problem: str) -> None:
     if not same_weights(fingerprint(model), numbers):
         raise ValueError(f"{problem}: put the folder back, or start from a checkpoint before the compression")
+
+
+def _check_kept(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder}, in which this run kept its model, is gone: put it back, or start from a checkpoint before the "
+            "compression"
+        )

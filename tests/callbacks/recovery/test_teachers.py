@@ -188,7 +188,7 @@ def test_another_model_in_its_place_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not hold the model that this run kept: put the folder back"):
         run_to(tmp_path, 6, resume=True)
     shutil.rmtree(tmp_path / "teacher")
-    with pytest.raises(ValueError, match=r"RouterDistillation: teacher=before: there is no checkpoint folder"):
+    with pytest.raises(ValueError, match=r"teacher=before: .*is gone: put it back, or start from a checkpoint before"):
         run_to(tmp_path, 6, resume=True)
 
 
@@ -294,6 +294,8 @@ def test_folders_that_do_not_fit(tmp_path: Path, changes: Any, options: Any, wor
 def test_folders_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="RouterDistillation: teacher=nowhere: there is no checkpoint folder nowhere"):
         fit(tiny_module(), tmp_path, [imitate(1, teacher="nowhere")], steps=2)
+    with pytest.raises(ValueError, match="teacher=some/model: .* hub are not taken: .*hf download some/model"):
+        fit(tiny_module(), tmp_path, [imitate(1, teacher="some/model")], steps=2)
 
 
 def test_a_folder_that_changed_is_refused(tmp_path: Path) -> None:
