@@ -180,9 +180,9 @@ class TeacherSource:
             missing += int((~cache.holds(input_ids)).sum())
         if missing:
             raise ValueError(
-                f"{missing:,} of the {seen:,} blocks that the stage sees are not among its {len(cache):,}: write "
-                f"them with '{command_for(trainer, self.name, header, *steps)}', where CONFIG is the config of this run; add what "
-                "you changed of its data options"
+                f"{missing:,} of the {seen:,} blocks that the stage sees are not among its {len(cache):,}: write them "
+                f"with '{command_for(trainer, self.name, header, *steps)}', where CONFIG is the config of this run; "
+                "add what you changed of its data options"
             )
         words = header.coverage or f"the {header.top_k} likeliest words of each prediction"
         return f"{len(cache):,} blocks, {words}"

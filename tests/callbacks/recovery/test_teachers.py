@@ -294,7 +294,7 @@ def test_folders_that_do_not_fit(tmp_path: Path, changes: Any, options: Any, wor
 def test_folders_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="RouterDistillation: teacher=nowhere: there is no checkpoint folder nowhere"):
         fit(tiny_module(), tmp_path, [imitate(1, teacher="nowhere")], steps=2)
-    with pytest.raises(ValueError, match="teacher=some/model: .* hub are not taken: .*hf download some/model"):
+    with pytest.raises(ValueError, match=r"teacher=some/model: .* hub are not taken: .*hf download some/model"):
         fit(tiny_module(), tmp_path, [imitate(1, teacher="some/model")], steps=2)
 
 
