@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-MOMENTS = ("batch_start", "batch_end", "validation", "saving")
+MOMENTS = (
+    "batch_start",
+    "batch_end",
+    "validation",
+    "saving",
+    "compressing",
+    "compressed",
+    "train_end",
+)
 
 
 def kill_this_process() -> None:
@@ -29,8 +37,8 @@ class KillAt(Callback):
     """Kill the process at an exact moment.
 
     Args:
-        moment: ``batch_start`` or ``batch_end`` of training, in the middle of ``validation``, or while ``saving``, with
-            half of a checkpoint written.
+        moment: ``batch_start`` or ``batch_end`` of training, in the middle of ``validation``, while ``saving``, with
+            half of a checkpoint written, before the work of a ``Compress`` or after it, or at the end of training.
         step: Optimizer steps done by then.
     """
 
@@ -66,6 +74,15 @@ class KillAt(Callback):
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
         self._check("validation", trainer)
+
+    def before_compression(self, trainer: Trainer, *args: Any) -> None:
+        self._check("compressing", trainer)
+
+    def after_compression(self, trainer: Trainer, *args: Any) -> None:
+        self._check("compressed", trainer)
+
+    def on_train_end(self, trainer: Trainer, *args: Any) -> None:
+        self._check("train_end", trainer)
 
 
 def run_forked(arguments: list[str], log: Path) -> int:

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Timer
 from transformers import PreTrainedModel
 
 from moe_lightning.architectures import architecture_of
+from moe_lightning.callbacks.ended_runs import finish_ended_runs, trained_nothing
 
 Moment = int | Literal["end"]
 
@@ -164,13 +165,23 @@ class AtStep(Callback):
             self._act_once(trainer, pl_module)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget how an earlier run ended, should that have failed."""
+        """Forget how an earlier run ended, should that have failed, and see to it that an ended one is finished."""
         self._stopped = None
+        if stage == "fit":
+            finish_ended_runs(trainer)
 
     @property
     def waits_for_end(self) -> bool:
         """Whether there is something that it will do when training ends."""
         return self.at_step == "end" and not self.done
+
+    def outstanding(self, trainer: Trainer) -> bool:
+        """Say whether a run that has trained all its steps lacks what this does at the end.
+
+        Args:
+            trainer: The trainer, with the states of a checkpoint loaded.
+        """
+        return self.waits_for_end
 
     def training_over(self, trainer: Trainer, module: LightningModule, stopped: bool) -> None:
         """Take note that training is over; called once, of all, before anything at the end acts.
@@ -185,12 +196,7 @@ class AtStep(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Act at the end; where only the time was up, leave everything as it is, to go on with."""
         if self._stopped is None:
-            # The first of the list finds out, for all of them: what acts at the end wants the stages over, wherever
-            # they stand, and takes time itself.
-            stopped = time_was_up(trainer)
-            if stopped:
-                _say_who_waits(trainer)
-            tell(trainer, "training_over", pl_module, stopped)
+            note_training_over(trainer, pl_module)
         stopped, self._stopped = bool(self._stopped), None
         if self.waits_for_end and not stopped:
             self._act_once(trainer, pl_module)
@@ -200,12 +206,25 @@ class AtStep(Callback):
         self.done = True
 
 
-def _say_who_waits(trainer: Trainer) -> None:
+def note_training_over(trainer: Trainer, module: LightningModule) -> None:
+    """Tell all callbacks that training is over, by ``training_over``, and the user what waits for its end.
+
+    The first of the list that acts at the end calls it, for all of them: what acts then wants the stages over, wherever
+    they stand, and takes time itself.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+    """
+    stopped = time_was_up(trainer)
     steps = [callback for callback in trainer.callbacks if isinstance(callback, AtStep)]  # type: ignore[attr-defined]
     names = ", ".join(type(callback).__name__ for callback in steps if callback.waits_for_end)
-    if names:
+    if names and stopped:
         say(
             trainer,
             f"step {trainer.global_step}: the time was up before training ended: what waits for the end did not happen "
             f"({names}); go on with --ckpt_path last and more --trainer.max_time",
         )
+    elif names and trained_nothing(trainer):
+        say(trainer, f"step {trainer.global_step}: training had ended; what waited for its end happens now ({names})")
+    tell(trainer, "training_over", module, stopped)

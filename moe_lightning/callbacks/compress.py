@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from moe_lightning.architectures import architecture_of
-from moe_lightning.callbacks.at_step import AtStep, Moment, language_model, tell
+from moe_lightning.callbacks.at_step import AtStep, Moment, language_model, tell, total_steps
 from moe_lightning.callbacks.compression_log import log_compression
 from moe_lightning.callbacks.course import Change, in_words, shape_at
 from moe_lightning.callbacks.gradual import Act, acts_of
@@ -179,6 +179,22 @@ class Compress(AtStep):
                 f"{type(pl_module).__name__} has no set_plan: a checkpoint saved after the compression will not know "
                 "its plan, so a run cannot be resumed from it. MixtralModule can",
                 stacklevel=2,
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find a step that never comes, and a run that would train on behind its end, before the first batch.
+
+        Raises:
+            ValueError: A step lies beyond the run; or this acted at the end of a run that now has more steps.
+        """
+        super().on_train_start(trainer, pl_module)
+        if self.at_step == "end" and self.done and self.changed and trainer.global_step < total_steps(trainer):
+            raise ValueError(
+                f"Compress at the end: the run had ended, at step {trainer.global_step}, and its model was compressed "
+                f"by {', '.join(self._applied or map(repr, self.methods))}, which would not happen again after more "
+                "steps: start a new run from the folder that was exported at the end (--model.checkpoint "
+                "RUN/models/NAME --model.model null, with another --run_dir), or resume, with --ckpt_path FILE, from "
+                "a checkpoint of before the end"
             )
 
     def changes(self, trainer: Trainer) -> list[Change]:

@@ -34,6 +34,7 @@ class Export(AtStep):
             raise ValueError(f"Export: name must be a plain folder name like 'compressed', got {name!r}")
         self.name = name
         self.format = format
+        self._written = False  # as the checkpoint says, whether or not it is to be written again
 
     @property
     def state_key(self) -> str:
@@ -44,7 +45,11 @@ class Export(AtStep):
         """Take over whether it has written; not of the end: a run that goes on with more steps has another one."""
         super().load_state_dict(state_dict)
         if self.at_step == "end":
-            self.done = False
+            self._written, self.done = self.done, False
+
+    def outstanding(self, trainer: Trainer) -> bool:
+        """Say whether an ended run lacks the folder; see :class:`AtStep`."""
+        return super().outstanding(trainer) and not self._written
 
     def folder(self, trainer: Trainer) -> Path:
         """Return the folder that is written."""

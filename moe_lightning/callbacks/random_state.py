@@ -77,6 +77,13 @@ class RandomState(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restore the states of the checkpoint, once."""
+        self._restore(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore them where no batch was left, for what acts at the end."""
+        self._restore(trainer)
+
+    def _restore(self, trainer: Trainer) -> None:
         if self._to_restore is not None:
             if trainer.world_size == 1:
                 set_random_states(self._to_restore)

@@ -50,6 +50,10 @@ class NoteBeginning(Callback):
         """Note it."""
         self._note(trainer)
 
+    def on_train_end(self, trainer: Trainer, *args: Any) -> None:
+        """Note it where nothing was left but what happens at the end."""
+        self._note(trainer)
+
     def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
         """Note it."""
         self._note(trainer)

@@ -273,12 +273,13 @@ class RecoveryStage(AtStep):
     @property
     def waits_for_end(self) -> bool:
         """Whether it will be left when training ends."""
-        return self._active
+        return self.entered and not self.left
 
     def training_over(self, trainer: Trainer, module: LightningModule, stopped: bool) -> None:
         """Leave when training ends, unless it is only that its time is up: then it can go on where it is."""
         super().training_over(trainer, module, stopped)
-        if self._active and not stopped:
+        # Not in work where the run had ended when it was resumed, in the middle of what the stage was to last.
+        if self.waits_for_end and not stopped:
             self.leave(trainer, module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
