@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Timer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional
 
 import moe_lightning as ml
-from moe_lightning.callbacks import Compress, RandomState, RecoveredShare
+from moe_lightning.callbacks import Compress, LastCheckpoint, RandomState, RecoveredShare, last_checkpoint
 from moe_lightning.cli.run_callbacks import recovered_share
 from tests.callbacks.recovery.stage_runs import compressed_module, stage, state_of
-from tests.callbacks.small_fit import batches, fit, tiny_module
+from tests.callbacks.small_fit import batches, fit, loader, tiny_module
 from tests.models import random_batches
 
 CALIBRATION = random_batches(2, batch=2, sequence=16, seed=5)
@@ -72,7 +74,11 @@ class ByHand(Callback):
         self._note("validation", trainer, pl_module)
 
 
-def test_equals_measuring_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_equals_measuring_by_hand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # These models know so little that what they lose is noise, which is not the point here.
+    monkeypatch.setattr(RecoveredShare, "lost_interval", None)
     first, last, share = ByHand(), ByHand(), RecoveredShare(num_batches=3)
     given = [first, *callbacks(), share, last]
     fit(tiny_module(), tmp_path, given, steps=9, validation=VALIDATION, val_check_interval=3)
@@ -97,9 +103,13 @@ def test_equals_measuring_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[
     logged = {event.step: event.value for event in events.Scalars("recovery/loss")}
     assert set(logged) == {2, 3, 4, 6, 7, 9}
     assert logged[6] == pytest.approx(last.found["validation", 6])
-    assert json.loads((tmp_path / "results" / "recovery.json").read_text())["boundaries"] == share.boundaries
+    written = json.loads((tmp_path / "results" / "recovery.json").read_text())
+    tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in VALIDATION[:3])
+    assert written["boundaries"] == share.boundaries and written["tokens"] == tokens == share.boundaries[0]["tokens"]
+    assert sum(item.get("added", 0) for item in share.boundaries) == pytest.approx(share.lost)
     lines = [line for line in capsys.readouterr().out.splitlines() if "nats per token" in line]
     assert [line.split(":")[0] for line in lines] == ["step 2", "step 4", "step 7", "step 9"]
+    assert all(f"({tokens} tokens)" in line for line in lines)
     assert "after LoRARecovery" in lines[2] and f"{share.before:.4f} before any compression" in lines[2]
 
 
@@ -174,3 +184,133 @@ def test_a_fit_that_compresses_has_one() -> None:
     assert [type(item) for item in recovered_share([cutting], 0.05)] == [RecoveredShare]
     for given, validation in (([cutting], 0), ([], 0.05), ([cutting, own], 0.05)):
         assert recovered_share(given, validation) == []
+
+
+class Measured(RecoveredShare):
+    """Nats of each block that are given instead of measured."""
+
+    def __init__(self, *nats: list[float]) -> None:
+        super().__init__()
+        self.given = [torch.tensor(item, dtype=torch.float64) for item in nats]
+        self._tokens_B, self.tokens = torch.full((4,), 10), 40
+
+    def _measure_blocks(self, trainer: Any, module: Any) -> torch.Tensor:
+        if self._known is None:
+            self._known = 0, self.given.pop(0)
+        return self._known[1]
+
+
+def acted(share: RecoveredShare, folder: Path, times: int = 1) -> None:
+    trainer: Any = SimpleNamespace(
+        global_step=0,
+        loggers=[],
+        is_global_zero=True,
+        progress_bar_callback=None,
+        default_root_dir=str(folder),
+    )
+    for _ in range(times):
+        share.before_compression(trainer, None)  # type: ignore[arg-type]
+        share.after_compression(trainer, None)  # type: ignore[arg-type]
+
+
+def test_what_is_lost_within_the_noise_is_no_share(tmp_path: Path) -> None:
+    """The same mean is lost: by every block, or by one block, where a draw without it has lost nothing."""
+    start = [50.0, 20.0, 30.0, 40.0]
+    sure = Measured(start, [51.0, 21.0, 31.0, 41.0])
+    acted(sure, tmp_path)
+    assert sure.lost == pytest.approx(0.1) and sure.share(3.55) == pytest.approx(0.5)
+    unsure = Measured(start, [54.0, 20.0, 30.0, 40.0])
+    acted(unsure, tmp_path)
+    assert unsure.lost == pytest.approx(0.1) and unsure.share(3.55) is None
+    assert unsure._in_words(None) == "too little was lost to give a share"
+    numbers = json.loads((tmp_path / "results" / "recovery.json").read_text())
+    assert numbers["lost_interval"][0] == 0 < numbers["lost"] < numbers["lost_interval"][1]
+
+
+def test_an_act_that_lowers_the_loss_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    share = Measured([50.0, 20.0, 30.0, 40.0], [54.0, 24.0, 34.0, 44.0], [53.0, 23.0, 33.0, 43.0])
+    acted(share, tmp_path, times=2)
+    first, second = (line for line in capsys.readouterr().out.splitlines() if "after compressing" in line)
+    assert "lowered" not in first
+    assert second.endswith(
+        "3.9000 before: it lowered the loss by 0.1000, which counts against what other compressions lost"
+    )
+    assert [item["added"] for item in share.boundaries] == pytest.approx([0.4, -0.1]) and share.lost == pytest.approx(
+        0.3
+    )
+
+
+def go(
+    folder: Path, share: RecoveredShare, *more: Any, steps: int, path: Path | None = None, **options: Any
+) -> Trainer:
+    trainer = Trainer(
+        max_steps=steps,
+        default_root_dir=folder,
+        accelerator="cpu",
+        callbacks=[share, *more, LastCheckpoint(100)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(tiny_module(), loader(batches(6)), ckpt_path=path, weights_only=True)
+    return trainer
+
+
+def test_other_blocks_after_a_resume_are_no_share(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    saved = last_checkpoint(tmp_path)
+    first = RecoveredShare(3, batches=VALIDATION)
+    go(tmp_path, first, compress(1, ml.ExpertDrop(keep=2)), steps=2)
+    others = batches(4, seed=9)
+    second = RecoveredShare(3, batches=others)
+    with pytest.warns(UserWarning, match="the validation blocks are not those on which"):
+        go(tmp_path, second, compress(1, ml.ExpertDrop(keep=2)), steps=3, path=saved)
+    last = second.boundaries[-1]
+    assert last["event"] == "end" and last["recovered_share"] is None
+    assert last["tokens"] == 90 != first.boundaries[-1]["tokens"] and second.share(1.0) is None
+    assert (second.before, second.lost) == (first.before, first.lost)
+    # With the first ones again all is well; not if something was lost on others.
+    recwarn.clear()
+    third = RecoveredShare(3, batches=VALIDATION)
+    go(tmp_path, third, compress(1, ml.ExpertDrop(keep=2)), steps=4, path=saved)
+    assert not third._other_blocks and not any("validation blocks" in str(item.message) for item in recwarn)
+    more = [compress(1, ml.ExpertDrop(keep=2)), compress(4, ml.RTN(group_size=16))]
+    fourth = RecoveredShare(3, batches=others)
+    with pytest.warns(UserWarning, match="the validation blocks are not those on which"):
+        go(tmp_path, fourth, *more, steps=5, path=saved)
+    assert fourth.lost == first.lost and fourth.boundaries[-2]["event"] == "compressed"
+    with pytest.warns(UserWarning, match="the validation blocks are not those on which"):
+        go(tmp_path, RecoveredShare(3, batches=VALIDATION), *more, steps=6, path=saved)
+
+
+class UseUp(Callback):
+    """Let the time be up after the second step."""
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == 2:
+            next(item for item in trainer.callbacks if isinstance(item, Timer))._duration = 0.0
+
+
+def test_where_only_the_time_was_up_there_is_no_end(tmp_path: Path) -> None:
+    share = RecoveredShare(2, batches=VALIDATION)
+    trainer = go(tmp_path, share, compress(1, ml.ExpertDrop(keep=2)), UseUp(), steps=6, max_time="01:00:00:00")
+    assert trainer.global_step == 2
+    assert [item["event"] for item in share.boundaries] == ["compressed"]
+    again = RecoveredShare(2, batches=VALIDATION)
+    go(tmp_path, again, compress(1, ml.ExpertDrop(keep=2)), steps=3, path=last_checkpoint(tmp_path))
+    assert [item["event"] for item in again.boundaries] == ["compressed", "end"]
+
+
+def test_a_compression_at_the_end_is_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    share = RecoveredShare(3, batches=VALIDATION)
+    go(tmp_path, share, compress("end", ml.ExpertDrop(keep=2)), steps=2)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("in all: ")]
+    last = share.boundaries[-1]
+    assert last["event"] == "compressed" and len(said) == 1
+    assert said[0].startswith(
+        f"in all: loss {share.before:.4f} nats per token before any compression, {share.compressed:.4f} with all that "
+        f"compressions cost, {last['loss']:.4f} now: "
+    )
+    assert said[0].endswith("(78 tokens)")
+    go(tmp_path / "other", RecoveredShare(3, batches=VALIDATION), compress(1, ml.ExpertDrop(keep=2)), steps=2)
+    assert "in all" not in capsys.readouterr().out
