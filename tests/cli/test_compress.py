@@ -134,6 +134,19 @@ def test_a_compressed_folder_is_compressed_further(place: Path, tmp_path: Path) 
     assert all(isinstance(edit, KeepExperts) for edit in plan.edits[-3:])
 
 
+def test_a_folder_with_low_rank_terms(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lora = "[{class_path: LoRA, init_args: {rank: 2}}]"
+    assert compress(place, "--output", str(tmp_path / "lora"), "--methods", lora) == 0
+    assert re.search(r"^6 modules changed: ", capsys.readouterr().out, re.MULTILINE)
+    terms, drop = str(tmp_path / "lora"), "{class_path: ExpertDrop, init_args: {keep: 5}}"
+    assert compress(place, "--output", str(tmp_path / "no"), "--methods", f"[{drop}]", model=terms) == 2
+    found = capsys.readouterr().err
+    assert "its experts have low-rank terms" in found and "'methods: [{class_path: MergeLoRA}, ...]'" in found
+    methods = f"[{{class_path: MergeLoRA}}, {drop}]"
+    assert compress(place, "--output", str(tmp_path / "yes"), "--methods", methods, model=terms) == 0
+    assert re.search(r"^compressed 6 modules: ", capsys.readouterr().out, re.MULTILINE)
+
+
 def bad_model(place: Path, kind: str) -> str:
     """Make a folder that cannot be compressed, next to the good one."""
     target = place / kind
