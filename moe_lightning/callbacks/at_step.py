@@ -101,6 +101,8 @@ class AtStep(Callback):
             raise ValueError(f"{type(self).__name__}: at_step must be a step number >= 0 or 'end', got {at_step!r}")
         self.at_step = at_step
         self.done = False
+        self.takes_end = True
+        """Whether ``at_step`` could be ``end``, for a message."""
         self._stopped: bool | None = None  # at the end: whether only the time was up
 
     @property
@@ -144,9 +146,10 @@ class AtStep(Callback):
             say(trainer, f"{type(self).__name__}: step {last} does not come in a fast_dev_run")
             return
         if first >= total:
+            or_end = " or 'end'" if self.takes_end else ""
             raise ValueError(
                 f"{type(self).__name__}: at_step={self.at_step} lies beyond the run, which has {total:.0f} steps: "
-                "choose a smaller step or 'end'"
+                f"choose a smaller step{or_end}, or give the run more"
             )
         if last >= total:
             raise ValueError(

@@ -77,6 +77,7 @@ class Compress(AtStep):
         super().__init__(at_step)
         self.methods = as_methods(methods)
         self.acts = acts_of(self.methods)
+        self.takes_end = len(self.acts) == 1
         if at_step == "end" and len(self.acts) > 1:
             raise ValueError(
                 "Compress: a schedule needs training between its steps: give at_step a step number, or the method a "
@@ -157,6 +158,11 @@ class Compress(AtStep):
         """When it acts for the last time."""
         return "end" if self.at_step == "end" else self.at_step + self.acts[-1].after_steps
 
+    @property
+    def ends_the_run(self) -> bool:
+        """Whether it has changed the model at the end of the run, behind which there is no more training."""
+        return self.at_step == "end" and self.done and self.changed
+
     # ------------------------------------------------------------ before the run
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -188,7 +194,7 @@ class Compress(AtStep):
             ValueError: A step lies beyond the run; or this acted at the end of a run that now has more steps.
         """
         super().on_train_start(trainer, pl_module)
-        if self.at_step == "end" and self.done and self.changed and trainer.global_step < total_steps(trainer):
+        if self.ends_the_run and trainer.global_step < total_steps(trainer):
             raise ValueError(
                 f"Compress at the end: the run had ended, at step {trainer.global_step}, and its model was compressed "
                 f"by {', '.join(self._applied or map(repr, self.methods))}, which would not happen again after more "

@@ -195,7 +195,7 @@ def test_compressing_after_novice_tuning_began(tmp_path: Path) -> None:
         ([NoviceTuning(2), compress(2)], "there will be no novices"),
         ([compress(2, ml.ExpertDrop(keep=4)), NoviceTuning(3)], "there will be no novices"),
         ([compress("end"), NoviceTuning(3)], "there will be no novices"),
-        ([compress(8)], "at_step=8 lies beyond the run, which has 8 steps"),
+        ([compress(8)], "which has 8 steps: choose a smaller step or 'end', or give the run more"),
         ([compress(2, ml.ExpertDrop(keep=3)), compress(4, ml.ExpertDrop(keep=4))], "keep=4 is more than the 3 experts"),
         ([compress(2, ml.ExpertDrop(keep=1))], "picks 2: .*set keep to at least 2"),
         (

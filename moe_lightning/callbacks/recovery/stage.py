@@ -87,7 +87,7 @@ class RecoveryStage(AtStep):
             raise ValueError(
                 f"{name}: warmup_steps={warmup_steps} needs a learning_rate; None is the module's schedule"
             )
-        self.first_step = at_step
+        self.first_step, self.takes_end = at_step, False
         self.steps = steps
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
