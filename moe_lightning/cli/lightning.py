@@ -37,7 +37,7 @@ from moe_lightning.cli.dry_options import Asked, describe_model
 from moe_lightning.cli.errors import TRACEBACK_VARIABLE, OneLineErrors
 from moe_lightning.cli.fit_dry_run import print_dry_run
 from moe_lightning.cli.messages import for_the_command, readable_messages
-from moe_lightning.cli.run_callbacks import NoteBeginning, SaveRunConfig, check_names, recovered_share
+from moe_lightning.cli.run_callbacks import NoteBeginning, SaveRunConfig, check_names, how_to_go_on, recovered_share
 from moe_lightning.cli.run_directory import RunDirectory
 from moe_lightning.cli.trainer_options import clip_validation
 from moe_lightning.data import TextDataModule, holds_tokenizer
@@ -352,10 +352,7 @@ class MoELightningCLI(LightningCLI):
     def after_fit(self) -> None:
         """Say so where there was nothing left to do."""
         if self.checkpoint_file is not None and not self.beginning.has_begun:
-            print(
-                f"nothing to do: the run has ended, at step {self.trainer.global_step}; to go on, give it more steps "
-                "by --trainer.max_steps"
-            )
+            print(f"nothing to do: the run has ended, at step {self.trainer.global_step}{how_to_go_on(self.trainer)}")
 
     @rank_zero_only
     def _write_results(self) -> None:

@@ -95,3 +95,15 @@ def recovered_share(callbacks: Sequence[Callback], validation: float) -> list[Ca
     compresses = any(isinstance(callback, Compress) for callback in callbacks)
     measured = any(isinstance(callback, RecoveredShare) for callback in callbacks)
     return [RecoveredShare()] if compresses and validation and not measured else []
+
+
+def how_to_go_on(trainer: Trainer) -> str:
+    """Say how a run that has ended goes on; nothing where a compression at its end forbids it.
+
+    Args:
+        trainer: The trainer, with the states of the run's last checkpoint.
+    """
+    found = [callback for callback in trainer.callbacks if isinstance(callback, Compress)]  # type: ignore[attr-defined]
+    if any(callback.ends_the_run for callback in found):
+        return ", and its model was compressed there; to go on, start a new run from the folder that was exported then"
+    return "; to go on, give it more steps by --trainer.max_steps"

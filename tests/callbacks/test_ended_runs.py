@@ -103,7 +103,8 @@ def test_what_is_left_at_the_end_is_done(moment: str, runs: tuple[Path, dict[str
     results = "results/recovery.json"
     assert json.loads((folder / moment / results).read_text()) == json.loads((folder / "whole" / results).read_text())
     # Then everything is done.
-    assert statuses[f"{moment} again"] == 0 and "nothing to do: the run has ended, at step 4" in logs["again"]
+    assert statuses[f"{moment} again"] == 0
+    assert "nothing to do: the run has ended, at step 4, and its model was compressed there" in logs["again"]
 
 
 def test_more_steps_behind_a_compressed_end_are_refused(runs: tuple[Path, dict[str, int]]) -> None:

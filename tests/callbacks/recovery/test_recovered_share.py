@@ -83,6 +83,7 @@ def test_equals_measuring_by_hand(
     given = [first, *callbacks(), share, last]
     fit(tiny_module(), tmp_path, given, steps=9, validation=VALIDATION, val_check_interval=3)
     before = first.found["start", 2]
+    assert share.before is not None
     lost = last.found["start", 2] - before + (last.found["start", 4] - first.found["start", 4])
     assert share.before == pytest.approx(before) and share.lost == pytest.approx(lost, abs=1e-6)
     assert share.compressed == pytest.approx(before + lost)
