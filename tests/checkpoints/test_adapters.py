@@ -274,7 +274,7 @@ def test_a_model_of_another_structure_is_refused(saved: Path, tmp_path: Path) ->
     other = tiny_mixtral()
     apply_filled(other, [NoviceExperts(0, (1,)), *BASES["int4"]])
     refused(other, saved, "decoder layer 0 of it was")
-    refused(adapted_mixtral("int4"), saved, "have low-rank terms already: merge them first")
+    refused(adapted_mixtral("int4"), saved, "has low-rank terms already: merge them first")
 
 
 def test_folders_that_are_incomplete_or_damaged_are_refused(saved: Path, tmp_path: Path) -> None:

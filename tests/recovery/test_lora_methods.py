@@ -304,7 +304,7 @@ def test_a_model_without_terms_has_nothing_to_merge() -> None:
 def test_terms_twice_are_refused_before_anything_is_done() -> None:
     model = adapted_mixtral()
     state = everything_of(model)
-    with pytest.raises(ValueError, match="have low-rank terms already: merge them first"):
+    with pytest.raises(ValueError, match=r"ha(s|ve) low-rank terms already: merge them first"):
         compress(model, ml.LoRA(rank=2))
     assert all(torch.equal(tensor, state[name]) for name, tensor in everything_of(model).items())
 
@@ -337,7 +337,7 @@ def test_methods_that_change_such_matrices_refuse_before_any_work(method: Any) -
         read.append(1)
         yield from CALIBRATION
 
-    with pytest.raises(ValueError, match=r"low-rank terms beside them: merge those first \(MergeLoRA\)"):
+    with pytest.raises(ValueError, match=r"low-rank terms: fold .* MergeLoRA in front"):
         compress(model, method, batches=batches())
     assert not read, "calibration data was read before"
     assert all(torch.equal(tensor, state[name]) for name, tensor in everything_of(model).items())

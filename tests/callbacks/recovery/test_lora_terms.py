@@ -70,9 +70,7 @@ def test_terms_of_another_kind_are_refused_before_the_run(options: Any, tmp_path
     module, behind = tiny_module(), Behind()
     module.configure_model()
     ml.compress(module.model, None, [ml.LoRA(rank=2, targets="attention")], progress=False)
-    message = (
-        r"LoRARecovery at step 1.*: layer 0: its attention have low-rank terms already, of rank 2 and alpha 4, not"
-    )
+    message = r"LoRARecovery at step 1.*: layer 0: its attention has low-rank terms already, of rank 2 and alpha 4, not"
     with pytest.raises(ValueError, match=message):
         fit(module, tmp_path, [stage("LoRARecovery", 1, **options), behind], steps=3)
     assert not behind.states
