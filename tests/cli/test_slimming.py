@@ -351,7 +351,7 @@ SCHEDULE = WANDA % "sparsity: {start: 0, end: 0.5, steps: %d, every: 2}"
         (methods("{class_path: GPTQ}"), "group_size 128 does not divide the input size 32"),
         (
             methods("{class_path: GPTQ, init_args: {group_size: 16}}", starved="top_up"),
-            "Compress: starved='top_up', but there are no further calibration batches",
+            "Compress: starved: top_up, but there are no further calibration batches",
         ),
         (
             methods("{class_path: RTN}", starved="some"),
