@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from typing import Any, Literal, cast
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from moe_lightning.architectures import architecture_of
 from moe_lightning.callbacks.ended_runs import finish_ended_runs, trained_nothing
+from moe_lightning.plan import CompressionPlan
 
 Moment = int | Literal["end"]
 
@@ -70,6 +72,29 @@ def total_steps(trainer: Trainer) -> float:
     return trainer.estimated_stepping_batches
 
 
+def remember_plan(module: LightningModule, plan: CompressionPlan) -> None:
+    """Let a module know the plan whose structure its model has now, where it takes it, for its checkpoints."""
+    set_plan: Any = getattr(module, "set_plan", None)
+    if set_plan is not None:
+        set_plan(plan)
+
+
+def warn_of_no_plan(module: LightningModule, when: str, of_what: str) -> None:
+    """Warn where a module takes no plan.
+
+    Args:
+        module: The module.
+        when: Which of its checkpoints will be lacking.
+        of_what: What those will not know.
+    """
+    if not hasattr(module, "set_plan"):
+        warnings.warn(
+            f"{type(module).__name__} has no set_plan: a checkpoint saved {when} will not know {of_what}, so a run "
+            "cannot be resumed from it. MixtralModule can",
+            stacklevel=3,
+        )
+
+
 def time_was_up(trainer: Trainer) -> bool:
     """Say whether training ended only because a Timer (``--trainer.max_time``) ran out: it can go on where it is.
 
@@ -81,7 +106,55 @@ def time_was_up(trainer: Trainer) -> bool:
     return bool(trainer.strategy.broadcast(any(time is not None and time <= 0 for time in left)))
 
 
-class AtStep(Callback):
+class AtTheEnd(Callback):
+    """Base of callbacks that do something when training ends: once it really has, also where a run was killed before.
+
+    The end is that of training, after the last step or because a callback such as EarlyStopping ended it; not where
+    only the time was up (``max_time``) and the run is to go on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stopped: bool | None = None  # at the end: whether only the time was up
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget how an earlier run ended, should that have failed, and see to it that an ended one is finished."""
+        self._stopped = None
+        if stage == "fit":
+            finish_ended_runs(trainer)
+
+    @abstractmethod
+    def outstanding(self, trainer: Trainer) -> bool:
+        """Say whether a run that has trained all its steps lacks what this does at the end.
+
+        Args:
+            trainer: The trainer, with the states of a checkpoint loaded.
+        """
+
+    def training_over(self, trainer: Trainer, module: LightningModule, stopped: bool) -> None:
+        """Take note that training is over; called once, of all, before anything at the end acts.
+
+        Args:
+            trainer: The trainer.
+            module: Its module.
+            stopped: Only the time was up.
+        """
+        self._stopped = stopped
+
+    def has_ended(self, trainer: Trainer, module: LightningModule) -> bool:
+        """Say, once in ``on_train_end``, whether training has ended; False where only the time was up.
+
+        Args:
+            trainer: The trainer.
+            module: Its module.
+        """
+        if self._stopped is None:
+            note_training_over(trainer, module)
+        stopped, self._stopped = bool(self._stopped), None
+        return not stopped
+
+
+class AtStep(AtTheEnd):
     """Act once, before the first batch after ``at_step`` optimizer steps, or when training ends.
 
     Never inside gradient accumulation: the first batch after a step is the first of the next one. A resumed run does
@@ -103,7 +176,6 @@ class AtStep(Callback):
         self.done = False
         self.takes_end = True
         """Whether ``at_step`` could be ``end``, for a message."""
-        self._stopped: bool | None = None  # at the end: whether only the time was up
 
     @property
     def state_key(self) -> str:
@@ -167,41 +239,18 @@ class AtStep(Callback):
         if not self.done and self.at_step != "end" and trainer.global_step >= cast(int, self.next_step):
             self._act_once(trainer, pl_module)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget how an earlier run ended, should that have failed, and see to it that an ended one is finished."""
-        self._stopped = None
-        if stage == "fit":
-            finish_ended_runs(trainer)
-
     @property
     def waits_for_end(self) -> bool:
         """Whether there is something that it will do when training ends."""
         return self.at_step == "end" and not self.done
 
     def outstanding(self, trainer: Trainer) -> bool:
-        """Say whether a run that has trained all its steps lacks what this does at the end.
-
-        Args:
-            trainer: The trainer, with the states of a checkpoint loaded.
-        """
+        """Say whether it still waits; see :meth:`AtTheEnd.outstanding`."""
         return self.waits_for_end
-
-    def training_over(self, trainer: Trainer, module: LightningModule, stopped: bool) -> None:
-        """Take note that training is over; called once, of all, before anything at the end acts.
-
-        Args:
-            trainer: The trainer.
-            module: Its module.
-            stopped: Only the time was up.
-        """
-        self._stopped = stopped
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Act at the end; where only the time was up, leave everything as it is, to go on with."""
-        if self._stopped is None:
-            note_training_over(trainer, pl_module)
-        stopped, self._stopped = bool(self._stopped), None
-        if self.waits_for_end and not stopped:
+        if self.has_ended(trainer, pl_module) and self.waits_for_end:
             self._act_once(trainer, pl_module)
 
     def _act_once(self, trainer: Trainer, module: LightningModule) -> None:

@@ -9,7 +9,15 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from moe_lightning.architectures import architecture_of
-from moe_lightning.callbacks.at_step import AtStep, Moment, language_model, tell, total_steps
+from moe_lightning.callbacks.at_step import (
+    AtStep,
+    Moment,
+    language_model,
+    remember_plan,
+    tell,
+    total_steps,
+    warn_of_no_plan,
+)
 from moe_lightning.callbacks.compression_log import log_compression
 from moe_lightning.callbacks.course import Change, in_words, shape_at
 from moe_lightning.callbacks.gradual import Act, acts_of
@@ -180,12 +188,7 @@ class Compress(AtStep):
         shape_at(trainer, architecture_of(model).shape(model), last, included=True)
         self._calibration(trainer)
         self._top_up(trainer)
-        if not hasattr(pl_module, "set_plan"):
-            warnings.warn(
-                f"{type(pl_module).__name__} has no set_plan: a checkpoint saved after the compression will not know "
-                "its plan, so a run cannot be resumed from it. MixtralModule can",
-                stacklevel=2,
-            )
+        warn_of_no_plan(pl_module, "after the compression", "its plan")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find a step that never comes, and a run that would train on behind its end, before the first batch.
@@ -266,9 +269,7 @@ class Compress(AtStep):
                 max_moment_bytes=self.max_moment_bytes,
             )
         wrap_again(trainer, module)
-        set_plan: Any = getattr(module, "set_plan", None)
-        if set_plan is not None:
-            set_plan(result.plan)
+        remember_plan(module, result.plan)
         note = ""
         if len(self.acts) > 1:
             taken = "" if act.share is None else f", {act.share:.1%} {act.taken}"

@@ -25,7 +25,6 @@ from moe_lightning.compression.layerwise import need_batches
 from moe_lightning.data import TextDataModule
 from moe_lightning.modules import MixtralModule
 from moe_lightning.plan import ModelShape
-from moe_lightning.recovery import LoRA
 from moe_lightning.recovery.logit_cache import CacheHeader
 from moe_lightning.sizes import measure
 from moe_lightning.surgery import apply_plan, open_stacks, plan_of
@@ -229,8 +228,7 @@ def _change_row(model: Any, data: TextDataModule, asked: Asked, step: float, own
         raise ValueError(f"{owner} {in_words(step)}: {error}") from None
     if not edits:
         return None  # rounded to whole experts, nothing more goes
-    adds_only = all(isinstance(method, LoRA) for method in act.methods)  # what it adds is all that it makes
-    memory = measure(model).bytes + (0 if adds_only else made_bytes(shape, act.methods))
+    memory = measure(model).bytes + made_bytes(shape, act.methods)
     if owner == "Compress" and need_batches(act.methods):
         batch = data.eval_batch_size * data.block_size
         count = data.options.num_blocks("calibration") if asked.only_sizes else len(data.blocks("calibration"))

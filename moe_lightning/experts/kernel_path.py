@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from moe_kernels import NoviceMaps, add_novices
+from moe_kernels import NoviceMaps
 from moe_kernels.experts import Activation
 from torch import Tensor, nn
 
@@ -246,7 +246,7 @@ def train_by_kernels(
     Returns:
         ``[N, H]`` in the type of the input; None where these kernels do not know the weights.
     """
-    from moe_kernels.triton_kernels.training.operation import train_experts, why_not_train
+    from moe_kernels.triton_kernels.training.operation import train_experts_with_novices, why_not_train
     from moe_kernels.triton_kernels.weight_forms import form_of
 
     if not storage.num_slots:
@@ -255,13 +255,12 @@ def train_by_kernels(
     # They read no 2:4 weights: what an expansion made would have to be kept for the way back.
     if form_of(inputs.gate_up) == "sparse24" or why_not_train(hidden_NH, inputs.gate_up, inputs.down, lora) is not None:
         return None
-    slot_map_E, novices = inputs.slot_map_E, inputs.novices
-    mixed_NH = train_experts(
-        hidden_NH, index_NK, weight_NK, slot_map_E, inputs.gate_up, inputs.down, lora, scales, inputs.bias_SH
-    )
+    slot_map_E, gate_up, down, novices, bias_SH = inputs
     maps = NoviceMaps(*novices[1:]) if len(novices) > 1 else None
     vectors_VH = novices[0] if novices else None
-    return add_novices(mixed_NH, index_NK, weight_NK, slot_map_E, vectors_VH, hidden_NH, maps).to(hidden_NH.dtype)
+    return train_experts_with_novices(
+        hidden_NH, index_NK, weight_NK, slot_map_E, gate_up, down, lora, scales, vectors_VH, maps, bias_SH
+    ).to(hidden_NH.dtype)
 
 
 def _lora_inputs(storage: Dense | Packed) -> tuple[list[Tensor], list[float]]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 
 from moe_lightning.architectures import architecture_of
-from moe_lightning.callbacks.at_step import language_model, say
+from moe_lightning.callbacks.at_step import language_model, remember_plan, say, warn_of_no_plan
 from moe_lightning.callbacks.compression_log import log_compression
 from moe_lightning.callbacks.course import Change
 from moe_lightning.callbacks.gradual import Act
@@ -154,12 +154,8 @@ class LoRARecovery(RecoveryStage):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find what cannot work, before anything is trained; see :class:`RecoveryStage`."""
         super().on_fit_start(trainer, pl_module)
-        if not self.left and not hasattr(pl_module, "set_plan"):
-            warnings.warn(
-                f"{type(pl_module).__name__} has no set_plan: a checkpoint saved while LoRARecovery lasts will not "
-                "know of its terms, so a run cannot be resumed from it. MixtralModule can",
-                stacklevel=2,
-            )
+        if not self.left:
+            warn_of_no_plan(pl_module, "while LoRARecovery lasts", "of its terms")
 
     def change(self, trainer: Trainer, module: LightningModule) -> None:
         """Add the terms that are not there; they are zero."""
@@ -202,8 +198,6 @@ class LoRARecovery(RecoveryStage):
             optimizers=trainer.optimizers,
             progress=False,
         )
-        set_plan: Any = getattr(module, "set_plan", None)
-        if set_plan is not None:
-            set_plan(result.plan)
+        remember_plan(module, result.plan)
         log_compression(trainer, result, Act(0, (method,)), f"{name}-{step}", note)
         return result

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from moe_lightning.callbacks.at_step import language_model, note_training_over, say
-from moe_lightning.callbacks.ended_runs import finish_ended_runs
+from moe_lightning.callbacks.at_step import AtTheEnd, language_model, say
 from moe_lightning.callbacks.random_state import random_states, set_random_states
 from moe_lightning.evaluation import evaluate
 from moe_lightning.evaluation.intervals import Interval, mean_interval
@@ -27,7 +26,7 @@ MIXED = "several"
 """In the place of a fingerprint: what was lost was not measured on the same blocks throughout."""
 
 
-class RecoveredShare(Callback):
+class RecoveredShare(AtTheEnd):
     """Measure the next-token loss around compressions and stages, and say which share of what was lost came back.
 
     It measures on the same batches of the validation split before the first compression, before and after each one,
@@ -77,7 +76,6 @@ class RecoveredShare(Callback):
         self._tokens_B: Tensor | None = None
         self._fingerprint: str | None = None  # of the blocks that what was lost was measured on
         self._other_blocks = False  # than those
-        self._stopped: bool | None = None
         self._closing = False
 
     # ------------------------------------------------------------ state
@@ -184,10 +182,9 @@ class RecoveredShare(Callback):
     # ------------------------------------------------------------ moments
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """See to it that a run that had ended is finished."""
-        self._stopped, self._closing = None, False
-        if stage == "fit":
-            finish_ended_runs(trainer)
+        """Begin anew; see :class:`~moe_lightning.callbacks.at_step.AtTheEnd`."""
+        super().setup(trainer, pl_module, stage)
+        self._closing = False
 
     def outstanding(self, trainer: Trainer) -> bool:
         """Say whether the end of an ended run was not measured."""
@@ -251,15 +248,9 @@ class RecoveredShare(Callback):
         if self.before is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._log(trainer, self._measure(trainer, pl_module))
 
-    def training_over(self, trainer: Trainer, module: LightningModule, stopped: bool) -> None:
-        """Take note that training is over; see :class:`~moe_lightning.callbacks.at_step.AtStep`."""
-        self._stopped = stopped
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the end, unless it was measured at the same step, or only the time was up."""
-        if self._stopped is None:
-            note_training_over(trainer, pl_module)
-        self._closing = not self._stopped
+        self._closing = self.has_ended(trainer, pl_module)
         if self._closing and self.before is not None and self.boundaries[-1]["step"] != trainer.global_step:
             self._boundary(trainer, pl_module, "end")
 

@@ -360,15 +360,16 @@ class RecoveryStage(AtStep):
 
     def leave(self, trainer: Trainer, module: LightningModule) -> None:
         """End the stage."""
-        if self.entered and not self.left:
+        lasts = self.waits_for_end
+        if lasts:
             self._release(module)
             self.change_back(trainer, module)
             wrap_again(trainer, module)
-            self.left = self.done = True
+        self.left = self.done = True
+        if lasts:
             self._left_at = trainer.global_step
             say(trainer, f"step {trainer.global_step}: {type(self).__name__} is over")
             tell(trainer, "after_stage", module, self)
-        self.left = self.done = True
 
     def _release(self, module: LightningModule) -> None:
         if not self._active:

@@ -283,22 +283,22 @@ class TeacherSource:
         return teacher
 
     def _load(self, trainer: Trainer, module: LightningModule) -> ModelTeacher:
-        if self.kind == "before":
+        before, student = self.kind == "before", language_model(module)
+        folder = self.folder(trainer) if before else Path(self.name)
+        if before:
             # Acts that found nothing to do did not ask to keep the model: it is still the one before.
             self.before_compression(trainer, module)
-        folder = self.folder(trainer) if self.kind == "before" else Path(self.name)
-        student = language_model(module)
-        if self.kind == "before":
             _check_kept(folder)
         dtype = self._dtype(trainer, student)
+        # One that was kept in another type is known by the numbers that it was kept with; they are mapped.
+        as_kept = before and dtype != student.dtype
         try:
-            if self.kind == "before" and dtype != student.dtype:
-                # It is known by the numbers that it was kept with; they are mapped.
+            if as_kept:
                 self._recognise(fingerprint(from_pretrained(folder, student.dtype)))
             model = from_pretrained(folder, dtype, torch.device(module.device))
         except OSError as error:
             raise ValueError(f"teacher={self.name}: {error}") from None
-        if self.kind != "before" or dtype == student.dtype:
+        if not as_kept:
             self._recognise(fingerprint(model))
         implementation = getattr(module, "experts_implementation", None)
         if implementation is not None:
