@@ -26,6 +26,7 @@ from moe_lightning.cli.commands import (
 from moe_lightning.cli.prepared import check_zeros
 from moe_lightning.compression.layerwise import measures
 from moe_lightning.data import TextDataModule
+from moe_lightning.evaluation.comparison import predictions_bytes
 from moe_lightning.files import check_writable, write_atomically
 from moe_lightning.plan import ModelShape
 from moe_lightning.slimming.policy import SlimmingPolicy, Starved
@@ -35,7 +36,6 @@ from moe_lightning.statistics.second_moments import MAX_BYTES, second_moment_byt
 from moe_lightning.sweep.bench import Bench, Job, low_rank_of
 from moe_lightning.sweep.figures import write_figures
 from moe_lightning.sweep.grid import Cell, Grid, cells_of
-from moe_lightning.sweep.measurement import predictions_bytes
 from moe_lightning.sweep.notes import named, own_passes
 from moe_lightning.sweep.results import Baseline, csv_text, markdown_text, rows_of
 from moe_lightning.sweep.run import results_of, run_cells, shared_fits, shared_needs, shared_statistics

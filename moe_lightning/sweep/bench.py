@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 
 from moe_lightning.checkpoints import from_pretrained
 from moe_lightning.compression import compress
+from moe_lightning.evaluation.comparison import Batch, ReferencePredictions
 from moe_lightning.plan import CompressionPlan
 from moe_lightning.sizes import measure
 from moe_lightning.slimming.policy import SlimmingPolicy
 from moe_lightning.statistics import Statistics
 from moe_lightning.surgery import plan_of
 from moe_lightning.sweep.grid import Cell
-from moe_lightning.sweep.measurement import Batch, Teacher
 from moe_lightning.sweep.notes import measured
 from moe_lightning.sweep.store import CellResult
 from moe_lightning.trimming import Novices
@@ -83,7 +83,7 @@ class Bench:
         if job.threads is not None:
             torch.set_num_threads(job.threads)
         self.model = self._load()
-        self.teacher = Teacher(self.model, job.held_out, job.teacher_bytes, self._load)
+        self.teacher = ReferencePredictions(self.model, job.held_out, job.teacher_bytes, self._load)
 
     def _load(self) -> PreTrainedModel:
         return from_pretrained(self.job.folder, self.job.dtype, self.job.device)

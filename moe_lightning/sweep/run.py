@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from moe_lightning.criteria import collect
+from moe_lightning.evaluation.comparison import Batch
 from moe_lightning.statistics import Statistics
 from moe_lightning.statistics.low_rank import LowRankFit, collect_low_rank
 from moe_lightning.sweep.bench import Bench, Job, low_rank_of, measure_here, start_process
 from moe_lightning.sweep.grid import Cell
-from moe_lightning.sweep.measurement import Batch
 from moe_lightning.sweep.store import ORIGINAL, CellResult, SweepFolder
 
 FIGURE_NEEDS = frozenset({"routing", "outputs", "layers", "blocks", "similarity"})

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_lightning.evaluation.comparison import BlockScores
 from moe_lightning.files import write_atomically
 from moe_lightning.plan import CompressionPlan
 from moe_lightning.sizes import ModelSize
-from moe_lightning.sweep.measurement import BlockScores
 from moe_lightning.sweep.notes import Measured
 
 ORIGINAL = "original"

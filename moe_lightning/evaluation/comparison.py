@@ -1,4 +1,4 @@
-"""What is measured on a compressed model: likelihood, and divergence from the model before, on the same tokens.
+"""A model against another one on the same tokens: likelihood, divergence, agreement, block by block.
 
 B blocks, S tokens per block, V vocabulary.
 """
@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_lightning.architectures.modes import evaluation_mode
-from moe_lightning.evaluation import LikelihoodResult, block_sums
-from moe_lightning.evaluation.likelihood import NOT_IN_LOSS
+from moe_lightning.evaluation.likelihood import NOT_IN_LOSS, LikelihoodResult, block_sums
 
 Batch = Mapping[str, Tensor]
 
@@ -95,7 +94,7 @@ def _prediction(logits: Tensor) -> Prediction:
     return Prediction(wide.log_softmax(-1), logits.argmax(-1))
 
 
-class Teacher:
+class ReferencePredictions:
     """The uncompressed model's predictions on the held-out batches, kept as far as memory allows.
 
     Args:
@@ -175,7 +174,7 @@ class Teacher:
         return BlockScores(**{name: values[used] for name, values in joined.items()})
 
 
-def _score_batch(logits: Tensor, teacher: Prediction, batch: Batch) -> dict[str, Tensor]:
+def _score_batch(logits: Tensor, reference: Prediction, batch: Batch) -> dict[str, Tensor]:
     labels = _labels(batch).to(logits.device)
     token_bytes = batch.get("token_bytes")
     sums = block_sums(logits, labels, None if token_bytes is None else token_bytes.to(logits.device))
@@ -184,9 +183,9 @@ def _score_batch(logits: Tensor, teacher: Prediction, batch: Batch) -> dict[str,
     for block in range(len(labels)):
         counted = labels[block, 1:] != NOT_IN_LOSS
         if bool(counted.any()):
-            divergence[block] = _divergence(teacher.log_probability[block, :-1], logits[block, :-1])[counted].sum()
+            divergence[block] = _divergence(reference.log_probability[block, :-1], logits[block, :-1])[counted].sum()
             likeliest = logits[block, :-1].argmax(-1)
-            agreement[block] = (likeliest == teacher.likeliest[block, :-1])[counted].sum()
+            agreement[block] = (likeliest == reference.likeliest[block, :-1])[counted].sum()
     return {
         "nats": sums.nats,
         "tokens": sums.tokens,
@@ -196,14 +195,14 @@ def _score_batch(logits: Tensor, teacher: Prediction, batch: Batch) -> dict[str,
     }
 
 
-def _divergence(log_teacher: Tensor, logits: Tensor) -> Tensor:
+def _divergence(log_reference: Tensor, logits: Tensor) -> Tensor:
     """Compute what ``moe_lightning.divergence.kl_divergence`` does, in fp32 where that is what the logits are.
 
     The float64 there takes as long as the whole model does on a small one; here errors of 1e-6 nats a token are far
     below the intervals.
     """
-    log_student = logits.to(log_teacher.dtype).log_softmax(-1)
-    return (log_teacher.exp() * (log_teacher - log_student)).sum(-1, dtype=torch.float64)
+    log_student = logits.to(log_reference.dtype).log_softmax(-1)
+    return (log_reference.exp() * (log_reference - log_student)).sum(-1, dtype=torch.float64)
 
 
 def predictions_bytes(tokens: int, vocab_size: int) -> int:
