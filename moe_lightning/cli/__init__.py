@@ -22,6 +22,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "collect": ("moe_lightning.cli.collect", "measure what a checkpoint's experts, layers and blocks do, into a file"),
     "cache-logits": ("moe_lightning.cli.cache_logits", "write a teacher's predictions to files, for recovery"),
     "plan": ("moe_lightning.cli.plan", "try methods out on saved statistics, in seconds and without the model"),
+    "benchmark": ("moe_lightning.cli.benchmark", "time models against each other: prefill, decode, memory, floors"),
+    "report": ("moe_lightning.cli.report", "one page of what a run did, cost and bought; or several runs side by side"),
     "sweep": ("moe_lightning.cli.sweep", "compare methods on one model at equal budgets, with intervals and figures"),
 }
 """Name of each command: the module whose ``main(arguments)`` runs it, and what it does."""
@@ -34,6 +36,8 @@ examples:
   moe-lightning test -c quickstart --ckpt_path last
   moe-lightning compress -c compress --model runs/quickstart/models/original --output runs/smaller
   moe-lightning collect -c compress --model runs/quickstart/models/original --output stats.safetensors
+  moe-lightning benchmark --model runs/smaller --against runs/quickstart/models/original
+  moe-lightning report runs/quickstart
   moe-lightning plan --statistics stats.safetensors --methods "[{class_path: Novices, init_args: {ratio: 0.5}}]"
 """
 
