@@ -46,8 +46,7 @@ def log_compression(trainer: Trainer, result: CompressionResult, act: Act, name:
     }
     if act.share is not None:
         numbers["compression/sparsity" if act.taken == "zeros" else "compression/expert_ratio"] = act.share
-    # Of several methods only the first saw the model as it was.
-    criterion, seed = getattr(act.methods[0], "criterion", None), getattr(act.methods[0], "seed", 0)
+    criterion, seed = _decided_by(act)
     wanted = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
     figures: dict[str, Figure] = {}
     if result.statistics is not None and wanted:
@@ -79,16 +78,26 @@ def compression_record(result: CompressionResult, act: Act, step: int) -> dict[s
         step: When.
 
     Returns:
-        Methods, sizes before and after (in memory, and as the weights are written to disk), and of each module its
-        status, tokens of its experts, statuses and relative errors of its matrices.
+        Methods, criterion and seed of the first one, shapes and sizes before and after (in memory, and as the weights
+        are written to disk), and of each module its status, tokens of its experts, statuses and relative errors of its
+        matrices.
     """
+    criterion, seed = _decided_by(act)
     shapes = {"before": result.shape_before, "after": result.shape_after}
     sizes = {"before": result.size_before, "after": result.size_after}
     return {
         "step": step,
         "methods": list(map(str, act.methods)),
+        "criterion": criterion,
+        "seed": seed,
         "sparsity": act.share if act.taken == "zeros" else None,
         "expert_ratio": act.share if act.taken != "zeros" else None,
         **{name: {**dataclasses.asdict(sizes[name]), "bytes_on_disk": shapes[name].bytes} for name in sizes},
+        **{f"shape_{name}": shape.to_dict() for name, shape in shapes.items()},
         **result.summary(),
     }
+
+
+def _decided_by(act: Act) -> tuple[str | None, int]:
+    """Return criterion and seed of the first method: of several methods only that one saw the model as it was."""
+    return getattr(act.methods[0], "criterion", None), getattr(act.methods[0], "seed", 0)

@@ -228,6 +228,8 @@ def _run(prepared: Prepared, overwrite: bool) -> dict[str, Any]:
             "sequence_length": data.block_size,
             "before": _row(before, prepared.size_before, prepared.disk_before, speed_before),
             "after": _row(after, size, stored_bytes(folder), speed_after),
+            "shape_before": result.shape_before.to_dict(),
+            "shape_after": result.shape_after.to_dict(),
             "compression": result.summary(),
             "compression_seconds": seconds,
             "loaded_again_max_logit_difference": proof,

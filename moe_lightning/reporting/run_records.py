@@ -1,0 +1,158 @@
+"""What the compressions of a run left in its folder, read back."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_lightning.compression import ModuleStatus
+from moe_lightning.plan import CompressionPlan, ModelShape
+from moe_lightning.statistics import Statistics
+
+_PLAN = ".plan.json"
+_NAME = re.compile(r"compression-(\d+|end)(?:-(\d+))?")
+
+
+@dataclass(frozen=True)
+class CompressionRecord:
+    """One compression.
+
+    Attributes:
+        name: Of its files, e.g. ``compression-600``; ``compression`` in a folder of ``moe-lightning compress``.
+        step: Optimizer steps done; None where there was no training.
+        summary: The numbers of its JSON file, those of ``CompressionResult.summary()`` at the top; empty where an
+            earlier release wrote none.
+        plan: The whole plan of the model afterwards, earlier edits included.
+        statistics: What the first method decided by, or None.
+        shape_before: Shape of the model before; None where an earlier release left nothing that tells it.
+        shape_after: The same after.
+    """
+
+    name: str
+    step: int | None
+    summary: dict[str, Any]
+    plan: CompressionPlan
+    statistics: Statistics | None
+    shape_before: ModelShape | None
+    shape_after: ModelShape | None
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods in words; their names only, where an earlier release wrote no more."""
+        told = self.summary.get("methods")
+        return list(told) if told else [str(step.get("method", "")) for step in self._history]
+
+    @property
+    def criterion(self) -> str | None:
+        """What the first method scored experts by, or None."""
+        if "criterion" in self.summary:
+            return self.summary["criterion"]
+        return self._history[0].get("criterion") if self._history else None
+
+    @property
+    def seed(self) -> int:
+        """Seed of the first method."""
+        found = self.summary.get("seed", self._history[0].get("seed") if self._history else None)
+        return int(found or 0)
+
+    @property
+    def modules(self) -> dict[str, ModuleStatus]:
+        """What happened to each module that was changed."""
+        statuses = self.summary.get("modules", {})
+        parts = {name: self.summary.get(name, {}) for name in ("tokens", "matrices", "errors", "losses")}
+        return {
+            name: ModuleStatus(
+                status,
+                {int(expert): count for expert, count in parts["tokens"].get(name, {}).items()},
+                *(parts[part].get(name, {}) for part in ("matrices", "errors", "losses")),
+            )
+            for name, status in statuses.items()
+        }
+
+    @property
+    def _history(self) -> list[dict[str, Any]]:
+        """Return the entries of the plan's history that this compression made: the last ones."""
+        steps = [step for step in self.plan.origin.get("history", []) if isinstance(step, dict)]
+        return steps[-len(self.summary.get("methods") or (None,)) :]
+
+
+def read_compressions(folder: str | Path) -> list[CompressionRecord]:
+    """Read the compressions of a run, or the one of a folder that ``moe-lightning compress`` wrote.
+
+    Args:
+        folder: The run directory, or the output folder.
+
+    Returns:
+        In the order of their steps; empty where there is none. One whose plan was not written any more (the process was
+        killed in between) is left out: a resumed run does it again.
+
+    Raises:
+        ValueError: A file is damaged.
+    """
+    folder, found = Path(folder), []
+    if (folder / "plan.json").is_file() and (folder / "compression.json").is_file():
+        files = [folder / name for name in ("compression.json", "plan.json", "statistics.safetensors")]
+        found.append(_read("compression", *files))
+    plans = {path.name.removesuffix(_PLAN): path for path in (folder / "results").glob(f"compression-*{_PLAN}")}
+    for name in sorted((name for name in plans if _NAME.fullmatch(name)), key=_order):
+        results = folder / "results"
+        found.append(_read(name, results / f"{name}.json", plans[name], results / f"{name}.statistics.safetensors"))
+    return _with_shapes(found)
+
+
+def _order(name: str) -> tuple[float, int]:
+    place = _NAME.fullmatch(name)
+    assert place is not None
+    return math.inf if place[1] == "end" else int(place[1]), int(place[2] or 1)
+
+
+def _read(name: str, numbers: Path, plan: Path, statistics: Path) -> CompressionRecord:
+    try:
+        summary = json.loads(numbers.read_text(encoding="utf-8")) if numbers.is_file() else {}
+        # The command writes the numbers of the compression under a name of their own.
+        summary = {**summary, **summary.pop("compression", {})}
+        shapes = [_shape(summary.get(key)) for key in ("shape_before", "shape_after")]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{numbers} is no record of a compression: {error}") from None
+    try:
+        decided = CompressionPlan.from_json(plan.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{plan}: {error}") from None
+    measured = Statistics.load(statistics) if statistics.is_file() else None
+    before = shapes[0] or (None if measured is None else measured.shape)
+    return CompressionRecord(name, _step(name, summary, decided), summary, decided, measured, before, shapes[1])
+
+
+def _shape(values: dict[str, Any] | None) -> ModelShape | None:
+    return None if values is None else ModelShape.from_dict(values)
+
+
+def _step(name: str, summary: dict[str, Any], plan: CompressionPlan) -> int | None:
+    if isinstance(summary.get("step"), int):
+        return int(summary["step"])
+    history = plan.origin.get("history") or [{}]
+    calibration = history[-1].get("calibration") if isinstance(history[-1], dict) else None
+    step = (calibration or {}).get("step") if name != "compression" else None
+    place = _NAME.fullmatch(name)
+    if not isinstance(step, int) and place is not None and place[1] != "end":
+        step = int(place[1])
+    return step if isinstance(step, int) else None
+
+
+def _with_shapes(records: list[CompressionRecord]) -> list[CompressionRecord]:
+    """Work out the shapes that files of earlier releases do not hold from those that are known."""
+    known = [shape for record in records for shape in (record.shape_before, record.shape_after) if shape is not None]
+    if not known:
+        return records
+    original = known[0].uncompressed()
+    found: list[CompressionRecord] = []
+    for record in records:
+        before = record.shape_before or (found[-1].shape_after if found else None)
+        after = record.shape_after or record.plan.check(original)
+        values = (record.name, record.step, record.summary, record.plan, record.statistics)
+        found.append(CompressionRecord(*values, before, after))
+    return found
