@@ -4,8 +4,10 @@ from moe_lightning.evaluation.intervals import (
     Interval,
     lost_share_interval,
     mean_interval,
+    paired_differences,
     perplexity_interval,
     perplexity_ratio_interval,
+    text_intervals,
 )
 from moe_lightning.evaluation.likelihood import (
     BlockSums,
@@ -15,7 +17,7 @@ from moe_lightning.evaluation.likelihood import (
     evaluate,
     summarise,
 )
-from moe_lightning.evaluation.speed import decoded_tokens_per_second, tokens_per_second
+from moe_lightning.evaluation.speed import decode_rate, decoded_tokens_per_second, prefill_rate, tokens_per_second
 
 __all__ = [
     "BlockSums",
@@ -23,12 +25,16 @@ __all__ = [
     "Likelihood",
     "LikelihoodResult",
     "block_sums",
+    "decode_rate",
     "decoded_tokens_per_second",
     "evaluate",
     "lost_share_interval",
     "mean_interval",
+    "paired_differences",
     "perplexity_interval",
     "perplexity_ratio_interval",
+    "prefill_rate",
     "summarise",
+    "text_intervals",
     "tokens_per_second",
 ]

@@ -6,6 +6,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moe_lightning.evaluation import decoded_tokens_per_second, speed, tokens_per_second
+from moe_lightning.evaluation.speed import Decoding, decode_rate, prefill_rate, seconds_of
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,39 @@ def test_speed_is_tokens_over_the_median_time(model: MixtralForCausalLM, monkeyp
     assert tokens_per_second(model, ids, repeats=3, warm_up=1) == 16 / 2
     times = iter([0, 1, 10, 14, 20, 22])
     assert decoded_tokens_per_second(model, ids, new_tokens=3, repeats=3, warm_up=0) == 2 * 3 / 2
+
+
+def test_rates_have_their_spread(model: MixtralForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(0, 32, (2, 8))
+    times = iter([0, 100, 200, 201, 300, 302, 400, 410])
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(times))
+    rate = prefill_rate(model, ids, repeats=3, warm_up=1)
+    assert (rate.median, rate.low, rate.high, rate.batch, rate.context) == (8.0, 1.6, 16.0, 2, 8)
+    times = iter([0, 1, 10, 14, 20, 22])
+    rate = decode_rate(model, ids, new_tokens=3, repeats=3, warm_up=0)
+    assert (rate.median, rate.low, rate.high, rate.batch, rate.context) == (3.0, 1.5, 6.0, 2, 8)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 4])
+def test_every_repeat_decodes_the_same(
+    model: MixtralForCausalLM, monkeypatch: pytest.MonkeyPatch, sliding_window: int | None
+) -> None:
+    monkeypatch.setattr(model.config, "sliding_window", sliding_window)
+    monkeypatch.setattr(speed, "PROMPT_TOKENS", 6)  # three tokens of each of two sequences at a time
+    ids = torch.randint(0, 32, (2, 8), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        work = Decoding(model.eval(), ids, 5)
+        lengths, logits = [], []
+        handle = model.register_forward_hook(lambda _m, _a, output: logits.append(output.logits[:, -1]))
+        for _ in range(3):
+            seconds_of(work)
+            lengths.append(work._cache.get_seq_length())
+        handle.remove()
+        whole = model(input_ids=ids, use_cache=False).logits[:, -1]
+    assert lengths == [13, 13, 13]
+    assert len(logits) == (3 + 3 * 5 if sliding_window is None else 3 * (3 + 5))
+    torch.testing.assert_close(logits[2], whole)  # in pieces, the prompt gives the same
+    torch.testing.assert_close(logits[-5:], logits[3:8], rtol=0, atol=0)
 
 
 def test_a_slow_model_is_slow(model: MixtralForCausalLM) -> None:
