@@ -57,9 +57,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class LastCheckpoint(Checkpoint):
-    """Save to ``RUN/checkpoints/last.ckpt`` every so many steps and at the end of the run.
+    """Save to ``RUN/checkpoints/last.ckpt`` every so many steps, after each compression and at the end of the run.
 
-    One fixed path, so that ``--ckpt_path last`` cannot miss it. Saves happen after a whole optimizer step only.
+    One fixed path, so that ``--ckpt_path last`` cannot miss it. Saves happen after a whole optimizer step only: after a
+    compression it is the first one of what is left, so that a calibration is not lost with the process.
 
     Args:
         every_n_train_steps: Optimizer steps between two saves.
@@ -76,6 +77,7 @@ class LastCheckpoint(Checkpoint):
         self.every_n_train_steps = every_n_train_steps
         self.run_dir = run_dir
         self._saved_step = -1
+        self._compressed_step: int | None = None  # of a compression that no checkpoint holds yet
 
     def path(self, trainer: Trainer) -> Path:
         """Return where the checkpoint goes."""
@@ -83,6 +85,7 @@ class LastCheckpoint(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the trainer write atomically, unless it was given another way of writing."""
+        self._compressed_step = None
         if stage == "fit" and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
@@ -97,15 +100,21 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if getattr(trainer, "fast_dev_run", False):
             return
+        self._compressed_step = None
         self._saved_step = trainer.global_step
         trainer.save_checkpoint(self.path(trainer), weights_only=False)
+
+    def after_compression(self, trainer: Trainer, module: LightningModule) -> None:
+        """Take note that there is something that took long to make."""
+        self._compressed_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save after every so many steps; not between the batches of one step."""
+        """Save after every so many steps, and after a compression; not between the batches of one step."""
         step = trainer.global_step
-        if step > 0 and step % self.every_n_train_steps == 0 and step != self._saved_step:
+        due = step > 0 and step % self.every_n_train_steps == 0 and step != self._saved_step
+        if due or (self._compressed_step is not None and step > self._compressed_step):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

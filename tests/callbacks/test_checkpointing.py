@@ -11,7 +11,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from moe_lightning.callbacks import AtomicCheckpointIO, LastCheckpoint, RandomState, last_checkpoint
+import moe_lightning as ml
+from moe_lightning.callbacks import AtomicCheckpointIO, Compress, LastCheckpoint, RandomState, last_checkpoint
 from moe_lightning.callbacks.random_state import random_states, set_random_states
 from moe_lightning.data import TextDataModule
 from moe_lightning.modules import MixtralModule
@@ -98,3 +99,31 @@ def test_last_checkpoint_from_python(tmp_path: Path) -> None:
     assert saved["global_step"] == 5
     assert all(torch.equal(value, saved["state_dict"][name]) for name, value in weights.items())
     assert saved["hyper_parameters"]["plan"]["edits"] == []
+
+
+class Killed(Callback):
+    """Dies in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_compression_is_saved_with_the_step_after_it(tmp_path: Path) -> None:
+    """Whoever dies before the next regular save loses neither the calibration nor more than a step."""
+    callbacks = [
+        RandomState(),
+        Compress([ml.ExpertDrop(keep=3)], at_step=2, calibration_batches=1),
+        Killed(3),
+        LastCheckpoint(every_n_train_steps=100),
+    ]
+    with pytest.raises(SystemExit):
+        trained(tmp_path, callbacks, limit_val_batches=0, accumulate_grad_batches=2)
+    saved = torch.load(last_checkpoint(tmp_path / "run"), weights_only=True)
+    assert saved["global_step"] == 3
+    assert [edit["kind"] for edit in saved["hyper_parameters"]["plan"]["edits"]] == ["keep_experts"] * 2
+    assert saved["callbacks"][callbacks[1].state_key]["done"]
