@@ -5,14 +5,21 @@ with replacement, and every model is read on the same draw; what remains is the 
 
     draw        w ~ multinomial(B; 1/B, ..., 1/B): how often each of the B blocks is in the draw
     perplexity  exp(sum w nats / sum w tokens)
-    interval    the (1 - level) / 2 and (1 + level) / 2 quantiles over the draws
+    tail        a = Phi(-sqrt(B / (B - 1)) t), t the (1 + level) / 2 quantile of Student's t, B - 1 degrees of freedom
+    interval    the a and 1 - a quantiles over the draws
 
-R draws, B blocks.
+R draws, B blocks, Phi the normal distribution.
 
-A block is taken as it is: where neighbouring blocks come from one document the true interval is somewhat wider.
+Draws of few blocks differ too little: by the factor sqrt((B - 1) / B), and as if their spread were known. With
+a = (1 - level) / 2, the plain percentile interval, of 16 blocks holds too little. The wider tail mends both: at 95 % it
+is 1.4 % for 16 blocks, 2.2 % for 64, 2.5 % for very many.
 
-Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13 (percentile intervals); paired over
-test items as in Koehn, Statistical significance tests for machine translation evaluation (2004).
+A block is taken as it is: where neighbouring blocks come from one document the true interval is somewhat wider. Few
+blocks of which one is far from all others are too little for any such interval.
+
+Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13 (percentile intervals); Hesterberg,
+What Teachers Should Know About the Bootstrap, The American Statistician 69 (2015) (expanded percentile interval);
+paired over test items as in Koehn, Statistical significance tests for machine translation evaluation (2004).
 """
 
 from __future__ import annotations
@@ -23,8 +30,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
+from moe_lightning.evaluation.comparison import BlockScores
 from moe_lightning.evaluation.likelihood import LikelihoodResult
 
 DEFAULT_RESAMPLES = 2000
@@ -51,6 +60,23 @@ class Interval:
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
+def tail_probability(num_blocks: int, level: float) -> float:
+    """Return the share of the draws that lies beyond each end of an interval.
+
+    Args:
+        num_blocks: B, at least 2.
+        level: Confidence, in (0, 1).
+
+    Returns:
+        `Phi(-sqrt(B / (B - 1)) t)`, below `(1 - level) / 2` and near it for many blocks.
+
+    Source:
+        Hesterberg, What Teachers Should Know About the Bootstrap (2015): expanded percentile interval.
+    """
+    quantile = stdtrit(num_blocks - 1, (1 + level) / 2)
+    return float(ndtr(-math.sqrt(num_blocks / (num_blocks - 1)) * quantile))
+
+
 def _draws(num_blocks: int, count: int, generator: torch.Generator) -> Tensor:
     """Return how often each block is in each of some draws, `[count, num_blocks]`."""
     drawn = torch.randint(num_blocks, (count, num_blocks), generator=generator, device="cpu")
@@ -72,7 +98,7 @@ def bootstrap(
     resamples: int = DEFAULT_RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Return a number of block sums with its percentile interval.
+    """Return a number of block sums with its percentile interval, expanded for few blocks.
 
     Args:
         sums_SB: S sums for each block, `[S, B]`, all of the same blocks in the same order.
@@ -110,7 +136,8 @@ def bootstrap(
     numbers = numbers[~numbers.isnan()]
     if not numbers.numel():
         return Interval(value, math.nan, math.nan, level)
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device="cpu")
+    tail = tail_probability(num_blocks, level)
+    ends = torch.tensor([tail, 1 - tail], dtype=torch.float64, device="cpu")
     low, high = torch.quantile(numbers, ends).tolist()
     return Interval(value, low, high, level)
 
@@ -215,3 +242,115 @@ def mean_interval(
     """
     both = torch.stack([sums.double(), tokens.double()])
     return bootstrap(both, lambda total: total[0] / total[1], level=level, resamples=resamples, seed=seed)
+
+
+def text_intervals(
+    scores: BlockScores,
+    reference: BlockScores | None = None,
+    level: float = 0.95,
+    *,
+    resamples: int = DEFAULT_RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Return what is known of a model on one text, each number with its interval.
+
+    Args:
+        scores: Of the model.
+        reference: Of another model on the same blocks, mostly the one before compression.
+        level: Confidence, in (0, 1).
+        resamples: Draws of blocks; all numbers of a text are read on the same draws of the blocks that they have.
+        seed: Seed of the draws.
+
+    Returns:
+        - `perplexity`;
+        - `bits_per_byte`, in bits; absent where no byte was counted;
+        - `divergence`, in nats per token, and `agreement`, a share of the tokens: over the blocks in which they are not
+          NaN; absent where there is none;
+        - `perplexity_ratio`: perplexity of the model divided by that of the reference, in pairs; below 1 the model is
+          the better one; absent without a reference.
+
+        With a single block the ends are NaN.
+
+    Raises:
+        ValueError: The blocks are not the same, or there is none.
+    """
+    bootstrapped = functools.partial(_interval_of_blocks, level=level, resamples=resamples, seed=seed)
+    tokens = scores.tokens.double()
+    found = {"perplexity": bootstrapped([scores.nats, tokens], _perplexity)}
+    if float(scores.bytes.sum()):
+        # Bits per nat, times the nats of a byte. A draw of blocks that count no byte says nothing.
+        found["bits_per_byte"] = bootstrapped([scores.nats / math.log(2), scores.bytes.double()], _mean)
+    if reference is not None:
+        _check_paired(scores.likelihood, reference.likelihood)
+        found["perplexity_ratio"] = bootstrapped([scores.nats - reference.nats, tokens], _perplexity)
+    for name in ("divergence", "agreement"):
+        values = getattr(scores, name)
+        compared = ~values.isnan()
+        if compared.any():
+            found[name] = bootstrapped([values[compared], tokens[compared]], _mean)
+    return found
+
+
+def paired_differences(
+    scores: BlockScores,
+    other: BlockScores,
+    level: float = 0.95,
+    *,
+    resamples: int = DEFAULT_RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Return how much two models differ on the same blocks: the first minus the second, in pairs.
+
+    An interval that does not hold 0 (of the ratio: 1) says that the difference is more than the choice of the text.
+
+    Args:
+        scores: Of one model.
+        other: Of the other one.
+        level: Confidence, in (0, 1).
+        resamples: Draws of blocks.
+        seed: Seed of the draws.
+
+    Returns:
+        - `nats_per_token`: difference of the negative log-likelihoods, in nats; below 0 the first is the better one;
+        - `perplexity_ratio`: its exponential, perplexity of the first divided by that of the second;
+        - `divergence`: difference of the divergences from the uncompressed model, in nats per token, and `agreement`:
+          difference of the shares of tokens on which each agrees with it; over the blocks in which both were compared,
+          absent where there is none.
+
+        With a single block the ends are NaN.
+
+    Raises:
+        ValueError: The blocks are not the same, or there is none.
+    """
+    _check_paired(scores.likelihood, other.likelihood)
+    bootstrapped = functools.partial(_interval_of_blocks, level=level, resamples=resamples, seed=seed)
+    tokens = scores.tokens.double()
+    nats = scores.nats - other.nats
+    found = {
+        "nats_per_token": bootstrapped([nats, tokens], _mean),
+        "perplexity_ratio": bootstrapped([nats, tokens], _perplexity),
+    }
+    for name in ("divergence", "agreement"):
+        values = getattr(scores, name) - getattr(other, name)
+        compared = ~values.isnan()
+        if compared.any():
+            found[name] = bootstrapped([values[compared], tokens[compared]], _mean)
+    return found
+
+
+def _mean(total: Tensor) -> Tensor:
+    return torch.where(total[1] > 0, total[0] / total[1], math.nan)
+
+
+def _perplexity(total: Tensor) -> Tensor:
+    return _mean(total).exp()
+
+
+def _interval_of_blocks(
+    sums: list[Tensor], function: Callable[[Tensor], Tensor], level: float, resamples: int, seed: int
+) -> Interval:
+    """Bootstrap; of one block return the number alone, since a table of many texts must not fail for a short one."""
+    stacked = torch.stack([values.to("cpu", torch.float64) for values in sums])
+    if stacked.shape[1] == 1:
+        return Interval(float(function(stacked)[0]), math.nan, math.nan, level)
+    return bootstrap(stacked, function, level=level, resamples=resamples, seed=seed)
