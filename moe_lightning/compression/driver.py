@@ -25,6 +25,7 @@ from moe_lightning.compression.replay import replays
 from moe_lightning.compression.result import CompressionResult
 from moe_lightning.compression.sensitivity import layer_divergence
 from moe_lightning.compression.statuses import module_statuses
+from moe_lightning.compression.stopwatch import Stopwatch
 from moe_lightning.method import Method
 from moe_lightning.plan import CompressionPlan, Edit, ModelShape
 from moe_lightning.recovery.lora import AdapterMethod
@@ -117,6 +118,7 @@ def compress(
             than ``max_fallback`` allows were made without measurement.
         RuntimeError: The parameters touched differ from those claimed, or a value filled in is not finite.
     """
+    clock = Stopwatch()
     check_class(model)
     # One way through them for all methods: the second one does not draw again what the first one drew.
     further = None if top_up is None else _once(top_up)
@@ -150,23 +152,29 @@ def compress(
     try:
         for place, method in enumerate(chosen):
             given = statistics if place == 0 else None
-            measured = observe(model, batches, method, given, progress)
-            edits = method.propose(architecture.shape(model), measured)
-            edits = settled_edits(model, batches, method, edits, measured, progress)
+            with clock.spending("observe"):
+                measured = observe(model, batches, method, given, progress)
+            with clock.spending("decide"):
+                edits = method.propose(architecture.shape(model), measured)
+            with clock.spending("fit"):
+                edits = settled_edits(model, batches, method, edits, measured, progress)
             step = history_step(method, shape_before, origin)
             if isinstance(method, AdapterMethod):
-                adapted = apply_adapters(model, method, edits, step)
+                with clock.spending("apply"):
+                    adapted = apply_adapters(model, method, edits, step)
                 surgeries += adapted.surgeries
                 report.merge(SlimmingReport(matrices=adapted.statuses, losses=adapted.losses))
                 continue
             if is_layerwise(method):
                 step |= {"policy": policy.describe()} if measures(method) else {}
-                slimmed = slim_layers(model, enough, method, edits, policy, step, progress)
+                with clock.spending("apply"):
+                    slimmed = slim_layers(model, enough, method, edits, policy, step, progress, clock)
                 surgeries += slimmed.surgeries
                 report.merge(slimmed.report)
                 enough = slimmed.batches
                 continue
-            surgeries += apply_edits(model, method, edits, measured, step)
+            with clock.spending("apply"):
+                surgeries += apply_edits(model, method, edits, measured, step)
             _count_tokens(tokens, edits, measured)
             fits |= {key: fit.status for key, fit in measured.fits.items()}
             if place == 0 and measured.tensors:
@@ -187,14 +195,16 @@ def compress(
         _prove(result)
         replaced = [item for surgery in surgeries for item in surgery.replaced]
         # What an optimizer refuses is found before any of them is changed.
-        carried = [planned_carry(optimizer, model, replaced) for optimizer in optimizers]
-        for commit in carried:
-            commit()
+        with clock.spending("optimizer"):
+            carried = [planned_carry(optimizer, model, replaced) for optimizer in optimizers]
+            for commit in carried:
+                commit()
     except BaseException:
         undo(surgeries)
         raise
     if reversible:
         result.surgeries += surgeries
+    result.seconds.update(clock.seconds)
     return result
 
 

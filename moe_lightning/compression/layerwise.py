@@ -23,6 +23,7 @@ from moe_lightning.compression.filling import undo
 from moe_lightning.compression.precision import full_float32
 from moe_lightning.compression.ranks import take_from_first_rank
 from moe_lightning.compression.starved import REMEDIES, enough_batches, in_words
+from moe_lightning.compression.stopwatch import Stopwatch
 from moe_lightning.compression.walk import SlimmingEdit, View, Walk
 from moe_lightning.experts.stacks import Int4, Int8, Masked, Sparse24, WeightStack
 from moe_lightning.method import Method
@@ -153,6 +154,7 @@ def slim_layers(
     policy: SlimmingPolicy,
     origin: Mapping[str, Any] | None = None,
     progress: bool = True,
+    clock: Stopwatch | None = None,
 ) -> Slimmed:
     """Extend a model's plan by edits of formats and fill in what a method makes, or leave the model as it was.
 
@@ -166,6 +168,7 @@ def slim_layers(
         policy: What holds for measurements.
         origin: Entry of the plan's history.
         progress: Show progress bars.
+        clock: Told what the time is spent on; None where nobody asks.
 
     Returns:
         What was done.
@@ -175,6 +178,7 @@ def slim_layers(
         TooFewTokens: An expert is starved and that is an error, or too many matrices fell back.
         RuntimeError: A value is not finite, or what the method made does not fit.
     """
+    clock = clock or Stopwatch()
     runs = ascending_runs(edits)
     target = plan_of(model).extended(edits, None if origin is None else dict(origin))
     report = SlimmingReport()
@@ -188,10 +192,11 @@ def slim_layers(
         with torch.inference_mode(False), torch.no_grad(), full_float32(), bar:
             if measures(method):
                 layers = sorted({edit.layer for run in runs for edit in run if edit.target == "experts"})
-                batches, named = enough_batches(model, batches, layers, policy, progress)
+                with clock.spending("observe"):
+                    batches, named = enough_batches(model, batches, layers, policy, progress)
             for run in runs:
                 original = measures(method) and method.propagate == "original"
-                walk = Walk(model, batches, policy, original)
+                walk = Walk(model, batches, policy, original, clock)
                 for layer, group in itertools.groupby(run, key=lambda edit: edit.layer):
                     of_layer = list(group)
                     walk.go_to(layer)
@@ -230,7 +235,8 @@ def _slim(
     if measures(method):
         _look_for_starved(view, walk, named, report)
     # Autocast would make the products narrow that a method computes with.
-    with torch.autocast(next(walk.model.parameters()).device.type, enabled=False):
+    autocast = torch.autocast(next(walk.model.parameters()).device.type, enabled=False)
+    with autocast, walk.clock.spending("solve"):
         slimmed = method.slim(edit, view)
     _check_fit(view, slimmed, method)
     format = _format_after(walk.model, edit)

@@ -53,6 +53,9 @@ class CompressionResult:
         size_after: The same after.
         shape_before: Shape before.
         shape_after: Shape after.
+        seconds: Where the time went, by part; together all that it took. ``observe`` (passes over calibration data),
+            ``decide`` (which experts and layers), ``fit`` (low-rank maps), ``solve`` (what is made of matrices layer by
+            layer), ``apply`` (structure and values), ``optimizer`` (carried over), ``other`` (sizes, checks).
         surgeries: What :meth:`undo` takes back; empty without ``reversible``. They hold what went.
     """
 
@@ -66,6 +69,7 @@ class CompressionResult:
     size_after: ModelSize
     shape_before: ModelShape
     shape_after: ModelShape
+    seconds: dict[str, float] = field(default_factory=dict)
     surgeries: list[Surgery] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
@@ -98,6 +102,7 @@ class CompressionResult:
             **self._of_modules("matrices"),
             **self._of_modules("errors"),
             **self._of_modules("losses"),
+            "seconds": dict(self.seconds),
         }
 
     def _of_modules(self, what: str) -> dict[str, Any]:

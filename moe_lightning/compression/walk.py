@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_lightning.architectures import MoELayer, OpenExperts, architecture_of
+from moe_lightning.compression.stopwatch import Stopwatch
 from moe_lightning.experts import PackedLinear, WeightStack
 from moe_lightning.plan import ExpertLayout, Quantize, Sparsify
 from moe_lightning.slimming.policy import SlimmingPolicy
@@ -28,7 +29,9 @@ EXPERT_MATRICES = ("gate_up_proj", "down_proj")
 class Walk:
     """The way through the layers for one run of edits; measures nothing before something is asked for."""
 
-    def __init__(self, model: PreTrainedModel, batches: Batches, policy: SlimmingPolicy, original: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, batches: Batches, policy: SlimmingPolicy, original: bool, clock: Stopwatch
+    ) -> None:
         """Begin before the first layer.
 
         Args:
@@ -36,11 +39,13 @@ class Walk:
             batches: Calibration batches.
             policy: What holds for measurements.
             original: Measure later layers on the outputs of the model as this method found it.
+            clock: Told when something is measured.
         """
         self.model = model
         self.batches = batches
         self.policy = policy
         self.original = original
+        self.clock = clock
         self.architecture = architecture_of(model)
         self.place = 0
         self._inputs: LayerInputs | None = None
@@ -68,8 +73,9 @@ class Walk:
     def go_to(self, layer: int) -> None:
         """Go to a layer, given by its original number."""
         self.place = self.architecture.shape(self.model).blocks.index(layer)
-        while self._inputs is not None and self._inputs.place < self.place:
-            self._inputs.advance()
+        with self.clock.spending("observe"):
+            while self._inputs is not None and self._inputs.place < self.place:
+                self._inputs.advance()
 
     def before(self, edits: Sequence[SlimmingEdit], last: bool) -> None:
         """Compute what the edits of a layer would change, where the original outputs are asked for.
@@ -80,10 +86,11 @@ class Walk:
         """
         if not self.original:
             return
-        if {edit.target for edit in edits} == {"attention", "experts"}:
-            self.inputs.expert_inputs()
-        if not last:
-            self.inputs.run_ahead()
+        with self.clock.spending("observe"):
+            if {edit.target for edit in edits} == {"attention", "experts"}:
+                self.inputs.expert_inputs()
+            if not last:
+                self.inputs.run_ahead()
 
     def changed(self) -> None:
         """Take note that the current layer has the weights that stood in for its own."""
@@ -155,8 +162,9 @@ class View:
     def tokens(self) -> Tensor:
         """Calibration tokens that reach each slot."""
         if self._tokens is None:
-            inputs = self._walk.inputs
-            self._tokens = inputs.expert_tokens() if self.target == "experts" else inputs.all_tokens()
+            with self._walk.clock.spending("observe"):
+                inputs = self._walk.inputs
+                self._tokens = inputs.expert_tokens() if self.target == "experts" else inputs.all_tokens()
         return self._tokens
 
     @property
@@ -194,11 +202,12 @@ class View:
 
     def moments(self, name: str, kind: MomentKind, slots: Sequence[int], *, gated: bool = False) -> Tensor:
         """Measure the inputs of some matrices."""
-        inputs = self._walk.inputs
-        if self.target == "attention":
-            found = inputs.attention_moments(name, kind)
-        else:
-            found = inputs.expert_moments(name, kind, slots, gated=gated)
+        with self._walk.clock.spending("observe"):
+            inputs = self._walk.inputs
+            if self.target == "attention":
+                found = inputs.attention_moments(name, kind)
+            else:
+                found = inputs.expert_moments(name, kind, slots, gated=gated)
         if self.use_fallback:
             found[self.starved[list(slots)].to(found.device)] = 0
         return found
