@@ -5,9 +5,11 @@ B blocks, S tokens per block, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +29,9 @@ class BlockScores:
         nats: Negative log-likelihood [B], float64.
         tokens: Predicted tokens [B], int64.
         bytes: UTF-8 bytes of them [B], int64.
-        divergence: KL of the uncompressed model to this one [B], float64, in nats.
-        agreement: Tokens for which both models find the same token the most likely [B], float64.
+        divergence: KL of the uncompressed model to this one [B], float64, in nats; NaN in blocks that were not compared
+            with it.
+        agreement: Tokens for which both models find the same token the most likely [B], float64; NaN likewise.
     """
 
     nats: Tensor
@@ -58,40 +61,91 @@ class BlockScores:
         )
 
 
-def _labels(batch: Batch) -> Tensor:
-    labels = batch.get("labels")
-    if labels is not None:
-        return labels
-    mask = batch.get("attention_mask")
-    return batch["input_ids"] if mask is None else batch["input_ids"].masked_fill(mask == 0, NOT_IN_LOSS)
-
-
-def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    device = next(model.parameters()).device
-    mask = batch.get("attention_mask")
-    mask = None if mask is None else mask.to(device)
-    return model(input_ids=batch["input_ids"].to(device), attention_mask=mask, use_cache=False).logits
-
-
 class Prediction(NamedTuple):
-    """What a model says of a batch.
+    """What a model says of a batch, or of one of its blocks.
 
     Attributes:
-        log_probability: Of every next token [B, S, V], in fp32 or wider.
-        likeliest: The token that it finds the most likely [B, S].
+        log_probability: Of every next token [B, S, V] or [S, V], in fp32 or wider.
+        likeliest: The token that it finds the most likely [B, S] or [S].
     """
 
     log_probability: Tensor
     likeliest: Tensor
 
 
-def _tokens(sizes: Sequence[torch.Size]) -> int:
-    return sum(size.numel() for size in sizes)
+def logits_of(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return the logits of a batch [B, S, V].
+
+    Args:
+        model: A causal language model, in eval mode.
+        batch: ``input_ids`` [B, S] and, where there is padding, ``attention_mask`` [B, S].
+    """
+    device = next(model.parameters()).device
+    mask = batch.get("attention_mask")
+    mask = None if mask is None else mask.to(device)
+    return model(input_ids=batch["input_ids"].to(device), attention_mask=mask, use_cache=False).logits
 
 
-def _prediction(logits: Tensor) -> Prediction:
+def prediction_of(logits: Tensor) -> Prediction:
+    """Return what logits [..., S, V] say."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return Prediction(wide.log_softmax(-1), logits.argmax(-1))
+
+
+def score_logits(
+    logits: Tensor, batch: Batch, reference: Callable[[int], Prediction | None] | None = None
+) -> BlockScores:
+    """Sum up what a model makes of a batch, and how far it is from another model.
+
+    Args:
+        logits: Of the model [B, S, V].
+        batch: ``input_ids`` [B, S] and, if there are any, ``attention_mask``, ``labels``, ``token_bytes``. Without
+            labels every token that is not padding counts.
+        reference: Returns what the uncompressed model says of a block [S, V], or None where that is not known; it is
+            called for one block after the other. None: it is known of no block.
+
+    Returns:
+        The sums of every block on the CPU, also of those without a predicted token.
+
+    Cost:
+        About ``10 * V`` operations a token for the divergence.
+    """
+    labels = _labels(batch).to(logits.device)
+    token_bytes = batch.get("token_bytes")
+    sums = block_sums(logits, labels, None if token_bytes is None else token_bytes.to(logits.device))
+    divergence, agreement = (torch.full_like(sums.nats, math.nan) for _ in range(2))
+    for block in range(len(labels)):
+        known = None if reference is None else reference(block)
+        if known is None:
+            continue
+        counted = labels[block, 1:] != NOT_IN_LOSS
+        likeliest = logits[block, :-1].argmax(-1)
+        agreement[block] = (likeliest == known.likeliest[:-1].to(logits.device))[counted].sum()
+        log_reference = known.log_probability[:-1].to(logits.device)
+        divergence[block] = _divergence(log_reference, logits[block, :-1])[counted].sum()
+    found = (sums.nats, sums.tokens, sums.bytes, divergence, agreement)
+    return BlockScores(*(values.cpu() for values in found))
+
+
+def join_scores(parts: Sequence[BlockScores]) -> BlockScores:
+    """Put the sums of batches together.
+
+    Args:
+        parts: Of each batch.
+
+    Returns:
+        The sums of every block that has a predicted token.
+
+    Raises:
+        ValueError: No token is predicted.
+    """
+    if not parts:
+        raise ValueError("there is no held-out batch")
+    joined = {item.name: torch.cat([getattr(part, item.name) for part in parts]) for item in fields(BlockScores)}
+    used = joined["tokens"] > 0
+    if not used.any():
+        raise ValueError("no token of the held-out batches is predicted: all labels are -100")
+    return BlockScores(**{name: values[used] for name, values in joined.items()})
 
 
 class ReferencePredictions:
@@ -126,7 +180,7 @@ class ReferencePredictions:
         start = 0
         with evaluation_mode(model):
             for batch, size in zip(batches[:kept], sizes, strict=False):
-                prediction = _prediction(_logits(model, batch))
+                prediction = prediction_of(logits_of(model, batch))
                 part = values[start : start + size.numel()].view(*size, -1)
                 part.copy_(prediction.log_probability)
                 self._kept.append(Prediction(part, prediction.likeliest))
@@ -143,7 +197,7 @@ class ReferencePredictions:
         if self._model is None:
             self._model = self._again()
         with evaluation_mode(self._model):
-            return _prediction(_logits(self._model, self.batches[number]))
+            return prediction_of(logits_of(self._model, self.batches[number]))
 
     def score(self, model: PreTrainedModel) -> BlockScores:
         """Measure a model on all batches.
@@ -160,39 +214,28 @@ class ReferencePredictions:
         Cost:
             One forward pass, and the divergence: about ``10 * V`` operations a token.
         """
-        found: list[dict[str, Any]] = []
+        found: list[BlockScores] = []
         with evaluation_mode(model):
             for number, batch in enumerate(self.batches):
-                found.append(_score_batch(_logits(model, batch), self.prediction(number), batch))
-        if not found:
-            raise ValueError("there is no held-out batch")
-        names = [item.name for item in fields(BlockScores)]
-        joined = {name: torch.cat([part[name] for part in found]).cpu() for name in names}
-        used = joined["tokens"] > 0
-        if not used.any():
-            raise ValueError("no token of the held-out batches is predicted: all labels are -100")
-        return BlockScores(**{name: values[used] for name, values in joined.items()})
+                of_block = partial(_block, self.prediction(number))
+                found.append(score_logits(logits_of(model, batch), batch, of_block))
+        return join_scores(found)
 
 
-def _score_batch(logits: Tensor, reference: Prediction, batch: Batch) -> dict[str, Tensor]:
-    labels = _labels(batch).to(logits.device)
-    token_bytes = batch.get("token_bytes")
-    sums = block_sums(logits, labels, None if token_bytes is None else token_bytes.to(logits.device))
-    divergence = torch.zeros_like(sums.nats)
-    agreement = torch.zeros_like(sums.nats)
-    for block in range(len(labels)):
-        counted = labels[block, 1:] != NOT_IN_LOSS
-        if bool(counted.any()):
-            divergence[block] = _divergence(reference.log_probability[block, :-1], logits[block, :-1])[counted].sum()
-            likeliest = logits[block, :-1].argmax(-1)
-            agreement[block] = (likeliest == reference.likeliest[block, :-1])[counted].sum()
-    return {
-        "nats": sums.nats,
-        "tokens": sums.tokens,
-        "bytes": sums.bytes,
-        "divergence": divergence,
-        "agreement": agreement,
-    }
+def _block(known: Prediction, block: int) -> Prediction:
+    return Prediction(known.log_probability[block], known.likeliest[block])
+
+
+def _tokens(sizes: Sequence[torch.Size]) -> int:
+    return sum(size.numel() for size in sizes)
+
+
+def _labels(batch: Batch) -> Tensor:
+    labels = batch.get("labels")
+    if labels is not None:
+        return labels
+    mask = batch.get("attention_mask")
+    return batch["input_ids"] if mask is None else batch["input_ids"].masked_fill(mask == 0, NOT_IN_LOSS)
 
 
 def _divergence(log_reference: Tensor, logits: Tensor) -> Tensor:
