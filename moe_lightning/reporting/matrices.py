@@ -99,6 +99,75 @@ def module_line(module: ModuleStatus) -> str:
     return line
 
 
+@dataclass(frozen=True)
+class KindRow:
+    """The matrices of a module that were made in the same way.
+
+    Attributes:
+        module: Name of the module.
+        matrices: How many they are.
+        made_by: How, e.g. ``gptq, damping x1 to x8.4``.
+        largest_error: The largest of their relative errors; None where none was measured.
+    """
+
+    module: str
+    matrices: int
+    made_by: str
+    largest_error: float | None
+
+
+@dataclass(frozen=True)
+class MatrixRow:
+    """One matrix.
+
+    Attributes:
+        module: Name of the module.
+        matrix: Name of the matrix in it.
+        tokens: Calibration tokens that reached its expert; None where it has none, or they were not counted.
+        status: How it was made smaller.
+        error: Its relative error; None where it was not measured.
+        loss: Share of a low-rank term that rounding took; None where none was folded in.
+    """
+
+    module: str
+    matrix: str
+    tokens: int | None
+    status: str
+    error: float | None
+    loss: float | None
+
+
+def kind_rows(modules: Modules) -> list[KindRow]:
+    """Return the kinds of status of every module.
+
+    Args:
+        modules: Modules by name.
+    """
+    rows = []
+    for name, module in modules.items():
+        for kind, dampings in _groups(module.matrices.values()):
+            mine = [matrix for matrix, status in module.matrices.items() if _said(status).kind == kind]
+            words = _in_words([(kind, dampings)]).partition(" ")[2]
+            errors = [module.errors[matrix] for matrix in mine if matrix in module.errors]
+            rows.append(KindRow(name, len(mine), words, max(errors, default=None)))
+    return rows
+
+
+def matrix_rows(modules: Modules) -> list[MatrixRow]:
+    """Return every matrix that was made smaller.
+
+    Args:
+        modules: Modules by name.
+    """
+    rows = []
+    for name, module in modules.items():
+        for matrix, status in module.matrices.items():
+            owner = matrix.partition(".")[0]
+            tokens = module.tokens.get(int(owner)) if owner.isdigit() else None
+            rows.append(MatrixRow(name, matrix, tokens, status, module.errors.get(matrix), module.losses.get(matrix)))
+    return rows
+
+
 def matrix_table(modules: Modules) -> str:
     """Return Markdown tables, a row for each kind of status and one for each matrix; empty where none was made smaller.
 
@@ -109,20 +178,14 @@ def matrix_table(modules: Modules) -> str:
     if not summary:
         return ""
     lines = [summary, "", "| module | matrices | made by | largest relative error |", "|---|--:|---|--:|"]
-    for name, module in modules.items():
-        for kind, dampings in _groups(module.matrices.values()):
-            mine = [matrix for matrix, status in module.matrices.items() if _said(status).kind == kind]
-            words = _in_words([(kind, dampings)]).partition(" ")[2]
-            errors = [module.errors[matrix] for matrix in mine if matrix in module.errors]
-            lines.append(f"| {name} | {len(mine):,} | {words} | {f'{max(errors):.3%}' if errors else ''} |")
+    for kind in kind_rows(modules):
+        lines.append(f"| {kind.module} | {kind.matrices:,} | {kind.made_by} | {_in_percent(kind.largest_error)} |")
     lines += ["", "| module | matrix | tokens | status | relative error |", "|---|---|--:|---|--:|"]
-    for name, module in modules.items():
-        for matrix, status in module.matrices.items():
-            owner = matrix.partition(".")[0]
-            tokens = module.tokens.get(int(owner)) if owner.isdigit() else None
-            error = module.errors.get(matrix)
-            lines.append(
-                f"| {name} | {matrix} | {'' if tokens is None else f'{tokens:,}'} | {status} "
-                f"| {'' if error is None else f'{error:.3%}'} |"
-            )
+    for row in matrix_rows(modules):
+        tokens = "" if row.tokens is None else f"{row.tokens:,}"
+        lines.append(f"| {row.module} | {row.matrix} | {tokens} | {row.status} | {_in_percent(row.error)} |")
     return "\n".join(lines) + "\n"
+
+
+def _in_percent(error: float | None) -> str:
+    return "" if error is None else f"{error:.3%}"
