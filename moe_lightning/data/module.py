@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import lightning
 
 from moe_lightning.data.cache import cache_folder, key_of
+from moe_lightning.data.domains import Domains
 from moe_lightning.data.packing import Batch, Blocks
 from moe_lightning.data.preparation import PreparedText, TextOptions, at_least, prepare_text
 from moe_lightning.data.prompts import PromptLoader, read_prompts
@@ -30,8 +31,9 @@ class TextDataModule(lightning.LightningDataModule):
 
     Args:
         sources: One source or a list: files or globs (`texts/**/*.md`; .jsonl and .parquet files are tables, every
-            other file is one document), `hub:NAME` or `hub:NAME:CONFIG` for a data set of the Hugging Face hub, or
-            `python-stdlib`, the library sources of the running Python.
+            other file is one document), `hub:NAME` or `hub:NAME:CONFIG` for a data set of the Hugging Face hub,
+            `python-stdlib`, the library sources of the running Python, or `python-topics`, the topics of its help:
+            English prose, about half a megabyte.
         tokenizer: A folder with a tokenizer (a checkpoint folder, for example) or a hub name. Without one, a byte-level
             BPE is trained on the train split.
         vocab_size: Number of tokens of a BPE that is trained here, at least 260.
@@ -106,6 +108,7 @@ class TextDataModule(lightning.LightningDataModule):
             raise ValueError("--data.prompts and --data.prompts_file exclude each other: give one")
         self._tokenizer: PreTrainedTokenizerFast | None = None
         self._prepared: PreparedText | None = None
+        self._domains: Domains | None = None
 
     @property
     def block_size(self) -> int:
@@ -256,19 +259,17 @@ class TextDataModule(lightning.LightningDataModule):
     def _rank(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _loader(self, split: str) -> BlockLoader:
+    def _eval_loader(self, blocks: Blocks) -> BlockLoader:
         rank, world_size = self._rank
-        return BlockLoader(
-            self.blocks(split), self.eval_batch_size, rank=rank, world_size=world_size, equal_ranks=world_size > 1
-        )
+        return BlockLoader(blocks, self.eval_batch_size, rank=rank, world_size=world_size, equal_ranks=world_size > 1)
 
     def val_dataloader(self) -> BlockLoader | list[Any]:
         """Return the validation batches, or nothing when `--data.validation` is 0."""
-        return self._loader("validation") if self.options.sizes["validation"] else []
+        return self._eval_loader(self.blocks("validation")) if self.options.sizes["validation"] else []
 
     def test_dataloader(self) -> BlockLoader:
         """Return the test batches."""
-        return self._loader("test")
+        return self._eval_loader(self.blocks("test"))
 
     def calibration_batches(self, num_batches: int | None = None) -> Iterable[Batch]:
         """Return batches of the calibration split, always the same ones in the same order.
@@ -316,6 +317,52 @@ class TextDataModule(lightning.LightningDataModule):
             )
         rank, world_size = self._rank
         return BlockLoader(blocks, self.eval_batch_size, rank=rank, world_size=world_size, first_block=first)
+
+    def _beside_the_splits(self) -> Domains:
+        if self._domains is None:
+            self._domains = Domains(self.options, self._prepare())
+        return self._domains
+
+    def domain_batches(self, sources: str | list[str], num_blocks: int | None = None) -> BlockLoader:
+        """Return batches of another text, with this tokenizer and block size: what a model does on it was not trained.
+
+        Args:
+            sources: As the option `sources`. Documents that the data hold too are left out.
+            num_blocks: Blocks, `eval_batch_size` of them in a batch; `None` = all.
+
+        Returns:
+            A sized iterable, always of the same batches; several processes share the blocks between them.
+
+        Raises:
+            FileNotFoundError: When a source is not there.
+            ValueError: When there is no usable text, nothing but documents of these data, or fewer blocks.
+        """
+        names = [sources] if isinstance(sources, str) else sources
+        return self._eval_loader(self._beside_the_splits().another_text(names, num_blocks))
+
+    def test_batches_of(self, source: str, split: str = "test", num_blocks: int | None = None) -> BlockLoader:
+        """Return batches of what one of the sources has in a held-out split, packed on its own.
+
+        Args:
+            source: One of the option `sources`, as it is written there.
+            split: `validation`, `test` or `calibration`.
+            num_blocks: Blocks; `None` = all.
+
+        Returns:
+            As `domain_batches`.
+
+        Raises:
+            ValueError: When there is no such source or split, the source has no text in it, or fewer blocks.
+        """
+        return self._eval_loader(self._beside_the_splits().of_source(source, split, num_blocks))
+
+    def sources_in(self, split: str) -> list[str]:
+        """Return those of the option `sources` that have text in a split.
+
+        Args:
+            split: `train`, `validation`, `test` or `calibration`; without such a split there are none.
+        """
+        return self._beside_the_splits().sources_in(split)
 
     def predict_dataloader(self) -> PromptLoader:
         """Return the prompts: `input_ids` and `attention_mask` padded on the left, and `prompt`, the texts."""

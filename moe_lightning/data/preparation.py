@@ -54,7 +54,7 @@ class TextOptions:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise ValueError("--data.sources is empty: name a file, a glob, hub:NAME or python-stdlib")
+            raise ValueError("--data.sources is empty: name a file, a glob, hub:NAME, python-stdlib or python-topics")
         at_least("block_size", self.block_size, 2)
         at_least("seed", self.seed, 0)
         at_least("max_documents", self.max_documents, 1)
@@ -112,26 +112,62 @@ class PreparedText:
         self.tokenizer = tokenizer
         self.tokenizer_folder = tokenizer_folder
         self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
+        self.corpus = corpus
+        self.pieces = splits.pieces
         self._options = options
-        self._corpus = corpus
-        self._pieces = splits.pieces
-        self._template = resolve_chat_template(tokenizer, options.chat_template) if corpus.is_chat else None
         self._blocks: dict[str, Blocks] = {}
-        self.fingerprints = {name: self._key(name) for name in self._pieces}
+        self.fingerprints = {
+            name: self.key(corpus, pieces, options.num_blocks(name)) for name, pieces in self.pieces.items()
+        }
 
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits in use."""
-        return tuple(self._pieces)
+        return tuple(self.pieces)
 
-    def _key(self, split: str) -> str:
+    def _template(self, corpus: Corpus) -> str | None:
+        return resolve_chat_template(self.tokenizer, self._options.chat_template) if corpus.is_chat else None
+
+    def key(self, corpus: Corpus, pieces: Sequence[Piece], max_blocks: int) -> str:
+        """Return the key of the blocks of some pieces: of all that decides what they are.
+
+        Args:
+            corpus: What the pieces are pieces of.
+            pieces: The pieces, in order.
+            max_blocks: Blocks at most; 0 = all.
+        """
         return key_of(
-            pieces=_names(self._pieces[split]),
+            pieces=_names(pieces),
             tokenizer=self.tokenizer_fingerprint,
             block_size=self._options.block_size,
-            max_blocks=self._options.num_blocks(split),
-            template=self._template,
+            max_blocks=max_blocks,
+            template=self._template(corpus),
         )
+
+    def packed(self, corpus: Corpus, pieces: Sequence[Piece], max_blocks: int, what: str) -> Blocks:
+        """Return the blocks of some pieces, from the cache, or encoded now.
+
+        Args:
+            corpus: What the pieces are pieces of.
+            pieces: The pieces, in order.
+            max_blocks: Blocks at most; 0 = all.
+            what: Name of the text, for the progress bar.
+
+        Returns:
+            The blocks, memory-mapped; there may be none.
+        """
+        options, template = self._options, self._template(corpus)
+        folder = options.cache_dir / "blocks" / self.key(corpus, pieces, max_blocks)
+        if (folder / "info.json").is_file():
+            pass
+        elif template is not None:
+            progress = tqdm(pieces, desc=f"encoding {what}", unit="doc", disable=None, leave=False)
+            chats = (corpus[piece.index] for piece in progress)
+            pack_chats(chats, self.tokenizer, template, options.block_size, folder, max_blocks or None)
+        else:
+            texts = _texts(corpus, pieces, f"encoding {what}")
+            pack_texts(texts, self.tokenizer, options.block_size, folder, max_blocks or None)
+        return open_blocks(folder)
 
     def blocks(self, split: str) -> Blocks:
         """Return the blocks of a split, from the cache, or encoded now.
@@ -143,19 +179,8 @@ class PreparedText:
             The blocks, memory-mapped; there may be none.
         """
         if split not in self._blocks:
-            options, pieces = self._options, self._pieces[split]
-            folder = options.cache_dir / "blocks" / self.fingerprints[split]
-            max_blocks = options.num_blocks(split) or None
-            if (folder / "info.json").is_file():
-                pass
-            elif self._template is not None:
-                progress = tqdm(pieces, desc=f"encoding {split}", unit="doc", disable=None, leave=False)
-                chats = (self._corpus[piece.index] for piece in progress)
-                pack_chats(chats, self.tokenizer, self._template, options.block_size, folder, max_blocks)
-            else:
-                texts = _texts(self._corpus, pieces, f"encoding {split}")
-                pack_texts(texts, self.tokenizer, options.block_size, folder, max_blocks)
-            self._blocks[split] = open_blocks(folder)
+            max_blocks = self._options.num_blocks(split)
+            self._blocks[split] = self.packed(self.corpus, self.pieces[split], max_blocks, split)
         return self._blocks[split]
 
     def checked_blocks(self, split: str) -> Blocks:
@@ -178,7 +203,7 @@ class PreparedText:
     def describe(self) -> dict[str, dict[str, Any]]:
         """Return counts and fingerprint of every split."""
         found: dict[str, dict[str, Any]] = {}
-        for name, pieces in self._pieces.items():
+        for name, pieces in self.pieces.items():
             info = self._blocks[name].info if name in self._blocks else {"documents": len(pieces)}
             found[name] = {key: value for key, value in info.items() if key not in _INTERNAL_INFO}
             found[name]["fingerprint"] = self.fingerprints[name]

@@ -1,28 +1,22 @@
-"""Where documents come from: local files, hub data sets, the Python standard library.
+"""Where documents come from: local files, hub data sets, the running Python's own library and help.
 
 A *document* is the unit that splits never share: a text file, a line of a .jsonl file, a row of a table. Sources are
 sequences that read one document at a time, so a corpus need not fit into memory.
 """
 
+import bisect
 import glob
 import json
-import os
-import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PYTHON_STDLIB = "python-stdlib"
+from moe_lightning.data.python_texts import PYTHON_STDLIB, PYTHON_TOPICS, python_stdlib_files, python_topics
+
 DEFAULT_TEXT_FIELD = "text"
 HUB_PREFIX = "hub:"
-
-# Not source text of a person: tests, generated tables and configuration, other people's packages.
-_STDLIB_EXCLUDED = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "turtledemo", "__pycache__"}
-    | {"ensurepip", "encodings", "pydoc_data"}
-)
 
 
 @dataclass(frozen=True)
@@ -87,6 +81,27 @@ class TextFiles(Source):
                 f"--data.sources: {file} is not UTF-8 text ({error.reason} at byte {error.start}); "
                 "convert the file or leave it out of the pattern"
             ) from error
+
+
+class Texts(Source):
+    """Texts that are in memory, one document each.
+
+    Args:
+        name: Name for messages.
+        texts: The texts by their names, in order.
+    """
+
+    def __init__(self, name: str, texts: dict[str, str]):
+        self.name = name
+        self._texts = list(texts.items())
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def read(self, index: int) -> Document:
+        """Return text `index`."""
+        name, text = self._texts[index]
+        return Document(f"{self.name} {name}", text)
 
 
 class JsonLines(Source):
@@ -167,13 +182,15 @@ class Corpus(Sequence[Document]):
 
     Args:
         sources: The sources; all plain text or all chat.
+        entries: For each of them what the user wrote for it: files of one glob may be several sources.
 
     Raises:
         ValueError: When there is no document, or when text and conversations are mixed.
     """
 
-    def __init__(self, sources: Sequence[Source]):
+    def __init__(self, sources: Sequence[Source], entries: Sequence[str] | None = None):
         self.sources = list(sources)
+        self.entries = [source.name for source in self.sources] if entries is None else list(entries)
         self._starts = [0]
         for source in self.sources:
             self._starts.append(self._starts[-1] + len(source))
@@ -200,6 +217,10 @@ class Corpus(Sequence[Document]):
                 return source.read(index - start)
         raise IndexError(index)
 
+    def entry_of(self, index: int) -> str:
+        """Return what the user wrote for the source of document `index`."""
+        return self.entries[bisect.bisect_right(self._starts, index) - 1]
+
     def __iter__(self) -> Iterator[Document]:
         for source in self.sources:
             for index in range(len(source)):
@@ -212,7 +233,8 @@ def open_sources(
     """Open every source.
 
     Args:
-        sources: One or more of: a file, a glob (`**` goes into folders), `hub:NAME[:CONFIG]`, `python-stdlib`.
+        sources: One or more of: a file, a glob (`**` goes into folders), `hub:NAME[:CONFIG]`, `python-stdlib`,
+            `python-topics`.
         text_field: Key or column of .jsonl files and tables that holds the text.
         hub_split: Split of hub data sets, slices such as `train[:1000]` included.
         cache_dir: Where `datasets` keeps its copy of parquet files.
@@ -226,51 +248,20 @@ def open_sources(
     """
     names = [sources] if isinstance(sources, str) else list(sources)
     if not names:
-        raise ValueError("--data.sources is empty: name a file, a glob, hub:NAME or python-stdlib")
+        raise ValueError("--data.sources is empty: name a file, a glob, hub:NAME, python-stdlib or python-topics")
     opened: list[Source] = []
+    entries: list[str] = []
     for name in names:
         if name == PYTHON_STDLIB:
             opened.append(TextFiles(PYTHON_STDLIB, python_stdlib_files()))
+        elif name == PYTHON_TOPICS:
+            opened.append(Texts(PYTHON_TOPICS, python_topics()))
         elif name.startswith(HUB_PREFIX):
             opened.append(_open_hub(name, text_field, hub_split))
         else:
             opened.extend(_open_local(name, text_field, cache_dir))
-    return Corpus(opened)
-
-
-def python_stdlib_files() -> list[Path]:
-    """Return the source files of the running Python's standard library, sorted.
-
-    Tests, IDLE, bundled and installed packages, generated tables (`encodings`, `pydoc_data`, `_sysconfigdata*`) and
-    the few files that are not UTF-8 are left out.
-
-    Returns:
-        The files.
-
-    Raises:
-        FileNotFoundError: When this Python carries no library sources.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in _STDLIB_EXCLUDED]
-        for name in names:
-            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
-                files.append(Path(folder) / name)
-    files = [file for file in files if _is_utf8(file)]
-    if not files:
-        raise FileNotFoundError(
-            f"--data.sources {PYTHON_STDLIB}: this Python has no library sources in {root}; name text files instead"
-        )
-    return sorted(files, key=lambda file: file.relative_to(root).as_posix())
-
-
-def _is_utf8(file: Path) -> bool:
-    try:
-        file.read_bytes().decode("utf-8")
-    except (UnicodeDecodeError, PermissionError):
-        return False
-    return True
+        entries += [name] * (len(opened) - len(entries))
+    return Corpus(opened, entries)
 
 
 def _open_local(name: str, text_field: str, cache_dir: Path | None) -> list[Source]:
