@@ -17,6 +17,7 @@ from moe_lightning.evaluation.likelihood import (
     evaluate,
     summarise,
 )
+from moe_lightning.evaluation.samples import continuations, default_prompts
 from moe_lightning.evaluation.speed import decode_rate, decoded_tokens_per_second, prefill_rate, tokens_per_second
 
 __all__ = [
@@ -25,8 +26,10 @@ __all__ = [
     "Likelihood",
     "LikelihoodResult",
     "block_sums",
+    "continuations",
     "decode_rate",
     "decoded_tokens_per_second",
+    "default_prompts",
     "evaluate",
     "lost_share_interval",
     "mean_interval",
