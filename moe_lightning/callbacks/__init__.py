@@ -20,6 +20,7 @@ from moe_lightning.callbacks.recovery import (
     RecoveryStage,
     RouterDistillation,
 )
+from moe_lightning.callbacks.time_spent import TimeSpent
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -36,5 +37,6 @@ __all__ = [
     "RecoveredShare",
     "RecoveryStage",
     "RouterDistillation",
+    "TimeSpent",
     "last_checkpoint",
 ]

@@ -11,6 +11,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from moe_lightning.callbacks.spending import spending
+
 CHECKPOINT_FOLDER = "checkpoints"
 CHECKPOINT_NAME = "last.ckpt"
 
@@ -102,7 +104,8 @@ class LastCheckpoint(Checkpoint):
             return
         self._compressed_step = None
         self._saved_step = trainer.global_step
-        trainer.save_checkpoint(self.path(trainer), weights_only=False)
+        with spending(trainer, "checkpoints"):
+            trainer.save_checkpoint(self.path(trainer), weights_only=False)
 
     def after_compression(self, trainer: Trainer, module: LightningModule) -> None:
         """Take note that there is something that took long to make."""

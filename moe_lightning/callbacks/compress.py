@@ -21,6 +21,7 @@ from moe_lightning.callbacks.at_step import (
 from moe_lightning.callbacks.compression_log import log_compression
 from moe_lightning.callbacks.course import Change, in_words, shape_at
 from moe_lightning.callbacks.gradual import Act, acts_of
+from moe_lightning.callbacks.spending import spending
 from moe_lightning.callbacks.strategies import check_strategy, wrap_again
 from moe_lightning.compression import CompressionResult, as_methods, compress, trial_edits
 from moe_lightning.compression.layerwise import measures, need_batches
@@ -248,6 +249,10 @@ class Compress(AtStep):
         model = language_model(module)
         if act.share is not None and not trial_edits(architecture_of(model).shape(model), act.methods)[0]:
             return  # rounded to whole experts, nothing more goes
+        with spending(trainer, "compression"):
+            self._compress(trainer, module, model, act)
+
+    def _compress(self, trainer: Trainer, module: LightningModule, model: Any, act: Act) -> None:
         tell(trainer, "before_compression", module)
         edits_before = plan_of(model).edits
         datamodule: Any = getattr(trainer, "datamodule", None)

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from moe_lightning.architectures import architecture_of
 from moe_lightning.callbacks.at_step import AtStep, Moment, language_model, say
 from moe_lightning.callbacks.course import course_of, shape_at
+from moe_lightning.callbacks.spending import spending
 from moe_lightning.checkpoints import Format, check_format, may_be_uneven, save_pretrained
 
 
@@ -91,5 +92,7 @@ class Export(AtStep):
         if not trainer.is_global_zero:
             return
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-        folder = save_pretrained(language_model(module), self.folder(trainer), tokenizer, self.format, overwrite=True)
+        with spending(trainer, "exporting"):
+            model = language_model(module)
+            folder = save_pretrained(model, self.folder(trainer), tokenizer, self.format, overwrite=True)
         say(trainer, f"step {trainer.global_step}: wrote {folder}")

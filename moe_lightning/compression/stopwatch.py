@@ -40,12 +40,21 @@ class Stopwatch:
             self._turn()
             self._parts.pop()
 
+    def turn_to(self, part: str) -> None:
+        """Say what the time is spent on from now on, where nothing else is said.
+
+        Args:
+            part: What it is spent on.
+        """
+        self._turn()
+        self._parts[0] = part
+
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds up to now by part, the rest last; together all that went by since the start."""
         self._turn()
         spent = {part: seconds for part, seconds in self._spent.items() if part != self.rest}
-        return {**spent, self.rest: self._spent[self.rest]}
+        return {**spent, self.rest: self._spent.get(self.rest, 0.0)}
 
     def _turn(self) -> None:
         now = time.perf_counter()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe_lightning.callbacks.at_step import AtTheEnd, language_model, say
 from moe_lightning.callbacks.random_state import random_states, set_random_states
+from moe_lightning.callbacks.spending import spending
 from moe_lightning.evaluation import evaluate
 from moe_lightning.evaluation.intervals import Interval, mean_interval
 from moe_lightning.files import write_atomically
@@ -137,7 +138,8 @@ class RecoveredShare(AtTheEnd):
         model = language_model(module)
         states = random_states()
         # A validation runs in inference mode, and tensors that are kept (packed weights, say) must not be of that kind.
-        with torch.inference_mode(False), trainer.precision_plugin.forward_context():
+        measured = spending(trainer, "evaluation")
+        with measured, torch.inference_mode(False), trainer.precision_plugin.forward_context():
             result = evaluate(model, self._batches(trainer), progress=False)
         set_random_states(states)
         gathered = _of_all(trainer, (result.nats, result.tokens))
