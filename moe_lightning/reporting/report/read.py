@@ -1,0 +1,209 @@
+"""Everything that a run left in its folder, read back."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_lightning.evaluation.intervals import Interval, text_intervals
+from moe_lightning.evaluation.records import BEFORE, QualityMoment, QualityRecord
+from moe_lightning.reporting.run_records import CompressionRecord, read_compressions
+
+EXPECTED = (
+    "a run directory (config.fit.yaml, results/quality.json, results/compression-STEP.json, ...) or the output folder "
+    "of moe-lightning compress (compression.json, plan.json)"
+)
+"""What ``report`` is given."""
+
+VERSION = 1
+"""Of lm_eval.json and benchmark.json."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left. What is not there is None or empty.
+
+    Attributes:
+        folder: The run directory, or the output folder of ``moe-lightning compress``.
+        name: How it is called.
+        quality: Quality of the model at its moments.
+        compressions: What was done to it, in the order of the steps.
+        tasks: ``lm_eval.json``.
+        time: ``time.json``: ``total_seconds`` and ``parts``.
+        recovery: ``recovery.json``.
+        tested: ``test.json``: what the test step logged.
+        validated: ``validate.json``, likewise.
+        benchmarks: Contents of ``benchmark*.json``, by name.
+        configs: YAML of the options, by command.
+        offline: ``compression.json`` of ``moe-lightning compress``.
+    """
+
+    folder: Path
+    name: str
+    quality: QualityRecord | None = None
+    compressions: list[CompressionRecord] = field(default_factory=list)
+    tasks: dict[str, Any] | None = None
+    time: dict[str, Any] | None = None
+    recovery: dict[str, Any] | None = None
+    tested: dict[str, float] | None = None
+    validated: dict[str, float] | None = None
+    benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    configs: dict[str, str] = field(default_factory=dict)
+    offline: dict[str, Any] | None = None
+
+    @property
+    def moments(self) -> list[QualityMoment]:
+        """Moments at which quality was measured, in their order."""
+        return [] if self.quality is None else self.quality.moments
+
+    @property
+    def first(self) -> QualityMoment | None:
+        """The model before its first compression, or None."""
+        return None if self.quality is None else self.quality.moment(BEFORE)
+
+    @property
+    def task_moments(self) -> list[dict[str, Any]]:
+        """Moments of ``lm_eval.json`` that have tasks: ``name``, ``step``, ``limit``, ``tasks``, ``mean``."""
+        return [] if self.tasks is None else [moment for moment in self.tasks["moments"] if moment["tasks"]]
+
+    def intervals(self, moment: QualityMoment, text: str) -> dict[str, Interval]:
+        """Return what is known of a model on a text, with intervals.
+
+        Args:
+            moment: When.
+            text: Name of the text.
+
+        Returns:
+            By name: ``perplexity``, ``bits_per_byte``, and where it was measured ``divergence`` and ``agreement``;
+            ``perplexity_ratio`` where the model before compression was measured on the same blocks.
+        """
+        mine, first = moment.texts[text], self.first
+        theirs = first.texts.get(text) if first is not None and first is not moment else None
+        paired = theirs is not None and theirs.fingerprint == mine.fingerprint
+        return text_intervals(mine.scores, theirs.scores if theirs is not None and paired else None)
+
+
+def read_run(folder: str | os.PathLike[str]) -> Run:
+    """Read what a run left.
+
+    Args:
+        folder: A run directory, or the output folder of ``moe-lightning compress``.
+
+    Returns:
+        The run; files that are not there are None.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or nothing of a run in it.
+        ValueError: A file is damaged; the message names it.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        kind = "is a file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{path} {kind}: name {EXPECTED}")
+    results = path / "results"
+    quality = results / "quality.json"
+    offline = path / "compression.json"
+    run = Run(
+        folder=path,
+        name=path.resolve().name,
+        quality=QualityRecord.load(quality) if quality.is_file() else None,
+        compressions=read_compressions(path),
+        tasks=_read(results / "lm_eval.json", _tasks),
+        time=_read(results / "time.json", _time),
+        recovery=_read(results / "recovery.json", _recovery),
+        tested=_read(results / "test.json", _numbers),
+        validated=_read(results / "validate.json", _numbers),
+        benchmarks={file.stem: _read(file, _benchmark) for file in sorted(results.glob("benchmark*.json"))},
+        configs={file.name.split(".")[1]: _text(file) for file in sorted(path.glob("config.*.yaml"))},
+        offline=_read(offline, _offline) if (path / "plan.json").is_file() else None,
+    )
+    found = (getattr(run, name) for name in run.__dataclass_fields__ if name not in ("folder", "name"))
+    if not any(found):
+        raise FileNotFoundError(f"there are no results in {path}: name {EXPECTED}")
+    return run
+
+
+def distinct_names(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Return the shortest ends of paths that tell folders apart: ``a/run`` and ``b/run``, or ``one`` and ``two``.
+
+    Args:
+        folders: The folders.
+
+    Returns:
+        A name for each; equal ones only where the folders are.
+    """
+    paths = [Path(folder).resolve().parts for folder in folders]
+    deepest = max(map(len, paths), default=0)
+    for depth in range(1, deepest + 1):
+        names = ["/".join(parts[-depth:]) for parts in paths]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return ["/".join(parts) for parts in paths]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}: write it anew, or remove it") from None
+
+
+def _read(path: Path, checked: Callable[[Any], Any]) -> Any:
+    """Read a JSON file, or return None where there is none."""
+    if not path.is_file():
+        return None
+    try:
+        return checked(json.loads(path.read_text(encoding="utf-8")))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path} is damaged: {why}: write it anew, or remove it") from error
+
+
+def _check_version(values: dict[str, Any]) -> None:
+    if values["version"] != VERSION:
+        raise ValueError(f"version {values['version']}, this release reads {VERSION}")
+
+
+def _tasks(values: Any) -> dict[str, Any]:
+    _check_version(values)
+    for moment in values["moments"]:
+        str(moment["name"]), int(moment["step"]), float(moment["mean"] or 0)
+        for task in moment["tasks"].values():
+            str(task["metric"]), float(task["value"])
+    return dict(values)
+
+
+def _time(values: Any) -> dict[str, Any]:
+    parts = {str(name): float(seconds) for name, seconds in values["parts"].items()}
+    return {"total_seconds": float(values["total_seconds"]), "parts": parts}
+
+
+def _recovery(values: Any) -> dict[str, Any]:
+    for boundary in values["boundaries"]:
+        int(boundary["step"]), str(boundary["event"]), float(boundary["loss"])
+    return dict(values)
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    return {str(name): float(value) for name, value in values.items()}
+
+
+def _benchmark(values: Any) -> dict[str, Any]:
+    _check_version(values)
+    for row in values["rows"]:
+        for name in ("model", "implementation", "phase", "batch", "context"):
+            row[name]
+        if row.get("refused") is None:
+            float(row["tokens_per_second"]["median"])
+    return {**values, "context": dict(values["context"]), "models": dict(values["models"])}
+
+
+def _offline(values: Any) -> dict[str, Any]:
+    for name in ("before", "after"):
+        for number in ("perplexity", "parameters", "bytes", "bytes_on_disk", "tokens_per_second"):
+            float(values[name][number])
+    return dict(values)
