@@ -44,6 +44,9 @@ class Work(Protocol):
     def run(self) -> None:
         """Do what is timed."""
 
+    def forget(self) -> None:
+        """Free what is kept between runs."""
+
 
 class Prefill:
     """One forward pass over whole sequences, without a cache; all logits are computed."""
@@ -64,21 +67,29 @@ class Prefill:
     def prepare(self) -> None:
         """Do nothing: every pass begins anew."""
 
+    def forget(self) -> None:
+        """Do nothing: nothing is kept."""
+
     def run(self) -> None:
         """Make the pass."""
         self.model(input_ids=self.ids, use_cache=False)
 
 
 class Decoding:
-    """Greedy decoding with the key/value cache that ``generate`` takes, one token of each sequence a step."""
+    """Decoding with the key/value cache that ``generate`` takes, one token of each sequence a step.
 
-    def __init__(self, model: nn.Module, input_ids: Tensor, new_tokens: int) -> None:
+    Greedy; or along a text that is given, so that all models read the same and nothing ends in a loop of one word. The
+    likeliest token is found in either case.
+    """
+
+    def __init__(self, model: nn.Module, input_ids: Tensor, new_tokens: int, following: Tensor | None = None) -> None:
         """Note what runs on what.
 
         Args:
             model: A causal language model as transformers makes them, in eval mode.
             input_ids: Prompt [batch, sequence].
             new_tokens: Steps of a run.
+            following: Tokens to go on with [batch, new_tokens], or None.
 
         Raises:
             ValueError: No step.
@@ -88,6 +99,7 @@ class Decoding:
         self.model = model
         self.device = next(model.parameters()).device
         self.ids = input_ids.to(self.device)
+        self.following = None if following is None else following[:, :new_tokens].to(self.device)
         self.batch, self.context = self.ids.shape
         self.tokens, self.steps = self.batch * new_tokens, new_tokens
         self._cache: Any = None
@@ -109,9 +121,15 @@ class Decoding:
     def run(self) -> None:
         """Decode."""
         token = self._first
-        for _ in range(self.steps):
+        for step in range(self.steps):
+            if self.following is not None:
+                token = self.following[:, step : step + 1]
             output = self.model(input_ids=token, past_key_values=self._cache, use_cache=True)
             token = output.logits[:, -1:].argmax(dim=-1)
+
+    def forget(self) -> None:
+        """Free the cache; the next run begins with the prompt again."""
+        self._cache = None
 
 
 def seconds_of(work: Work) -> float:
