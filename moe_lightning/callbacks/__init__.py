@@ -9,6 +9,7 @@ from moe_lightning.callbacks.checkpointing import AtomicCheckpointIO, LastCheckp
 from moe_lightning.callbacks.compress import Compress
 from moe_lightning.callbacks.expert_statistics import ExpertStatistics
 from moe_lightning.callbacks.export import Export
+from moe_lightning.callbacks.lm_eval import LMEval
 from moe_lightning.callbacks.predictions import PredictionWriter
 from moe_lightning.callbacks.progress import CompactProgress
 from moe_lightning.callbacks.random_state import RandomState
@@ -29,6 +30,7 @@ __all__ = [
     "ExpertStatistics",
     "Export",
     "FullFineTuning",
+    "LMEval",
     "LastCheckpoint",
     "LoRARecovery",
     "NoviceTuning",
