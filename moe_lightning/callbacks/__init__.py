@@ -12,6 +12,7 @@ from moe_lightning.callbacks.export import Export
 from moe_lightning.callbacks.lm_eval import LMEval
 from moe_lightning.callbacks.predictions import PredictionWriter
 from moe_lightning.callbacks.progress import CompactProgress
+from moe_lightning.callbacks.quality import QualityEvaluation
 from moe_lightning.callbacks.random_state import RandomState
 from moe_lightning.callbacks.recovery import (
     FullFineTuning,
@@ -35,6 +36,7 @@ __all__ = [
     "LoRARecovery",
     "NoviceTuning",
     "PredictionWriter",
+    "QualityEvaluation",
     "RandomState",
     "RecoveredShare",
     "RecoveryStage",

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-FOLDERS = ("checkpoints", "logs", "models", "results")
+FOLDERS = ("checkpoints", "logs", "models", "quality", "results")
 FILES = ("config.*.yaml", "predictions*.jsonl")
 ASIDE = ".replaced"
 

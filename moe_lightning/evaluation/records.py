@@ -121,11 +121,11 @@ class QualityMoment:
     samples: list[Sample] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain types that JSON and Lightning checkpoints can hold; NaN becomes None."""
+        """Return plain types that JSON and Lightning checkpoints can hold; what is not finite becomes None."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         values["texts"] = {
             name: {
-                "scores": _without_nan(text.scores.to_dict()),
+                "scores": _finite(text.scores.to_dict()),
                 "calibrated": text.calibrated,
                 "fingerprint": text.fingerprint,
             }
@@ -211,9 +211,9 @@ class QualityRecord:
             raise ValueError(f"{path} is no record of a run's quality: {error}") from error
 
 
-def _without_nan(lists: Mapping[str, list[float]]) -> dict[str, list[float | None]]:
+def _finite(lists: Mapping[str, list[float]]) -> dict[str, list[float | None]]:
     return {
-        name: [None if isinstance(value, float) and math.isnan(value) else value for value in values]
+        name: [None if isinstance(value, float) and not math.isfinite(value) else value for value in values]
         for name, values in lists.items()
     }
 

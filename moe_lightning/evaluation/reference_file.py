@@ -4,7 +4,7 @@ A safetensors file::
 
     likeliest/TEXT    [T]     the token that it finds the most likely behind each token, int64
     predictions/TEXT  [T, V]  log-probability of every next token, float32
-    hidden/NUMBER     [T, H]  what leaves a block, float32, by the block's number in the original model; of the first text
+    hidden/NUMBER     [T, H]  what leaves a block of the first text, float32, by its number in the original model
 
 of the first tokens of each text, whole blocks of it, one block after the other. Its metadata hold, for each text, how
 many tokens these are and a fingerprint of them, and for the file a fingerprint of the model's weights.
@@ -41,8 +41,8 @@ def token_fingerprint(blocks: Iterable[Tensor]) -> str:
     """
     digest = hashlib.sha256()
     for ids in blocks:
-        digest.update(f"{ids.shape[-1]}:".encode() * len(ids))
-        digest.update(ids.cpu().to(torch.int64).contiguous().numpy().astype("<i8").tobytes())
+        for row in ids.cpu().to(torch.int64).numpy().astype("<i8"):
+            digest.update(f"{len(row)}:".encode() + row.tobytes())
     return digest.hexdigest()
 
 
@@ -97,7 +97,7 @@ class ReferenceWriter:
         blocks: Sequence[int],
         weights: Sequence[float],
     ) -> None:
-        self.path = Path(path)
+        self.path, self.texts, self.hidden_tokens = Path(path), dict(texts), hidden_tokens
         self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         self._file: BinaryIO | None = None
         self._offsets: dict[str, int] = {}
@@ -161,8 +161,8 @@ class ReferenceWriter:
     def _write(self, name: str, first_row: int, values: Tensor) -> None:
         assert self._file is not None, "write inside of a with block"
         self._file.seek(len(self._header) + self._offsets[name] + first_row * self._row_bytes[name])
-        data = memoryview(values.cpu().contiguous().numpy()).cast("B")
-        self._written += self._file.write(data)
+        data: Any = values.cpu().contiguous().numpy()
+        self._written += self._file.write(memoryview(data).cast("B"))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,0 +1,145 @@
+"""A moment of a run on the console and in TensorBoard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from moe_lightning.callbacks.at_step import say
+from moe_lightning.evaluation.intervals import Interval, text_intervals
+from moe_lightning.evaluation.records import QualityMoment
+
+MIB = 2**20
+
+
+def intervals_of(moment: QualityMoment, before: QualityMoment | None) -> dict[str, dict[str, Interval]]:
+    """Return what is known of a model on each text; compared with the one before where it saw the same blocks.
+
+    Args:
+        moment: The moment.
+        before: That of the model before compression, or None.
+    """
+    found = {}
+    for name, text in moment.texts.items():
+        other = None if before is None else before.texts.get(name)
+        same = other is not None and other.fingerprint == text.fingerprint
+        found[name] = text_intervals(text.scores, other.scores if other is not None and same else None)
+    return found
+
+
+def tell_moment(trainer: Trainer, moments: Sequence[QualityMoment]) -> None:
+    """Say and log the last of some moments; only the first process does.
+
+    Args:
+        trainer: The trainer.
+        moments: All moments of the run up to it.
+    """
+    moment = moments[-1]
+    before = next((item for item in moments[:-1] if item.name == "before"), None)
+    intervals = intervals_of(moment, before)
+    say(trainer, in_words(moment, before, intervals))
+    if not trainer.is_global_zero:
+        return
+    numbers = scalars(moment, intervals)
+    samples = samples_text(moments)
+    for logger in trainer.loggers:
+        logger.log_metrics(numbers, step=moment.step)
+        if isinstance(logger, TensorBoardLogger) and samples:
+            logger.experiment.add_text("quality/samples", samples, moment.step)
+
+
+def in_words(
+    moment: QualityMoment, before: QualityMoment | None, intervals: Mapping[str, Mapping[str, Interval]]
+) -> str:
+    """Return a moment as one line.
+
+    Args:
+        moment: The moment.
+        before: The one before compression, or None.
+        intervals: What is known of its texts.
+    """
+    first, *others = intervals
+    parts = [_text_in_words(first, intervals[first], with_perplexity=True)]
+    parts += [_text_in_words(name, intervals[name], with_perplexity=False) for name in others]
+    size = f"{moment.bytes / MIB:,.1f} MiB in memory, {moment.bytes_on_disk / MIB:,.1f} MiB on disk"
+    parts.append(size + (f" ({before.bytes_on_disk / MIB:,.1f} before)" if before is not None else ""))
+    for name, words in (("prefill", "prefill"), ("decode", "decoding")):
+        if name in moment.speed:
+            rate = f"{words} {moment.speed[name].median:,.0f} tokens/s"
+            if before is not None and name in before.speed:
+                rate += f" ({before.speed[name].median:,.0f} before)"
+            parts.append(rate)
+    return f"step {moment.step}: quality {moment.name}: {'; '.join(parts)}"
+
+
+def _text_in_words(name: str, numbers: Mapping[str, Interval], with_perplexity: bool) -> str:
+    perplexity, ratio = numbers["perplexity"], numbers.get("perplexity_ratio")
+    if ratio is None:
+        words = f"perplexity {_with_ends(perplexity)} on {name}"
+    elif with_perplexity:
+        words = f"perplexity {perplexity.value:.4g} on {name}, {_with_ends(ratio)} times that before"
+    else:
+        words = f"{_with_ends(ratio)} times on {name}"
+    if ratio is not None and with_perplexity and "divergence" in numbers:
+        words += f", KL {numbers['divergence'].value:.4g} nats a token, {numbers['agreement'].value:.1%} agree"
+    return words
+
+
+def _with_ends(interval: Interval) -> str:
+    value = f"{interval.value:.4g}"
+    return value if math.isnan(interval.low) else f"{value} [{interval.low:.4g}, {interval.high:.4g}]"
+
+
+def scalars(moment: QualityMoment, intervals: Mapping[str, Mapping[str, Interval]]) -> dict[str, float]:
+    """Return what TensorBoard shows of a moment, by tag.
+
+    Args:
+        moment: The moment.
+        intervals: What is known of its texts.
+
+    Returns:
+        ``quality/perplexity``, ``bits_per_byte``, ``perplexity_ratio``, ``divergence``, ``agreement`` of the first
+        text, ``quality/TEXT/...`` of the others, ``quality/parameters``, ``bytes``, ``bytes_on_disk``, ``flops``,
+        ``prefill_tokens_per_second``, ``decode_tokens_per_second``, ``quality/novice_mass`` and
+        ``quality/layer_error/layer_NUMBER``; those that are known.
+    """
+    found: dict[str, float] = {}
+    for place, (text, numbers) in enumerate(intervals.items()):
+        prefix = "quality" if place == 0 else f"quality/{text}"
+        found |= {f"{prefix}/{name}": interval.value for name, interval in numbers.items()}
+    for name in ("parameters", "bytes", "bytes_on_disk", "flops"):
+        found[f"quality/{name}"] = float(getattr(moment, name))
+    for name, rate in moment.speed.items():
+        found[f"quality/{name}_tokens_per_second"] = rate.median
+    routing = moment.routing
+    if routing is not None and any(routing.novices):
+        masses = [
+            sum(mass[expert] or 0.0 for expert in novices)
+            for mass, novices in zip(routing.mass, routing.novices, strict=True)
+        ]
+        found["quality/novice_mass"] = sum(masses) / len(masses)
+    found |= {f"quality/layer_error/layer_{number}": error for number, error in moment.layer_errors.items()}
+    return found
+
+
+def samples_text(moments: Sequence[QualityMoment]) -> str:
+    """Return what each model made of each prompt, one under the other, as Markdown; nothing without samples.
+
+    Args:
+        moments: The moments.
+    """
+    lines: list[str] = []
+    for sample in moments[-1].samples:
+        lines += ["#### Prompt", "", *_block(sample.prompt), ""]
+        for moment in moments:
+            same = next((item for item in moment.samples if item.prompt == sample.prompt), None)
+            if same is not None:
+                lines += [f"**{moment.name}**, step {moment.step}", "", *_block(same.continuation), ""]
+    return "\n".join(lines)
+
+
+def _block(text: str) -> list[str]:
+    return [f"    {line}" for line in text.splitlines() or [""]]
