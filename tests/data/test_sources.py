@@ -1,4 +1,5 @@
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +62,20 @@ def test_the_standard_library_is_sorted_text_without_tests_and_packages() -> Non
     assert files == python_stdlib_files()
     assert not {"site-packages", "test", "idlelib", "tests"} & {part for file in files for part in file.parts[-3:]}
     assert "json" in {file.parent.name for file in files}
+
+
+def test_the_topics_of_help_are_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pydoc_data.topics
+
+    corpus = open_sources("python-topics")
+    assert sorted(document.text for document in corpus) == sorted(pydoc_data.topics.topics.values())
+    assert corpus[0].name == f"python-topics {min(pydoc_data.topics.topics)}"
+    assert any("English" in document.text or "statement" in document.text for document in corpus)
+    files = {file.read_text(encoding="utf-8") for file in python_stdlib_files()}
+    assert not any(document.text in files for document in corpus)
+    monkeypatch.setitem(sys.modules, "pydoc_data", None)
+    with pytest.raises(FileNotFoundError, match=r"python-topics: this Python has no topics of help\(\)"):
+        open_sources("python-topics")
 
 
 @pytest.mark.parametrize(
