@@ -11,16 +11,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
+from moe_lightning.reporting.interval_plots import log_axis
+from moe_lightning.reporting.panels import legend_below
 from moe_lightning.reporting.style import (
     CATEGORICAL,
     DASHES,
     FAINT,
     FONT_POINTS,
     INK,
-    MARKERS,
     SEQUENTIAL,
     SMALL_POINTS,
     axis_label,
+    looks,
     new_figure,
     row_numbers,
 )
@@ -105,6 +107,8 @@ def layer_curves(
     unit: str = "",
     layers: Sequence[int] | None = None,
     reference: tuple[float, str] | None = None,
+    logarithmic: bool = False,
+    layer_label: str = "layer",
 ) -> Figure:
     """Draw curves over the depth of the model, for example the same quantity before and after compression.
 
@@ -115,9 +119,11 @@ def layer_curves(
         unit: Of the values, ``""`` for pure numbers.
         layers: Numbers of the layers, L of them; 0, 1, ... when None.
         reference: A value with a horizontal line, and its name.
+        logarithmic: Whether the values have a logarithmic axis, which leaves out what is zero.
+        layer_label: What the places are, beside the axis.
 
     Returns:
-        The figure.
+        The figure. Curves that are named like a moment of a run look as everywhere.
 
     Raises:
         ValueError: No series, more than six (nobody can tell them apart), or lengths that differ.
@@ -129,21 +135,24 @@ def layer_curves(
     if len(shapes) != 1 or len(next(iter(shapes))) != 1:
         raise ValueError(f"curves over layers need values [layers] of one length, not shapes {sorted(shapes)}")
     layers = row_numbers("layers", layers, next(iter(shapes))[0])
-    figure, axes = new_figure(7.0, 3.2, title)
-    for number, (name, values_L) in enumerate(arrays.items()):
+    figure, axes = new_figure(7.0, 3.4, title)
+    for name, look in looks(list(arrays)).items():
+        values_L = numpy.where(arrays[name] > 0, arrays[name], numpy.nan) if logarithmic else arrays[name]
         axes.plot(
             layers,
             values_L,
-            color=CATEGORICAL[number],
-            marker=MARKERS[number],
-            linestyle=DASHES[number % len(DASHES)],
+            color=look.colour,
+            marker=look.marker,
+            linestyle=look.dash,
             markersize=5,
             linewidth=1.6,
             label=name,
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
-    _finish_curves(axes, "layer", axis_label(value_label, unit), reference)
-    axes.legend(loc="best", fontsize=SMALL_POINTS, frameon=False)
+    _finish_curves(axes, layer_label, axis_label(value_label, unit), reference)
+    if logarithmic:
+        log_axis(axes, "y")
+    legend_below(figure, axes.get_legend_handles_labels()[0])
     return figure
 
 

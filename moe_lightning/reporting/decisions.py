@@ -7,10 +7,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from moe_lightning.plan import ModelShape
+from moe_lightning.reporting.decision_maps import dropping_order
 from moe_lightning.reporting.heat_maps import heat_map
-from moe_lightning.reporting.model_maps import frequency_variance, similarity_map
+from moe_lightning.reporting.model_maps import similarity_map
+from moe_lightning.reporting.statistics_figures import dropping_orders, similarity_curves, use_and_variance
 from moe_lightning.statistics import Statistics, criterion_named
-from moe_lightning.statistics.groups import real_experts
 
 
 def roles(before: ModelShape, after: ModelShape) -> dict[str, NDArray[numpy.bool_]]:
@@ -46,8 +47,9 @@ def compression_figures(
         seed: Seed of ``criterion=random``.
 
     Returns:
-        By name: ``importance`` (scores, novices hatched and dropped experts crossed out), ``frequency_and_deviation``
-        (who stays among frequent and variable experts), ``similarity`` (hidden states between blocks).
+        By name: ``importance`` (scores, novices hatched and dropped experts crossed out), ``use_and_variance`` (who
+        stays among experts that are used and vary, and the boundary), ``similarity`` (hidden states between blocks),
+        ``similarity_by_depth`` (of blocks and MoE sub-layers), ``dropping_order`` (of layers).
     """
     figures: dict[str, Figure] = {}
     layers = statistics.shape.moe_layers
@@ -66,21 +68,18 @@ def compression_figures(
             undefined_label="no score",
         )
     if {"routing", "outputs"} <= statistics.groups and layers:
-        # Novices and experts that were gone before are no part of the decision.
-        real = real_experts(statistics.shape).numpy()
-        figures["frequency_and_deviation"] = frequency_variance(
-            numpy.where(real, 100 * statistics.score("frequency").numpy(), numpy.nan),
-            numpy.where(real, statistics.score("variance").numpy(), numpy.nan),
-            now["stays"],
-            title=f"Who stays, {title}",
-            frequency_label="share of the tokens that pick the expert [%]",
-            deviation_label="norm of the output's standard deviation",
-            layers=layers,
-        )
+        figures["use_and_variance"] = use_and_variance(statistics, now["stays"], f"Who stays, {title}", criterion)
     if "similarity" in statistics.groups:
         figures["similarity"] = similarity_map(
             statistics.hidden_cosine.numpy(),
             title=f"Similarity between blocks, {title}",
             blocks=statistics.shape.blocks,
+        )
+    if statistics.groups & {"blocks", "layers"}:
+        figures["similarity_by_depth"] = similarity_curves(statistics, f"What blocks leave as it was, {title}")
+    if {"layers", "blocks", "similarity"} <= statistics.groups and len(statistics.shape.blocks) > 1:
+        orders = dropping_orders(statistics)
+        figures["dropping_order"] = dropping_order(
+            orders, title=f"Which layers would go first, {title}", rows=statistics.shape.blocks
         )
     return figures

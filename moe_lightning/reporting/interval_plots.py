@@ -19,13 +19,13 @@ from numpy.typing import ArrayLike
 from moe_lightning.reporting.panels import legend_below, new_panels
 from moe_lightning.reporting.style import (
     CATEGORICAL,
-    DASHES,
     FAINT,
     FONT_POINTS,
     INK,
-    MARKERS,
     SMALL_POINTS,
+    Look,
     axis_label,
+    looks,
     new_figure,
 )
 
@@ -98,15 +98,14 @@ def interval_curves(
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     if not names:
         raise ValueError("there is no curve to draw: give at least one panel with one curve")
-    if len(names) > len(CATEGORICAL):
-        raise ValueError(f"{len(names)} curves cannot be told apart in one picture: give at most {len(CATEGORICAL)}")
+    shown = looks(names)
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, grid = new_panels(rows, columns, 3.4 if columns > 1 else 5.6, 2.5 if columns > 1 else 3.2, title)
     cells = [axes for line in grid for axes in line]
     for axes, (heading, curves) in zip(cells, panels.items(), strict=False):
         axes.set_title(heading, fontsize=FONT_POINTS, loc="left", color=INK)
-        _draw_curves(axes, curves, names)
+        _draw_curves(axes, curves, shown)
         _finish(axes, reference)
     for axes in cells[: len(panels)]:
         if logarithmic:
@@ -119,17 +118,17 @@ def interval_curves(
         if number + columns >= len(panels):
             axes.set_xlabel(axis_label(x_label, x_unit), fontsize=FONT_POINTS)
             axes.tick_params(labelbottom=True)
-    legend_below(figure, [_line_handle(name, number) for number, name in enumerate(names)])
+    legend_below(figure, [_line_handle(name, look) for name, look in shown.items()])
     return figure
 
 
-def _draw_curves(axes: Any, curves: Mapping[str, Curve], names: Sequence[str]) -> None:
+def _draw_curves(axes: Any, curves: Mapping[str, Curve], shown: Mapping[str, Look]) -> None:
     everywhere = numpy.concatenate([numpy.asarray(curve.x, dtype=float) for curve in curves.values()])
     # Points of equal budget stand side by side, or their intervals hide each other.
     step = 0.012 * max(float(numpy.ptp(everywhere)), 1e-9)
-    middle = (len(names) - 1) / 2
+    middle = (len(shown) - 1) / 2
     for name, curve in curves.items():
-        number = names.index(name)
+        number, look = list(shown).index(name), shown[name]
         x, y, low, high = (numpy.asarray(part, dtype=float) for part in (curve.x, curve.y, curve.low, curve.high))
         # All curves begin at the same point.
         shifted = x + numpy.where(x > 0, (number - middle) * step, 0.0)
@@ -138,9 +137,9 @@ def _draw_curves(axes: Any, curves: Mapping[str, Curve], names: Sequence[str]) -
             y,
             # Rounding may put an end of the interval of an exact number a hair on the wrong side of it.
             yerr=numpy.maximum(numpy.stack([y - low, high - y]), 0.0),
-            color=CATEGORICAL[number],
-            marker=MARKERS[number],
-            linestyle=DASHES[number % len(DASHES)],
+            color=look.colour,
+            marker=look.marker,
+            linestyle=look.dash,
             markersize=4.5,
             linewidth=1.4,
             elinewidth=1.0,
@@ -148,13 +147,13 @@ def _draw_curves(axes: Any, curves: Mapping[str, Curve], names: Sequence[str]) -
         )
 
 
-def _line_handle(name: str, number: int) -> Line2D:
+def _line_handle(name: str, look: Look) -> Line2D:
     return Line2D(
         [],
         [],
-        color=CATEGORICAL[number],
-        marker=MARKERS[number],
-        linestyle=DASHES[number % len(DASHES)],
+        color=look.colour,
+        marker=look.marker,
+        linestyle=look.dash,
         markersize=5,
         linewidth=1.4,
         label=name,
@@ -247,15 +246,16 @@ def interval_ranking(
         raise ValueError("there is nothing to rank: give at least one value")
     figure, axes = new_figure(7.6, 1.3 + 0.21 * len(values), title)
     groups = list(dict.fromkeys(value.group for value in values))
+    # There may be more groups than can be told apart: those of the lines further below are grey.
+    shown = looks(groups[: len(CATEGORICAL)]) | {group: Look(FAINT, "o") for group in groups[len(CATEGORICAL) :]}
     for place, value in enumerate(values):
-        number = groups.index(value.group)
-        colour = CATEGORICAL[number] if number < len(CATEGORICAL) else FAINT
+        look = shown[value.group]
         axes.errorbar(
             [value.value],
             [place],
             xerr=[[max(value.value - value.low, 0.0)], [max(value.high - value.value, 0.0)]],
-            color=colour,
-            marker=MARKERS[number % len(MARKERS)],
+            color=look.colour,
+            marker=look.marker,
             markersize=5,
             elinewidth=1.2,
             capsize=2.0,
@@ -274,15 +274,8 @@ def interval_ranking(
     if logarithmic:
         log_axis(axes, "x")
     handles = [
-        Line2D(
-            [],
-            [],
-            color=CATEGORICAL[number] if number < len(CATEGORICAL) else FAINT,
-            marker=MARKERS[number % len(MARKERS)],
-            linestyle="none",
-            label=group,
-        )
-        for number, group in enumerate(groups)
+        Line2D([], [], color=look.colour, marker=look.marker, linestyle="none", label=group)
+        for group, look in shown.items()
     ]
     if reference is not None:
         handles.append(Line2D([], [], color=INK, linewidth=1.0, linestyle=":", label=reference[1]))

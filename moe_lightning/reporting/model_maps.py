@@ -6,7 +6,7 @@ C places between blocks, L layers, E experts of the original model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 from matplotlib import colormaps
@@ -24,6 +24,9 @@ from moe_lightning.reporting.style import (
     new_figure,
     row_numbers,
 )
+
+BoundaryOf = Literal["product", "frequency", "deviation"]
+"""What is parted by a boundary."""
 
 
 def similarity_map(values: ArrayLike, *, title: str, blocks: Sequence[int] | None = None) -> Figure:
@@ -84,7 +87,8 @@ def frequency_variance(
     frequency_label: str,
     deviation_label: str,
     layers: Sequence[int] | None = None,
-    boundary: float | None = None,
+    boundary: float | Sequence[float] | None = None,
+    boundary_of: BoundaryOf = "product",
     boundary_label: str = "boundary",
 ) -> Figure:
     """Draw how often each expert is used against how much its output varies, and which experts stay.
@@ -97,7 +101,9 @@ def frequency_variance(
         frequency_label: What the frequency is, with its unit.
         deviation_label: What the deviation is, with its unit.
         layers: Numbers of the layers; 0, 1, ... when None.
-        boundary: Product of both at which experts stay; on these axes a straight line.
+        boundary: Number at which experts stay: for all layers, or for each of them; NaN for none.
+        boundary_of: What the number is of: ``product`` of both, on these axes a straight line; ``frequency``;
+            ``deviation``.
         boundary_label: Its name.
 
     Returns:
@@ -105,13 +111,15 @@ def frequency_variance(
         those that are NaN are no experts.
 
     Raises:
-        ValueError: Shapes that differ.
+        ValueError: Shapes that differ, or boundaries of other layers than there are.
     """
     x_LE, y_LE = numpy.asarray(frequency, dtype=float), numpy.asarray(deviation, dtype=float)
     kept_LE = numpy.asarray(kept, dtype=bool)
     if not (x_LE.shape == y_LE.shape == kept_LE.shape) or x_LE.ndim != 2:
         raise ValueError(f"expected three arrays [layers, experts], got {x_LE.shape}, {y_LE.shape}, {kept_LE.shape}")
     numbers = row_numbers("layers", layers, x_LE.shape[0])
+    if not isinstance(boundary, int | float | None) and len(boundary) != len(numbers):
+        raise ValueError(f"{len(boundary)} boundaries for {len(numbers)} layers: give one number, or one for each")
     shown_LE = (x_LE > 0) & (y_LE > 0)
     figure, axes = new_figure(6.6, 4.2, title)
     colours = colormaps[SEQUENTIAL](numpy.linspace(0.0, 0.88, len(numbers)))
@@ -127,14 +135,14 @@ def frequency_variance(
         Line2D([], [], marker="o", linestyle="none", color=INK, label="stays"),
         Line2D([], [], marker="o", linestyle="none", color=INK, markerfacecolor="none", label="goes"),
     ]
-    if boundary is not None and boundary > 0 and shown_LE.any():
-        x_low, x_high = axes.get_xlim()
-        y_low, y_high = axes.get_ylim()
-        line_x = numpy.geomspace(x_low, x_high, 64)
-        axes.plot(line_x, boundary / line_x, color=INK, linestyle="--", linewidth=1.2)
-        axes.set_xlim(x_low, x_high)
-        axes.set_ylim(y_low, y_high)
-        handles.append(Line2D([], [], color=INK, linestyle="--", linewidth=1.2, label=boundary_label))
+    single = isinstance(boundary, int | float)
+    each: Sequence[float] = [boundary] if isinstance(boundary, int | float) else boundary or ()
+    lines = [(number, INK if single else colours[row]) for row, number in enumerate(each) if number > 0]
+    if lines and shown_LE.any():
+        for number, colour in lines:
+            _draw_boundary(axes, number, boundary_of, colour)
+        label = boundary_label if single else f"{boundary_label}, by layer"
+        handles.append(Line2D([], [], color=INK, linestyle="--", linewidth=1.2, label=label))
     missing = int((~shown_LE & ~(numpy.isnan(x_LE) | numpy.isnan(y_LE))).sum())
     if missing:
         handles.append(Line2D([], [], linestyle="none", label=f"{missing} without a place (never used)"))
@@ -151,3 +159,16 @@ def frequency_variance(
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=SMALL_POINTS, frameon=False)
     return figure
+
+
+def _draw_boundary(axes: Any, number: float, boundary_of: BoundaryOf, colour: Any) -> None:
+    """Draw a line and leave the limits as they are."""
+    (x_low, x_high), (y_low, y_high) = axes.get_xlim(), axes.get_ylim()
+    if boundary_of == "product":
+        line_x = numpy.geomspace(x_low, x_high, 64)
+        axes.plot(line_x, number / line_x, color=colour, linestyle="--", linewidth=1.2)
+    else:
+        draw = axes.axvline if boundary_of == "frequency" else axes.axhline
+        draw(number, color=colour, linestyle="--", linewidth=1.2)
+    axes.set_xlim(x_low, x_high)
+    axes.set_ylim(y_low, y_high)

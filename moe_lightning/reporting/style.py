@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,110 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", "-.", ":")
 INK, FAINT, EMPTY = "#222222", "#8a8a8a", "#e9e9e9"
 FONT_POINTS, SMALL_POINTS = 10.0, 8.5
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one thing looks in every figure.
+
+    Attributes:
+        colour: Of line and marker.
+        marker: For prints without colour.
+        dash: Of its line.
+    """
+
+    colour: str
+    marker: str
+    dash: str = "-"
+
+
+_CYCLE = tuple(
+    Look(colour, marker, DASHES[place % len(DASHES)])
+    for place, (colour, marker) in enumerate(zip(CATEGORICAL, MARKERS, strict=True))
+)
+_BLUE, _VERMILLION, _GREEN, _PURPLE, _SKY, _ORANGE = CATEGORICAL
+
+LOOKS: dict[str, Look] = {
+    # Moments of a run.
+    "before": Look(INK, "o", "-"),
+    "compressed": Look(_VERMILLION, "s", "--"),
+    "end": Look(_BLUE, "^", "-."),
+    "test": Look(_PURPLE, "D", ":"),
+    "compressed-2": Look(_ORANGE, "v", "--"),
+    "compressed-3": Look(_GREEN, "P", ":"),
+    # Families of methods, see family_of.
+    "original": Look(INK, "o"),
+    "experts dropped": Look(_BLUE, "s"),
+    "novices": Look(_ORANGE, "D"),
+    "merged": Look(_SKY, "P"),
+    "layers dropped": Look(_PURPLE, "v"),
+    "channels dropped": Look(_GREEN, "<"),
+    "pruned": Look(_GREEN, "^"),
+    "quantised": Look(_VERMILLION, "X"),
+    "several": Look(FAINT, "*"),
+    # Operators of a sweep, by the word before the colon.
+    "delete": Look(_BLUE, "s"),
+    "keep_router": Look(_SKY, "P"),
+    "mean": Look(_ORANGE, "D"),
+    "zero": Look(_PURPLE, "v"),
+    "gate2_mean": Look(_VERMILLION, "X"),
+    "low_rank": Look(_GREEN, "^"),
+    "ranks by itself": Look(FAINT, "o"),
+}
+"""What looks the same everywhere, by name."""
+
+FAMILIES: dict[str, str] = {
+    "ExpertDrop": "experts dropped",
+    "Novices": "novices",
+    "Merge": "merged",
+    "LayerDrop": "layers dropped",
+    "BlockDrop": "layers dropped",
+    "Angular": "layers dropped",
+    "ChannelDrop": "channels dropped",
+    "Magnitude": "pruned",
+    "Wanda": "pruned",
+    "SparseGPT": "pruned",
+    "RTN": "quantised",
+    "GPTQ": "quantised",
+    "AWQ": "quantised",
+}
+"""Family of each method that makes a model smaller, by the name of its class."""
+
+
+def family_of(methods: Sequence[str]) -> str:
+    """Return the family that some methods look like.
+
+    Args:
+        methods: In words, each beginning with the name of its class: ``Novices(ratio=0.5)``.
+
+    Returns:
+        ``original`` where none of them makes a model smaller, ``several`` where they are of different families.
+    """
+    names = (method.partition("(")[0] for method in methods)
+    found = {FAMILIES[name] for name in names if name in FAMILIES}
+    return "several" if len(found) > 1 else next(iter(found), "original")
+
+
+def looks(names: Sequence[str]) -> dict[str, Look]:
+    """Return how some things look in one figure: those of :data:`LOOKS` as everywhere, the others as is left.
+
+    Args:
+        names: Different names, at most six.
+
+    Raises:
+        ValueError: More, which nobody can tell apart.
+    """
+    if len(names) > len(CATEGORICAL):
+        raise ValueError(f"{len(names)} curves cannot be told apart in one picture: give at most {len(CATEGORICAL)}")
+    found: dict[str, Look] = {}
+    for name in names:
+        known = LOOKS.get(name, LOOKS.get(name.partition(":")[0]))
+        if known is not None and known not in found.values():
+            found[name] = known
+    used = {look.colour for look in found.values()}
+    free = [look for look in _CYCLE if look.colour not in used] + [look for look in _CYCLE if look.colour in used]
+    left = iter(look for look in free if look not in found.values())
+    return {name: found[name] if name in found else next(left) for name in names}
 
 
 def figure_pixels(figure: Figure, dots_per_inch: float = 110.0) -> NDArray[numpy.uint8]:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
-import torch
 from matplotlib.figure import Figure
 
-from moe_lightning.plan import CompressionPlan, DropBlock, DropMoE, ModelShape
+from moe_lightning.plan import CompressionPlan, ModelShape
 from moe_lightning.reporting.decision_maps import STATES, decision_maps, dropping_order
 from moe_lightning.reporting.interval_plots import Curve, RankedValue, interval_curves, interval_ranking
-from moe_lightning.reporting.model_maps import frequency_variance, similarity_map
+from moe_lightning.reporting.model_maps import similarity_map
+from moe_lightning.reporting.statistics_figures import dropping_orders, use_and_variance
 from moe_lightning.reporting.style import CATEGORICAL, save_figure
 from moe_lightning.statistics import Statistics
 from moe_lightning.sweep.results import Row, Summary, summaries
-from moe_lightning.trimming import Angular, BlockDrop, LayerDrop, Novices
+from moe_lightning.trimming import Novices
 
 MOST_RANKED = 36
 """Lines of a ranking."""
@@ -183,7 +183,7 @@ def _of_statistics(statistics: Statistics, ratios: Sequence[float]) -> dict[str,
         figures["similarity"] = similarity_map(cosine.numpy(), title=title, blocks=shape.blocks)
     if {"layers", "blocks", "similarity"} <= groups and len(shape.blocks) > 1:
         figures["dropping-order"] = dropping_order(
-            _orders(statistics), title="Which layers go first", rows=shape.blocks
+            dropping_orders(statistics), title="Which layers go first", rows=shape.blocks
         )
     if {"routing", "outputs"} <= groups:
         for ratio in ratios:
@@ -191,50 +191,10 @@ def _of_statistics(statistics: Statistics, ratios: Sequence[float]) -> dict[str,
     return figures
 
 
-def _orders(statistics: Statistics) -> dict[str, numpy.ndarray]:
-    shape = statistics.shape
-    most = len(shape.blocks) - 1
-    makers: Mapping[str, tuple[Callable[[int], LayerDrop | BlockDrop | Angular], int]] = {
-        "MoE layers (Layer Drop)": (lambda count: LayerDrop(count=count), len(shape.layouts)),
-        "Blocks (Block Drop)": (lambda count: BlockDrop(count=count), most),
-        "Runs of blocks (Block Drop)": (lambda count: BlockDrop(count=count, mode="consecutive"), most),
-        "Runs of blocks (Angular)": (lambda count: Angular(count=count), most),
-    }
-    orders = {}
-    for name, (make, largest) in makers.items():
-        gone = numpy.zeros((len(shape.blocks), largest), dtype=bool)
-        for count in range(1, largest + 1):
-            for edit in make(count).propose(shape, statistics):
-                assert isinstance(edit, DropMoE | DropBlock)
-                gone[shape.blocks.index(edit.layer), count - 1] = True
-        orders[name] = gone
-    return orders
-
-
 def _scatter(statistics: Statistics, ratio: float) -> Figure:
-    shape = statistics.shape
-    tokens = statistics["tokens"].unsqueeze(-1)
-    frequency = torch.where(tokens > 0, statistics["gate_sum"] / tokens, 0.0)
-    deviation = statistics.score("variance")
-    score = statistics.score("mone")
-    edits = Novices(ratio=ratio, criterion="mone", scope="global").propose(shape, statistics)
-    goes = torch.zeros(score.shape, dtype=torch.bool)
+    edits = Novices(ratio=ratio, criterion="mone", scope="global").propose(statistics.shape, statistics)
+    stays = numpy.ones((len(statistics.shape.layouts), statistics.shape.num_experts), dtype=bool)
     for edit in edits:
-        goes[statistics.row(edit.layer), list(edit.experts)] = True  # type: ignore[attr-defined]
-    known = ~score.isnan()
-    stays, leaves = score[known & ~goes], score[known & goes]
-    boundary = None
-    if stays.numel() and leaves.numel() and float(stays.min()) > 0:
-        # Half way on a logarithmic axis between the last that goes and the first that stays.
-        boundary = float((stays.min() * leaves.max().clamp(min=float(stays.min()) * 1e-6)).sqrt())
-    return frequency_variance(
-        torch.nan_to_num(frequency).numpy(),
-        torch.nan_to_num(deviation).numpy(),
-        (~goes).numpy(),
-        title=f"Use and variance of the experts; MoNE lets {ratio:.0%} go, one budget for all layers",
-        frequency_label="routing weight [mean over all tokens]",
-        deviation_label="deviation of the output [norm]",
-        layers=shape.moe_layers,
-        boundary=boundary,
-        boundary_label="boundary of MoNE's score",
-    )
+        stays[statistics.row(edit.layer), list(edit.experts)] = False  # type: ignore[attr-defined]
+    title = f"Use and variance of the experts; MoNE lets {ratio:.0%} go, one budget for all layers"
+    return use_and_variance(statistics, stays, title, "mone")
