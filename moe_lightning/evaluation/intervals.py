@@ -14,8 +14,10 @@ Draws of few blocks differ too little: by the factor sqrt((B - 1) / B), and as i
 a = (1 - level) / 2, the plain percentile interval, of 16 blocks holds too little. The wider tail mends both: at 95 % it
 is 1.4 % for 16 blocks, 2.2 % for 64, 2.5 % for very many.
 
-A block is taken as it is: where neighbouring blocks come from one document the true interval is somewhat wider. Few
-blocks of which one is far from all others are too little for any such interval.
+A block is taken as it is, and neighbouring blocks of one document are alike: the interval is that of other blocks of
+these documents. For other documents it is wider: of 1,169 blocks from few long files, drawn in pieces of 32 neighbours,
+2.6 times for a ratio and 3.9 times for a perplexity. Few blocks of which one is far from all others are too little for
+any such interval.
 
 Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13 (percentile intervals); Hesterberg,
 What Teachers Should Know About the Bootstrap, The American Statistician 69 (2015) (expanded percentile interval);
