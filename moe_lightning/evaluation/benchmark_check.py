@@ -1,6 +1,6 @@
 """Only a model whose output was compared can be timed: what compares, and the type that nothing else makes.
 
-A model runs as it will be timed: same tokens, batch and implementation, prefill and then decoding with the cache. Of the
+A model runs as it will be timed: same tokens, batch and implementation, prefill, then decoding with the cache. Of the
 first and the last sequence every decoder layer's output is compared with what an independent slow computation makes of
 the layer's input (:mod:`~moe_lightning.evaluation.benchmark_reference`); and so are what enters the first layer and the
 logits. Every token of every layer must agree:
@@ -97,7 +97,14 @@ class CheckedModel:
             self.model.set_experts_implementation(self._implementation)
 
 
-def checked(model: Any, ids: Tensor, new_tokens: int, tolerance: float | None = None) -> CheckedModel:
+def checked(
+    model: Any,
+    ids: Tensor,
+    new_tokens: int,
+    tolerance: float | None = None,
+    phases: Sequence[Phase] = PHASES,
+    prompt_tokens: int | None = None,
+) -> CheckedModel:
     """Compare a model as it will be timed.
 
     Args:
@@ -106,9 +113,11 @@ def checked(model: Any, ids: Tensor, new_tokens: int, tolerance: float | None = 
         ids: Token ids [batch, context + new_tokens]: prefill of the context, then decoding of the rest.
         new_tokens: Steps of decoding, at least 1.
         tolerance: Largest error of a token; by the type of the weights where None.
+        phases: What is compared and may be timed.
+        prompt_tokens: Tokens of the prompt that go in at a time before decoding; see `Decoding`.
 
     Returns:
-        The model, which may now be timed on these tokens.
+        The model, which may now be timed on these tokens, in these phases.
 
     Raises:
         Mismatch: The model computes something else.
@@ -122,8 +131,10 @@ def checked(model: Any, ids: Tensor, new_tokens: int, tolerance: float | None = 
         raise ValueError(f"{ids.shape[1]} tokens do not hold a context and {new_tokens} steps of decoding, 1 or more")
     prompt, following = ids[:, :context], ids[:, context:]
     works: dict[Phase, Work] = {
-        "prefill": Prefill(model, prompt),
-        "decode": Decoding(model, prompt, new_tokens, following),
+        phase: Prefill(model, prompt)
+        if phase == "prefill"
+        else Decoding(model, prompt, new_tokens, following, prompt_tokens)
+        for phase in phases
     }
     kind = next(model.parameters()).dtype
     if tolerance is None:

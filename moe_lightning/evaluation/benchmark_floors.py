@@ -2,14 +2,14 @@
 
     floor = max(FLOPs / speed of a large product, bytes / speed of a copy)
 
-Both speeds are measured in the same run (:func:`measured_ceilings`). What is counted:
+Both speeds are measured in the same run (:func:`product_speed`, :func:`copy_speed`). What is counted:
 
-* FLOPs: those of ``moe_lightning.measure`` at that length, for the share of the routed pairs that real experts got. Only
-  attention is counted otherwise: a query must look at no more than the tokens before it and at itself, half of the
-  square that ``measure`` counts. Integers are multiplied as if they were floating-point numbers.
+* FLOPs: those of ``moe_lightning.measure`` at that length, for the share of the routed pairs that real experts got.
+  Only attention is counted otherwise: a query must look at no more than the tokens before it and at itself, half of
+  the square that ``measure`` counts. Integers are multiplied as if they were floating-point numbers.
 * Bytes of weights: everything once for each pass, packed weights packed; but of a layer's experts only those that some
-  token of the pass reached, and of the embedding only the rows of the tokens. A step of decoding with one sequence reads
-  ``k`` of ``E`` experts, one with many reads nearly all; how many is counted in the run itself.
+  token of the pass reached, and of the embedding only the rows of the tokens. A step of decoding with one sequence
+  reads ``k`` of ``E`` experts, one with many reads nearly all; how many is counted in the run itself.
 * Bytes of the key/value cache, once for each step of decoding.
 * Bytes of the logits, which are written.
 
@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from moe_lightning.architectures import architecture_of
 from moe_lightning.architectures.modes import evaluation_mode
 from moe_lightning.evaluation.benchmark_check import Phase
 from moe_lightning.evaluation.speed import Work
+from moe_lightning.experts import Masked
 from moe_lightning.sizes import measure
 
 _LARGEST_COPY, _SMALLEST_COPY = 1 << 28, 1 << 20
@@ -70,48 +72,56 @@ class RoutedShares:
     reached: list[float]
 
 
-def measured_ceilings(device: torch.device, dtype: torch.dtype, weight_bytes: int) -> Ceilings:
-    """Measure the speed of a large product and of a copy.
+def product_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure the FLOPs a second of a large product: the fastest of several.
 
     Args:
         device: Where.
-        dtype: Type of the weights.
-        weight_bytes: Bytes of the model whose floors are wanted: the copy is as large.
+        dtype: Type of the weights. CPUs that emulate it are measured in fp32 too, which implementations then compute in.
 
     Cost:
-        About a second.
+        Half a second.
     """
     size = _PRODUCT.get(device.type, _PRODUCT["cpu"])
-    speeds = []
+    fastest = float("inf")
     for kind in dict.fromkeys((dtype, torch.float32)):
-        left = torch.randn(size, size, device=device).to(kind)
-        right, result = torch.randn(size, size, device=device).to(kind), torch.empty_like(left)
+        left, right = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
+        result = torch.empty_like(left)
+        fastest = min(fastest, _least_seconds(partial(torch.mm, left, right, out=result), device))
+    return 2 * size**3 / fastest
 
-        def product(left: Tensor = left, right: Tensor = right, result: Tensor = result) -> Tensor:
-            return torch.mm(left, right, out=result)
 
-        speeds.append(2 * size**3 / _median_seconds(product, device))
+def copy_speed(device: torch.device, weight_bytes: int) -> float:
+    """Measure the bytes a second that a copy reads and writes: the fastest of several.
+
+    Args:
+        device: Where.
+        weight_bytes: Bytes of the model whose floors are wanted: on a CPU the copy is as large.
+
+    Cost:
+        Half a second.
+    """
     copied = min(max(weight_bytes, _SMALLEST_COPY), _LARGEST_COPY) if device.type == "cpu" else _LARGEST_COPY
     source = torch.randint(0, 256, (copied,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return Ceilings(max(speeds), 2 * copied / _median_seconds(lambda: target.copy_(source), device))
+    return 2 * copied / _least_seconds(lambda: target.copy_(source), device)
 
 
-def _median_seconds(run: Callable[[], object], device: torch.device) -> float:
+def _least_seconds(run: Callable[[], object], device: torch.device) -> float:
     def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
     run()
-    times: list[float] = []
     wait()
+    times: list[float] = []
     began = time.perf_counter()
     while len(times) < _FEWEST or time.perf_counter() - began < _SECONDS:
         start = time.perf_counter()
         run()
         wait()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return min(times)
 
 
 def routed_shares(model: Any, work: Work) -> RoutedShares:
@@ -154,17 +164,18 @@ def _hooks(layers: list[Any], note: Callable[[int, Tensor], None]) -> Iterator[N
 
 
 def tensor_bytes(module: nn.Module) -> int:
-    """Count the bytes of all parameters and buffers of a module in the form in which it works now, shared ones once.
+    """Count the bytes of what a module reads when it works, in the form in which it works now; shared tensors once.
 
     Args:
         module: A model or a part of one.
     """
     # Not by their names: to ask packed weights for a buffer of another form would change the form.
+    # The bits of open masked matrices are not read in evaluation, whose zeros are written out.
     tensors = [
         tensor
         for inner in module.modules()
-        for tensor in (*inner._parameters.values(), *inner._buffers.values())
-        if tensor is not None
+        for name, tensor in (*inner._parameters.items(), *inner._buffers.items())
+        if tensor is not None and not (name == "bits" and isinstance(inner, Masked) and inner.weight is not None)
     ]
     return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 

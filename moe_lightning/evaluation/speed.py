@@ -82,7 +82,14 @@ class Decoding:
     likeliest token is found in either case.
     """
 
-    def __init__(self, model: nn.Module, input_ids: Tensor, new_tokens: int, following: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        new_tokens: int,
+        following: Tensor | None = None,
+        prompt_tokens: int | None = None,
+    ) -> None:
         """Note what runs on what.
 
         Args:
@@ -90,6 +97,7 @@ class Decoding:
             input_ids: Prompt [batch, sequence].
             new_tokens: Steps of a run.
             following: Tokens to go on with [batch, new_tokens], or None.
+            prompt_tokens: Tokens of the prompt that go in at a time, of all sequences; ``PROMPT_TOKENS`` where None.
 
         Raises:
             ValueError: No step.
@@ -102,6 +110,7 @@ class Decoding:
         self.following = None if following is None else following[:, :new_tokens].to(self.device)
         self.batch, self.context = self.ids.shape
         self.tokens, self.steps = self.batch * new_tokens, new_tokens
+        self._piece = max(1, (prompt_tokens or PROMPT_TOKENS) // self.batch)
         self._cache: Any = None
         self._first = self.ids
 
@@ -111,9 +120,8 @@ class Decoding:
             self._cache.crop(-self.steps)
             return
         self._cache = None
-        piece = max(1, PROMPT_TOKENS // self.batch)
-        for start in range(0, self.context, piece):
-            ids = self.ids[:, start : start + piece]
+        for start in range(0, self.context, self._piece):
+            ids = self.ids[:, start : start + self._piece]
             output = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
             self._cache = output.past_key_values
         self._first = output.logits[:, -1:].argmax(dim=-1)

@@ -60,6 +60,11 @@ def use_kernels(use: Use) -> Iterator[None]:
         _use = before
 
 
+def current_use() -> Use:
+    """Say what was decided about the kernels: ``auto``, ``off`` or ``always``."""
+    return _use
+
+
 class KernelWeights(NamedTuple):
     """Weights of real experts as the kernels take them.
 
