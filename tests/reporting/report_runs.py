@@ -43,7 +43,7 @@ def moment(
 ) -> QualityMoment:
     """Return a moment with everything in it; the model has that share of its parameters."""
     texts = {
-        place: TextScores(scores(12, nats + worse, seed=step), calibrated, f"blocks of {place}")
+        place: TextScores(scores(12, nats + worse, seed=step + round(100 * nats)), calibrated, f"blocks of {place}")
         for place, calibrated, worse in (("test", True, 0.0), ("python-topics", False, 0.4))
     }
     before = name == "before"
@@ -207,7 +207,9 @@ def write_numbers(results: Path) -> None:
         "benchmark": {
             "version": 1,
             "context": {"device": "cpu", "threads": 1, "dtype": "float32", "versions": {"torch": "2.13.0"}},
-            "models": {"small": {"folder": "runs/small", "parameters": 600000, "bytes": 24 * 10**5, "flops": 12 * 10**8}},
+            "models": {
+                "small": {"folder": "runs/small", "parameters": 600000, "bytes": 24 * 10**5, "flops": 12 * 10**8}
+            },
             "rows": [row, {**row, "phase": "decode"}, {**row, **nothing, **refused}],
         },
     }

@@ -62,7 +62,7 @@ class Table:
         caption: What it shows, and in which units.
     """
 
-    head: list[str]
+    head: list[Cell]
     rows: list[list[Cell]]
     align: str
     caption: str = ""
@@ -75,9 +75,13 @@ class Table:
         """
         for row in self.rows:
             if len(row) != len(self.head):
-                raise ValueError(f"{len(row)} cells in a row of a table with the columns {', '.join(self.head)}")
+                raise ValueError(f"{len(row)} cells in a row of a table with the columns {self._columns}")
         if len(self.align) != len(self.head) or set(self.align) - set("lrt"):
-            raise ValueError(f"alignment {self.align!r} does not fit the columns {', '.join(self.head)}")
+            raise ValueError(f"alignment {self.align!r} does not fit the columns {self._columns}")
+
+    @property
+    def _columns(self) -> str:
+        return ", ".join(cell.text for cell in self.head)
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ class Page:
     footer: str
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Cell | str]], align: str, caption: str = "") -> Table:
+def table(head: Sequence[Cell | str], rows: Sequence[Sequence[Cell | str]], align: str, caption: str = "") -> Table:
     """Return a table of cells and plain words.
 
     Args:
@@ -190,8 +194,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Cell | str]], align: str,
     Raises:
         ValueError: A row does not fit.
     """
-    cells = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in rows]
-    return Table(list(head), cells, align.ljust(len(head), align[-1]), caption)
+    first, *others = ([cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in (head, *rows))
+    return Table(first, others, align.ljust(len(head), align[-1]), caption)
 
 
 def picture(name: str, figure: Figure, title: str, caption: str) -> Picture:

@@ -94,8 +94,8 @@ def summary_table(columns: list[Column]) -> Table:
     for key, label in ROWS.items():
         if any(key in column.cells for column in columns):
             rows.append([Cell(label), *(column.cells.get(key, NOTHING) for column in columns)])
-    titles = [f"{column.title} ({column.small})" if column.small else column.title for column in columns]
-    return Table(["", *titles], rows, "l" + "r" * len(columns))
+    head = [Cell(""), *(Cell(column.title, column.small) for column in columns)]
+    return Table(head, rows, "l" + "r" * len(columns))
 
 
 def missing_rows(columns: list[Column]) -> list[str]:

@@ -138,7 +138,13 @@ def tasks_section(run: Run) -> Section:
         known = next(task for task in found if task is not None)
         rows.append([name, str(known["metric"]), _shots(known), _samples(known), *map(_task, found)])
     rows.append(["mean", "", "", "", *(Cell(percent(moment.get("mean"), 2)) for moment in moments)])
-    heads = ["task", "metric", "few-shot", "samples", *(f"{item['name']} (step {item['step']:,})" for item in moments)]
+    heads: list[Cell | str] = [
+        "task",
+        "metric",
+        "few-shot",
+        "samples",
+        *(Cell(item["name"], f"step {item['step']:,}") for item in moments),
+    ]
     harness = (run.tasks or {}).get("harness")
     limits = sorted({moment["limit"] for moment in moments if moment.get("limit") is not None})
     caption = f"lm-eval{f' {harness}' if harness else ''}; small: the standard error that it states."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_lightning.reporting.report.blocks import Block, Cell, Facts, Section, Text
+from moe_lightning.reporting.report.blocks import Block, Cell, Facts, Section, Table, Text
 from moe_lightning.reporting.report.columns import Column, columns_of, main_text, missing_rows, summary_table
 from moe_lightning.reporting.report.read import Run
 from moe_lightning.reporting.report.words import between, data_size, number, percent
@@ -82,12 +82,12 @@ def _first_and_compressed(columns: list[Column]) -> tuple[Column | None, Column 
 
 
 def _ratio_in_words(run: Run, column: Column) -> str:
-    moment = {"end": "at the end", "test": "in the test"}.get(column.title, "right after compressing")
+    when = {"end": "At the end", "test": "In the test"}.get(column.title, "Right after compressing")
     if column.ratio is None:
         ratio = column.values["perplexity_ratio"]
-        return f"Perplexity {_where(run)}is {ratio:.4f} times that before {moment} (no interval)."
+        return f"{when} perplexity {_where(run)}is {ratio:.4f} times that before (no interval)."
     known, ends = column.ratio, between(column.ratio, 4)
-    told = f"Perplexity {_where(run)}is {known.value:.4f} {ends} times that before {moment}".replace("  ", " ")
+    told = f"{when} perplexity {_where(run)}is {known.value:.4f} {ends} times that before".replace("  ", " ")
     if not ends:
         return f"{told}."
     if known.low > 1:
@@ -161,11 +161,22 @@ def summary_text(run: Run) -> str:
     columns = columns_of(run)
     if not columns:
         return sentence(run, columns)
-    table = summary_table(columns)
-    cells = [table.head, *([f"{cell.text} {cell.small}".strip() for cell in row] for row in table.rows)]
-    widths = [max(len(row[place]) for row in cells) for place in range(len(table.head))]
+    return "\n".join([sentence(run, columns), text_table(summary_table(columns))])
+
+
+def text_table(shown: Table) -> str:
+    """Return a table for a console.
+
+    Args:
+        shown: The table.
+    """
+    cells = [[f"{cell.text} {cell.small}".strip() for cell in row] for row in (shown.head, *shown.rows)]
+    widths = [max(len(row[place]) for row in cells) for place in range(len(shown.head))]
     lines = []
     for row in cells:
-        words = [row[0].ljust(widths[0]), *(word.rjust(width) for word, width in zip(row[1:], widths[1:], strict=True))]
+        words = (
+            word.rjust(width) if align == "r" else word.ljust(width)
+            for word, width, align in zip(row, widths, shown.align, strict=True)
+        )
         lines.append("  ".join(words).rstrip())
-    return "\n".join([sentence(run, columns), *lines])
+    return "\n".join(lines)

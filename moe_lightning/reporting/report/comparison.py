@@ -1,0 +1,282 @@
+"""Several runs side by side."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_lightning.evaluation.intervals import Interval, paired_differences
+from moe_lightning.evaluation.records import BEFORE, END, QualityMoment
+from moe_lightning.reporting.report.blocks import Block, Cell, Page, Section, Table, Text, table
+from moe_lightning.reporting.report.columns import ROWS, Column, columns_of, main_text
+from moe_lightning.reporting.report.page import FOOTER
+from moe_lightning.reporting.report.read import Run, distinct_names
+from moe_lightning.reporting.report.settings import circumstances
+from moe_lightning.reporting.report.summary import text_table
+from moe_lightning.reporting.report.words import NOTHING, share_with_interval, with_interval
+from moe_lightning.reporting.report.write import write_page
+
+MOST_PAIRED = 5
+"""Runs of which all pairs are compared; of more, each is compared with the first."""
+
+_OF_A_RUN = ("run_dir", "ckpt_path", "overwrite", "trainer.default_root_dir")
+"""Options that say where, not what."""
+
+
+def write_comparison(runs: Sequence[Run], path: str | os.PathLike[str]) -> Path:
+    """Write several runs side by side.
+
+    Args:
+        runs: The runs.
+        path: The HTML file; the Markdown has the same name with the ending ``.md``.
+
+    Returns:
+        The HTML file.
+    """
+    return write_page(comparison_page(runs), path)
+
+
+def comparison_page(runs: Sequence[Run]) -> Page:
+    """Return several runs side by side.
+
+    Args:
+        runs: The runs.
+    """
+    names = distinct_names([run.folder for run in runs])
+    named = dict(zip(names, runs, strict=True))
+    sections = [
+        Section("The runs", _runs(named)),
+        Section("Differences in pairs", _pairs(named)),
+        Section("Figures", _figures(named)),
+        Section("Settings that differ", _settings(named)),
+        Section(
+            "Folders",
+            [table(["run", "folder"], [[name, str(run.folder.resolve())] for name, run in named.items()], "ll")],
+        ),
+    ]
+    return Page(f"{len(runs)} runs side by side", ", ".join(names), sections, FOOTER)
+
+
+def comparison_text(runs: Sequence[Run]) -> str:
+    """Return the table of the runs for a console.
+
+    Args:
+        runs: The runs.
+    """
+    named = dict(zip(distinct_names([run.folder for run in runs]), runs, strict=True))
+    return text_table(_overview(named))
+
+
+def final_column(run: Run) -> Column:
+    """Return what is known of the model that a run gives back.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Each number at the last moment at which it is known, that before compression left out where others are.
+    """
+    columns = columns_of(run)
+    later = [column for column in columns if column.title != BEFORE] or columns
+    merged = Column(later[-1].title if later else "-")
+    ratio: Interval | None = None
+    for column in later:
+        merged.cells.update(column.cells)
+        merged.values.update(column.values)
+        ratio = column.ratio or ratio
+    return Column(merged.title, "", merged.cells, merged.values, ratio)
+
+
+def final_moment(run: Run) -> QualityMoment | None:
+    """Return the moment whose model a run gives back: its end, or the last before that.
+
+    Args:
+        run: The run.
+    """
+    if run.quality is None or not run.moments:
+        return None
+    return run.quality.moment(END) or run.moments[-1]
+
+
+def methods_of(run: Run) -> str:
+    """Return the methods of a run in a few words.
+
+    Args:
+        run: The run.
+    """
+    names = [method for record in run.compressions for method in record.methods]
+    counted = Counter(names)
+    told = (name if count == 1 else f"{name} ({count} times)" for name, count in counted.items())
+    return "; ".join(told) or "nothing compressed"
+
+
+def _overview(named: dict[str, Run]) -> Table:
+    finals = {name: final_column(run) for name, run in named.items()}
+    keys = [key for key in ROWS if any(key in column.cells for column in finals.values())]
+    first = {name: _right_after(run) for name, run in named.items()}
+    shown = any(first.values())
+    rows = []
+    for name, run in named.items():
+        after = first[name]
+        rows.append(
+            [
+                Cell(name),
+                Cell(methods_of(run)),
+                *([after.cells["perplexity_ratio"] if after is not None else NOTHING] if shown else []),
+                *(finals[name].cells.get(key, NOTHING) for key in keys),
+            ]
+        )
+    heads = ["run", "methods", *(["ratio right after compressing"] if shown else []), *(ROWS[key] for key in keys)]
+    return table(heads, rows, "llr")
+
+
+def _right_after(run: Run) -> Column | None:
+    """Return the column of the last compression where another one follows: what recovery or training made of it."""
+    columns = [column for column in columns_of(run) if "perplexity_ratio" in column.cells]
+    found = [column for column in columns if column.title.startswith("compressed")]
+    return found[-1] if found and found[-1] is not columns[-1] else None
+
+
+def _runs(named: dict[str, Run]) -> list[Block]:
+    blocks: list[Block] = [_overview(named)]
+    texts = {name: main_text(run) for name, run in named.items() if main_text(run)}
+    told = "Each model is the one that its run gives back: at its end, or after its last compression."
+    if texts:
+        words = {f"{text!r}" for text in texts.values()}
+        told += f" Quality on {' and '.join(sorted(words))}; small: intervals, and percent of the model before."
+    blocks.append(Text(told, "note"))
+    without = [name for name in named if name not in texts]
+    if without:
+        blocks.append(
+            Text(
+                f"Without intervals: {', '.join(without)}, where QualityEvaluation was not among the callbacks.", "note"
+            )
+        )
+    return blocks
+
+
+def _pairs(named: dict[str, Run]) -> list[Block]:
+    moments = {name: moment for name, run in named.items() if (moment := final_moment(run)) is not None}
+    names = list(moments)
+    if len(names) < 2:
+        how = "add QualityEvaluation to trainer.callbacks of each run, with the same data options"
+        return [Text(f"Runs are compared in pairs where quality was measured on the same blocks: {how}.", "note")]
+    few = len(names) <= MOST_PAIRED
+    chosen = list(itertools.combinations(names, 2)) if few else [(names[0], name) for name in names[1:]]
+    rows: list[list[Cell]] = []
+    apart: list[str] = []
+    for one, other in chosen:
+        found = _pair_rows(one, moments[one], other, moments[other])
+        rows += found
+        if not found:
+            apart.append(f"{one} and {other}")
+    blocks: list[Block] = []
+    if rows:
+        heads = ["text", "run", "compared with", "ratio of perplexities", "difference in KL [nats]"]
+        caption = (
+            "On the same blocks of text, in pairs. Ratio: perplexity of the run divided by that of the other; an "
+            "interval that holds 1 (of a difference: 0) shows no difference."
+        )
+        heads += ["difference in agreement", "which is better"]
+        blocks.append(table(heads, rows, "lllrrrl", caption))
+    if not few:
+        blocks.append(Text(f"Each run is compared with {names[0]} only.", "note"))
+    if apart:
+        blocks.append(
+            Text(
+                f"Measured on different blocks, so not compared: {'; '.join(apart)}. Runs with the same data options "
+                "(sources, seed, block_size, test) and the same tokenizer have the same blocks.",
+                "note",
+            )
+        )
+    return blocks
+
+
+def _pair_rows(one: str, mine: QualityMoment, other: str, theirs: QualityMoment) -> list[list[Cell]]:
+    rows = []
+    for text, scores in mine.texts.items():
+        against = theirs.texts.get(text)
+        if against is None or against.fingerprint != scores.fingerprint:
+            continue
+        known = paired_differences(scores.scores, against.scores)
+        ratio = known["perplexity_ratio"]
+        better = one if ratio.high < 1 else other if ratio.low > 1 else "no difference shown"
+        rows.append(
+            [
+                Cell(text),
+                Cell(one),
+                Cell(other),
+                with_interval(ratio, 4),
+                with_interval(known.get("divergence"), 4),
+                share_with_interval(known.get("agreement")),
+                Cell(better),
+            ]
+        )
+    return rows
+
+
+def _figures(named: dict[str, Run]) -> list[Block]:
+    return []
+
+
+def _settings(named: dict[str, Run]) -> list[Block]:
+    flat = {name: {**circumstances(run), **options_of(run)} for name, run in named.items()}
+    keys = list(dict.fromkeys(key for values in flat.values() for key in values))
+    rows = [
+        [key, *(values.get(key, "-") for values in flat.values())]
+        for key in keys
+        if len({values.get(key) for values in flat.values()}) > 1
+    ]
+    if not rows:
+        return [Text("All settings that were kept are equal.")]
+    unknown = [name for name, run in named.items() if not run.configs]
+    blocks: list[Block] = [
+        table(["", *flat], rows, "l", "Options, versions, data and machine, where runs differ in them.")
+    ]
+    if unknown:
+        blocks.append(Text(f"No options were kept with {', '.join(unknown)}.", "note"))
+    return blocks
+
+
+def options_of(run: Run) -> dict[str, str]:
+    """Return the options of a run, flat: ``trainer.callbacks.Compress.methods.Novices.ratio``.
+
+    Args:
+        run: The run.
+    """
+    command = "fit" if "fit" in run.configs else next(iter(run.configs), None)
+    if command is None:
+        return {}
+    try:
+        values = yaml.safe_load(run.configs[command])
+    except yaml.YAMLError as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"{run.folder / f'config.{command}.yaml'} is damaged: {told}") from None
+    found: dict[str, str] = {}
+    _flatten("", values, found)
+    return {name: value for name, value in found.items() if name not in _OF_A_RUN}
+
+
+def _flatten(name: str, value: Any, found: dict[str, str]) -> None:
+    """Put the leaves of nested options under their names; objects of a list are called by their classes."""
+    if isinstance(value, dict):
+        if "class_path" in value:
+            value = value.get("init_args") or {}
+        for key, item in value.items():
+            _flatten(f"{name}.{key}" if name else str(key), item, found)
+    elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        seen: Counter[str] = Counter()
+        for place, item in enumerate(value):
+            kind = str(item.get("class_path", place)).rpartition(".")[2] if isinstance(item, dict) else str(place)
+            seen[kind] += 1
+            inside = f"{name}.{kind}" + (f" {seen[kind]}" if seen[kind] > 1 else "")
+            found[inside] = "yes"
+            _flatten(inside, item, found)
+    else:
+        found[name] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
