@@ -77,7 +77,7 @@ def product_speed(device: torch.device, dtype: torch.dtype) -> float:
 
     Args:
         device: Where.
-        dtype: Type of the weights. CPUs that emulate it are measured in fp32 too, which implementations then compute in.
+        dtype: Type of the weights. Where a CPU emulates it, implementations compute in fp32: measured, too.
 
     Cost:
         Half a second.
