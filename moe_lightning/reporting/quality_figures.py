@@ -1,0 +1,296 @@
+"""Pictures of what a run's quality record holds: what was lost on which text, by which layer, for which size and speed.
+
+L MoE layers, E experts of the original model, B decoder layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from moe_lightning.evaluation.intervals import Interval, text_intervals
+from moe_lightning.evaluation.records import BEFORE, END, QualityMoment, QualityRecord, Routing
+from moe_lightning.reporting.curves import layer_curves
+from moe_lightning.reporting.dots import Dot, dot_rows
+from moe_lightning.reporting.heat_maps import heat_map
+from moe_lightning.reporting.pareto import ParetoPanel, ParetoPoint, pareto_plot
+
+MIB = 2**20
+
+
+def shown_moments(quality: QualityRecord) -> list[QualityMoment]:
+    """Return the moments that fit into one picture: of many compressions the first two and the last.
+
+    Args:
+        quality: The record.
+    """
+    compressed = [moment for moment in quality.moments if moment.name not in (BEFORE, END, "test")]
+    chosen = compressed if len(compressed) <= 3 else [*compressed[:2], compressed[-1]]
+    # A name may come again where a run was resumed: the last one counts.
+    names = [BEFORE, *(moment.name for moment in chosen), END, "test"]
+    found = (quality.moment(name) for name in dict.fromkeys(names))
+    return [moment for moment in found if moment is not None]
+
+
+def ratios(moment: QualityMoment, before: QualityMoment | None, text: str) -> dict[str, Interval]:
+    """Return what is known of a model on a text, in pairs with the model before where both saw the same blocks.
+
+    Args:
+        moment: The model.
+        before: The model before the first compression, or None.
+        text: Name of the text.
+    """
+    mine = moment.texts[text]
+    theirs = None if before is None else before.texts.get(text)
+    same = theirs is not None and theirs.fingerprint == mine.fingerprint
+    return text_intervals(mine.scores, theirs.scores if theirs is not None and same else None)
+
+
+def _dot(interval: Interval, factor: float = 1.0) -> Dot:
+    ends = [end if math.isfinite(end) else interval.value for end in (interval.low, interval.high)]
+    return Dot(factor * interval.value, factor * ends[0], factor * ends[1])
+
+
+# ---------------------------------------------------------------- texts
+
+
+def damage_by_text(quality: QualityRecord) -> Figure | None:
+    """Draw by how much perplexity rose on each text, at each moment; None where there is nothing to compare with.
+
+    Args:
+        quality: The record.
+    """
+    before = quality.moment(BEFORE)
+    later = [moment for moment in shown_moments(quality) if moment.name != BEFORE]
+    if before is None or not later:
+        return None
+    rows: dict[str, dict[str, Dot]] = {}
+    for text, scores in before.texts.items():
+        name = text if scores.calibrated else f"{text} (not calibrated on)"
+        for moment in later:
+            if text in moment.texts and "perplexity_ratio" in (known := ratios(moment, before, text)):
+                rows.setdefault(name, {})[moment.name] = _dot(known["perplexity_ratio"])
+    if not rows:
+        return None
+    return dot_rows(
+        rows,
+        title="What was lost on each text",
+        value_label="perplexity, in units of that before compression",
+        reference=(1.0, "before"),
+    )
+
+
+# ---------------------------------------------------------------- routing
+
+
+def load_maps(quality: QualityRecord) -> dict[str, Figure]:
+    """Draw which expert gets how many tokens, at each moment, all in one scale of colours.
+
+    Args:
+        quality: The record.
+
+    Returns:
+        By moment: ``load_before``, ``load_compressed``, ...
+    """
+    moments = [(moment, moment.routing) for moment in shown_moments(quality) if moment.routing is not None]
+    layers = sorted({layer for _, routing in moments for layer in routing.layers})
+    if not layers:
+        return {}
+    loads = {moment.name: _table(routing, routing.load, layers) for moment, routing in moments}
+    largest = max((float(numpy.nanmax(load)) for load in loads.values() if numpy.isfinite(load).any()), default=0.0)
+    figures = {}
+    for moment, routing in moments:
+        load_LE = 100 * loads[moment.name]
+        novices_LE = numpy.zeros(load_LE.shape, dtype=bool)
+        for layer, novices in zip(routing.layers, routing.novices, strict=True):
+            novices_LE[layers.index(layer), novices] = True
+        figures[f"load_{moment.name}"] = heat_map(
+            load_LE,
+            title=f"Load of the experts, {_when(moment)}",
+            value_label="share of the routed tokens",
+            unit="%",
+            layers=layers,
+            novices=novices_LE,
+            limits=(0.0, 100 * largest or None),
+            reference=(100.0 / load_LE.shape[1], "even"),
+            number_format=".1f",
+        )
+    return figures
+
+
+def novice_mass(quality: QualityRecord, mass_before: Mapping[int, Sequence[float]] | None = None) -> Figure | None:
+    """Draw how much routing weight novices get in each layer, and what the same experts got before they were novices.
+
+    Args:
+        quality: The record.
+        mass_before: Share of the routing weight of every expert before, by layer; used where the record does not have
+            it, for example from calibration.
+
+    Returns:
+        None where there are no novices.
+    """
+    later = [
+        (moment, moment.routing)
+        for moment in shown_moments(quality)
+        if moment.name != BEFORE and moment.routing is not None and any(moment.routing.novices)
+    ]
+    if not later:
+        return None
+    before = quality.moment(BEFORE)
+    last = later[-1][1]
+    layers = sorted({layer for _, routing in later for layer in routing.layers})
+    there = dict(zip(last.layers, last.novices, strict=True))
+    known: Mapping[int, Sequence[float | None]] | None = mass_before
+    if before is not None and before.routing is not None:
+        known = dict(zip(before.routing.layers, before.routing.mass, strict=True))
+    series: dict[str, Any] = {}
+    if known is not None:
+        series[BEFORE] = [_sum(known.get(layer), there.get(layer, ())) for layer in layers]
+    for moment, routing in later:
+        masses = dict(zip(routing.layers, routing.mass, strict=True))
+        novices = dict(zip(routing.layers, routing.novices, strict=True))
+        series[moment.name] = [_sum(masses.get(layer), novices.get(layer, ())) for layer in layers]
+    return layer_curves(
+        series, title="Routing weight that goes to novices", value_label="share of the weight", unit="%", layers=layers
+    )
+
+
+def _sum(mass: Sequence[float | None] | None, experts: Sequence[int]) -> float:
+    return math.nan if mass is None else 100 * sum(mass[expert] or 0.0 for expert in experts)
+
+
+def _table(routing: Routing, values: Sequence[Sequence[float | None]], layers: Sequence[int]) -> NDArray[numpy.float64]:
+    found_LE = numpy.full((len(layers), max(map(len, values), default=1)), numpy.nan)
+    for layer, row in zip(routing.layers, values, strict=True):
+        found_LE[layers.index(layer)] = [math.nan if value is None else value for value in row]
+    return found_LE
+
+
+def _when(moment: QualityMoment) -> str:
+    return f"{moment.name}, step {moment.step}"
+
+
+# ---------------------------------------------------------------- layers
+
+
+def layer_error_curves(quality: QualityRecord) -> Figure | None:
+    """Draw how far what leaves each block is from what left it before; None where it was not measured.
+
+    Args:
+        quality: The record.
+    """
+    moments = [moment for moment in shown_moments(quality) if any(error > 0 for error in moment.layer_errors.values())]
+    if not moments:
+        return None
+    blocks = sorted({block for moment in moments for block in moment.layer_errors})
+    return layer_curves(
+        {moment.name: [100 * moment.layer_errors.get(block, math.nan) for block in blocks] for moment in moments},
+        title="Error of what leaves each block",
+        value_label="squared error",
+        unit="% of the squared output before",
+        layers=blocks,
+        layer_label="decoder layer",
+        logarithmic=True,
+    )
+
+
+# ---------------------------------------------------------------- size and speed
+
+
+def loss_of(moment: QualityMoment, before: QualityMoment | None, measure: str) -> Interval | None:
+    """Return what was lost on the first text.
+
+    Args:
+        moment: The model.
+        before: The model before the first compression, or None.
+        measure: ``perplexity_ratio``, ``divergence`` or ``perplexity``.
+
+    Returns:
+        None where it is not known. The model before has exactly ratio 1 and divergence 0.
+    """
+    if moment is before and measure != "perplexity":
+        value = 1.0 if measure == "perplexity_ratio" else 0.0
+        return Interval(value, value, value)
+    return ratios(moment, before, next(iter(moment.texts))).get(measure) if moment.texts else None
+
+
+MEASURES = {
+    "perplexity_ratio": ("perplexity, in units of that before", "", (1.0, "as before")),
+    "divergence": ("KL from the model before", "nats per token", None),
+    "perplexity": ("perplexity", "", None),
+}
+"""What a loss may be, with its unit and the line of no loss; the first that all points have is drawn."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model in a picture of quality against cost.
+
+    Attributes:
+        name: Beside its point.
+        group: Decides its look: a moment of a run, or a family of methods.
+        moment: What was measured on it.
+        before: The model before the first compression of the same run, or None.
+    """
+
+    name: str
+    group: str
+    moment: QualityMoment
+    before: QualityMoment | None
+
+
+def tradeoff_figures(candidates: Sequence[Candidate], title: str, path: bool) -> dict[str, Figure]:
+    """Draw quality against bytes and against speed, with the Pareto front.
+
+    Args:
+        candidates: The models.
+        title: Of the pictures; what is on their axis is added.
+        path: Whether the models follow each other in one run.
+
+    Returns:
+        ``quality_against_bytes`` and ``quality_against_speed``, those that there is data for: two models or more that
+        have the same measure of quality. Rates are drawn where all were timed with the same batch and context.
+    """
+    found = _measured(candidates)
+    if found is None:
+        return {}
+    measure, losses = found
+    y_label, y_unit, reference = MEASURES[measure]
+    labels: dict[str, Any] = {"y_label": y_label, "y_unit": y_unit, "reference": reference, "path": path}
+    sizes = []
+    for label, size in (("weights on disk", "bytes_on_disk"), ("weights in memory", "bytes")):
+        points = [_point(model, getattr(model.moment, size) / MIB, loss) for model, loss in losses]
+        sizes.append(ParetoPanel(label, "MiB", points))
+    speeds = []
+    for phase in ("prefill", "decode"):
+        timed = [(model, model.moment.speed[phase], loss) for model, loss in losses if phase in model.moment.speed]
+        if len(timed) > 1 and len({(rate.batch, rate.context) for _, rate, _ in timed}) == 1:
+            points = [_point(model, rate.median, loss, rate.low, rate.high) for model, rate, loss in timed]
+            speeds.append(ParetoPanel(phase, "tokens/s", points, more_is_better=True))
+    figures = {"quality_against_bytes": pareto_plot(sizes, title=f"{title} against size", **labels)}
+    if speeds:
+        figures["quality_against_speed"] = pareto_plot(speeds, title=f"{title} against speed", **labels)
+    return figures
+
+
+def _measured(candidates: Sequence[Candidate]) -> tuple[str, list[tuple[Candidate, Interval]]] | None:
+    """Return the first measure that all candidates have, or perplexity of those that have it."""
+    for measure in MEASURES:
+        losses = [(model, loss_of(model.moment, model.before, measure)) for model in candidates]
+        known = [(model, loss) for model, loss in losses if loss is not None]
+        if len(known) > 1 and (len(known) == len(losses) or measure == "perplexity"):
+            return measure, known
+    return None
+
+
+def _point(
+    model: Candidate, x: float, loss: Interval, x_low: float | None = None, x_high: float | None = None
+) -> ParetoPoint:
+    ends = [end if math.isfinite(end) else None for end in (loss.low, loss.high)]
+    return ParetoPoint(model.name, x, loss.value, ends[0], ends[1], x_low, x_high, model.group)
