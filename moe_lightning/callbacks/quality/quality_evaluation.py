@@ -146,19 +146,6 @@ class QualityEvaluation(AtTheEnd):
         if stage == "fit" and not trainer.global_step:
             self.moments, self.reference.weights = [], None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open all texts and know the size of the reference, before anything is trained.
-
-        Raises:
-            ValueError: Something of that cannot be.
-        """
-        self._prepare(trainer, pl_module)
-        if self.before is None and any(
-            isinstance(callback, Compress) and not callback.done
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
-        ):
-            self.reference.check(self.texts, language_model(pl_module), trainer.default_root_dir)
-
     def _prepare(self, trainer: Trainer, module: LightningModule) -> None:
         language_model(module)
         states = random_states()  # a loader draws numbers when it begins
@@ -189,14 +176,22 @@ class QualityEvaluation(AtTheEnd):
         return Wanted(max(self.reference.divergence_tokens, 1), self.speed, prompts, self.new_tokens, tokenizer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what is measured on, and find the reference of a run that is resumed after its first compression."""
+        """Open all texts, and find the reference of a run that is resumed behind its first compression.
+
+        Raises:
+            ValueError: A text cannot be opened, or what the model predicts would take too much room.
+        """
+        # Not before: the trainer knows its own validation batches only now.
+        self._prepare(trainer, pl_module)
         of_texts = ", ".join(f"{text.name} ({text.num_blocks} blocks)" for text in self.texts)
-        before = self.before
-        if before is not None:
-            self._go_on(trainer, before)
-        size = self.reference.bytes(self.texts, language_model(pl_module))
-        compresses = any(isinstance(callback, Compress) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        kept = f"; predictions before compression take {size_in_words(size)}" if compresses and before is None else ""
+        kept = ""
+        if self.before is not None:
+            self._go_on(trainer, self.before)
+        elif any(not callback.done for callback in _compressions(trainer)):
+            model = language_model(pl_module)
+            self.reference.check(self.texts, model, trainer.default_root_dir)
+            size = size_in_words(self.reference.bytes(self.texts, model))
+            kept = f"; what the model predicts before compression takes {size} on disk"
         say(trainer, f"quality is measured on {of_texts}{kept}")
 
     def _go_on(self, trainer: Trainer, before: QualityMoment) -> None:
