@@ -54,8 +54,8 @@ CAPTIONS: dict[str, tuple[str, str]] = {
     ),
     "importance": (
         "Score of the experts",
-        "What the experts were ranked by, in percent of the largest. Novices are hatched, experts that went are "
-        "crossed out.",
+        "What the experts were ranked by, in percent of the largest. Hatched ones become novices, "
+        "those with a coloured corner go.",
     ),
     "use_and_variance": (
         "Who stays: use and variance of the experts",

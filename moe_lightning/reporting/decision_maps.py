@@ -119,12 +119,14 @@ def dropping_order(orders: Mapping[str, ArrayLike], *, title: str, rows: Sequenc
     num_layers = heights.pop()
     numbers = row_numbers("layers", rows, num_layers)
     widest = max(gone.shape[1] for gone in arrays.values())
-    columns = min(4, len(arrays))
+    width = min(4.0, max(2.3, 0.22 * widest + 1.0))
+    # Not so many side by side that nobody can read them in a narrow page.
+    columns = max(1, min(len(arrays), int(8.0 / width)))
     lines = -(-len(arrays) // columns)
     figure, grid = new_panels(
         lines,
         columns,
-        min(4.0, max(2.3, 0.22 * widest + 1.0)),
+        width,
         min(6.0, max(1.7, 0.2 * num_layers + 0.9)),
         title,
         share=False,

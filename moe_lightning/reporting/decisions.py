@@ -47,9 +47,9 @@ def compression_figures(
         seed: Seed of ``criterion=random``.
 
     Returns:
-        By name: ``importance`` (scores, novices hatched and dropped experts crossed out), ``use_and_variance`` (who
-        stays among experts that are used and vary, and the boundary), ``similarity`` (hidden states between blocks),
-        ``similarity_by_depth`` (of blocks and MoE sub-layers), ``dropping_order`` (of layers).
+        By name: ``importance`` (scores; those that become novices are hatched, others that go marked),
+        ``use_and_variance`` (who stays among experts that are used and vary, and the boundary), ``similarity`` (hidden
+        states between blocks), ``similarity_by_depth`` (of blocks and MoE sub-layers), ``dropping_order`` (of layers).
     """
     figures: dict[str, Figure] = {}
     layers = statistics.shape.moe_layers
@@ -64,8 +64,11 @@ def compression_figures(
             unit="%",
             layers=layers,
             novices=now["novice"],
-            dropped=now["gone"],
-            undefined_label="no score",
+            marked=now["gone"] & numpy.isfinite(score),
+            marked_label="goes",
+            dropped_label="was not there",
+            # One score far above all others would leave these without a difference.
+            logarithmic=bool(numpy.nanmin(score) >= 0 and largest > 5 * numpy.nanmedian(score) > 0),
         )
     if {"routing", "outputs"} <= statistics.groups and layers:
         figures["use_and_variance"] = use_and_variance(statistics, now["stays"], f"Who stays, {title}", criterion)

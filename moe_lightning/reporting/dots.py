@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import numpy
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from moe_lightning.evaluation.intervals import Interval
 from moe_lightning.reporting.interval_plots import log_axis
 from moe_lightning.reporting.panels import legend_below
 from moe_lightning.reporting.style import (
@@ -37,6 +39,17 @@ class Dot:
     value: float
     low: float
     high: float
+
+
+def interval_dot(interval: Interval) -> Dot:
+    """Return a number with its interval; ends that are not known (of a single block) are the number itself.
+
+    Args:
+        interval: The number.
+    """
+    return Dot(
+        interval.value, *(end if math.isfinite(end) else interval.value for end in (interval.low, interval.high))
+    )
 
 
 def dot_rows(

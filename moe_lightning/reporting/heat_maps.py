@@ -100,7 +100,10 @@ def heat_map(
     undefined_LE = missing_LE & ~dropped_LE
 
     numbered = num_experts <= MAX_NUMBERED_COLUMNS and values_LE.size <= MAX_NUMBERED_CELLS
-    width = min(12.0, max(5.6, 2.0 + (0.52 if numbered else 0.16) * num_experts))
+    # So many lines to the inch that a small cell gets one.
+    hatch = "////" if num_experts <= 16 else "/" * 7
+    # Wider ones could not be read at the width of a page.
+    width = min(8.6, max(5.6, 2.0 + (0.52 if numbered else 0.16) * num_experts))
     height = min(11.0, max(2.6, 1.7 + (0.34 if numbered else 0.2) * num_layers))
     figure, axes = new_figure(width, height, title)
     shown_LE = numpy.ma.masked_array(values_LE, mask=missing_LE | dropped_LE)
@@ -113,7 +116,7 @@ def heat_map(
         axes.add_patch(_cell(column, row, facecolor=EMPTY, edgecolor="none"))
     for row, column in numpy.argwhere(novices_LE & ~dropped_LE):
         ink = _contrast(image, coloured_LE[row, column])
-        axes.add_patch(_cell(column, row, facecolor="none", edgecolor=ink, hatch="////", linewidth=0.0, alpha=0.55))
+        axes.add_patch(_cell(column, row, facecolor="none", edgecolor=ink, hatch=hatch, linewidth=0.0, alpha=0.55))
     if numbered:
         form = number_format or _number_format(shown_LE)
         for row, column in numpy.argwhere(~shown_LE.mask):
@@ -137,7 +140,7 @@ def heat_map(
         _mark_reference(bar, *reference)
     handles = []
     if (novices_LE & ~dropped_LE).any():
-        handles.append(Patch(facecolor="white", edgecolor=INK, hatch="////", linewidth=0.5, label="novice"))
+        handles.append(Patch(facecolor="white", edgecolor=INK, hatch=hatch, linewidth=0.5, label="novice"))
     if dropped_LE.any():
         handles.append(_CrossedPatch(label=dropped_label))
     if undefined_LE.any():

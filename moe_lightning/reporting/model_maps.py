@@ -123,11 +123,13 @@ def frequency_variance(
     shown_LE = (x_LE > 0) & (y_LE > 0)
     figure, axes = new_figure(6.6, 4.2, title)
     colours = colormaps[SEQUENTIAL](numpy.linspace(0.0, 0.88, len(numbers)))
+    # Of many points each must be small, or they are one blot.
+    size, width = (38, 1.3) if shown_LE.sum() <= 320 else (12, 0.8)
     for row, colour in enumerate(colours):
         for state, face in ((True, colour), (False, "none")):
             chosen = shown_LE[row] & (kept_LE[row] == state)
             axes.scatter(
-                x_LE[row, chosen], y_LE[row, chosen], s=38, facecolors=[face], edgecolors=[colour], linewidths=1.3
+                x_LE[row, chosen], y_LE[row, chosen], s=size, facecolors=[face], edgecolors=[colour], linewidths=width
             )
     for name in ("x", "y"):
         log_axis(axes, name)

@@ -155,7 +155,7 @@ def pareto_plot(
         _scale_x(axes, [point.x for point in panel.points])
     if reference is not None:
         for axes in line:
-            axes.axhline(reference[0], color=INK, linewidth=1.0, linestyle=":", zorder=1)
+            axes.axhline(reference[0], color=INK, linewidth=0.9, linestyle="--", zorder=1)
     if ends and max(ends) / min(ends) > _WIDE:
         log_axis(line[0], "y")
     line[0].set_ylabel(axis_label(y_label, y_unit), fontsize=FONT_POINTS)
@@ -168,7 +168,7 @@ def pareto_plot(
     if path:
         handles.append(Line2D([], [], color=FAINT, linewidth=0.9, linestyle=":", label="in the order of time"))
     if reference is not None:
-        handles.append(Line2D([], [], color=INK, linewidth=1.0, linestyle=":", label=reference[1]))
+        handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle="--", label=reference[1]))
     legend_below(figure, handles)
     # Places of points are known when everything has its room.
     figure.draw_without_rendering()
@@ -227,10 +227,13 @@ def _label_points(figure: Figure, axes: Any, points: Sequence[ParetoPoint]) -> N
     places = numpy.array([axes.transData.transform((point.x, point.y)) for point in points])
     marks = [Bbox.from_bounds(x - 5 * scale, y - 5 * scale, 10 * scale, 10 * scale) for x, y in places]
     for point in points:
-        ends = [end for end in (point.low, point.high) if end is not None and math.isfinite(end)]
-        if len(ends) == 2:
-            (x, low), (_, high) = (axes.transData.transform((point.x, end)) for end in ends)
-            marks.append(Bbox.from_extents(x - 2 * scale, low, x + 2 * scale, high))
+        for low, high in (
+            ((point.x, point.low), (point.x, point.high)),
+            ((point.x_low, point.y), (point.x_high, point.y)),
+        ):
+            if None not in (*low, *high):
+                ends = [axes.transData.transform(end) for end in (low, high)]
+                marks.append(Bbox.from_extents(*ends[0], *ends[1]).padded(2 * scale))
     frame, written = axes.bbox, list[Bbox]()
     for (x, y), point in sorted(zip(places, points, strict=True), key=lambda item: -item[0][1]):
         options = [(_box(point.name, x, y, scale, *place), place) for place in _PLACES]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moe_lightning.evaluation.intervals import Interval, text_intervals
 from moe_lightning.evaluation.records import BEFORE, END, QualityMoment, QualityRecord, Routing
 from moe_lightning.reporting.curves import layer_curves
-from moe_lightning.reporting.dots import Dot, dot_rows
+from moe_lightning.reporting.dots import Dot, dot_rows, interval_dot
 from moe_lightning.reporting.heat_maps import heat_map
 from moe_lightning.reporting.pareto import ParetoPanel, ParetoPoint, pareto_plot
 
@@ -52,11 +52,6 @@ def ratios(moment: QualityMoment, before: QualityMoment | None, text: str) -> di
     return text_intervals(mine.scores, theirs.scores if theirs is not None and same else None)
 
 
-def _dot(interval: Interval, factor: float = 1.0) -> Dot:
-    ends = [end if math.isfinite(end) else interval.value for end in (interval.low, interval.high)]
-    return Dot(factor * interval.value, factor * ends[0], factor * ends[1])
-
-
 # ---------------------------------------------------------------- texts
 
 
@@ -75,7 +70,7 @@ def damage_by_text(quality: QualityRecord) -> Figure | None:
         name = text if scores.calibrated else f"{text} (not calibrated on)"
         for moment in later:
             if text in moment.texts and "perplexity_ratio" in (known := ratios(moment, before, text)):
-                rows.setdefault(name, {})[moment.name] = _dot(known["perplexity_ratio"])
+                rows.setdefault(name, {})[moment.name] = interval_dot(known["perplexity_ratio"])
     if not rows:
         return None
     return dot_rows(
@@ -118,7 +113,7 @@ def load_maps(quality: QualityRecord) -> dict[str, Figure]:
             layers=layers,
             novices=novices_LE,
             limits=(0.0, 100 * largest or None),
-            reference=(100.0 / load_LE.shape[1], "even"),
+            reference=(100.0 / load_LE.shape[1], "even") if numpy.isfinite(load_LE).all() else None,
             number_format=".1f",
         )
     return figures
@@ -192,8 +187,8 @@ def layer_error_curves(quality: QualityRecord) -> Figure | None:
     return layer_curves(
         {moment.name: [100 * moment.layer_errors.get(block, math.nan) for block in blocks] for moment in moments},
         title="Error of what leaves each block",
-        value_label="squared error",
-        unit="% of the squared output before",
+        value_label="squared error, relative",
+        unit="%",
         layers=blocks,
         layer_label="decoder layer",
         logarithmic=True,

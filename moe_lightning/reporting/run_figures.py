@@ -146,15 +146,21 @@ def task_figure(tasks: Mapping[str, Any] | None) -> Figure | None:
     rows: dict[str, dict[str, Dot]] = {}
     for name, moment in moments.items():
         for task, result in moment["tasks"].items():
-            rows.setdefault(f"{task} ({result['metric']})", {})[name] = _score(result["value"], result.get("stderr"))
+            rows.setdefault(f"{task} ({result['metric']})", {})[name] = score_dot(result["value"], result.get("stderr"))
     if len(rows) > 1:
-        rows["mean"] = {name: _score(moment["mean"], None) for name, moment in moments.items() if moment.get("mean")}
+        rows["mean"] = {name: score_dot(moment["mean"], None) for name, moment in moments.items() if moment.get("mean")}
     if not rows:
         return None
     return dot_rows(rows, title="Tasks of the lm-evaluation-harness", value_label="score", unit="%")
 
 
-def _score(value: float, error: float | None) -> Dot:
+def score_dot(value: float, error: float | None) -> Dot:
+    """Return the score of a task with its standard error, in percent.
+
+    Args:
+        value: The score, from 0 to 1.
+        error: Its standard error; None or NaN where it has none.
+    """
     reach = error if error is not None and math.isfinite(error) else 0.0
     return Dot(100 * value, 100 * (value - reach), 100 * (value + reach))
 
