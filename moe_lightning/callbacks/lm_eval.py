@@ -50,7 +50,7 @@ class LMEval(AtTheEnd):
         num_fewshot: Solved examples before each question; null leaves it to the task.
         limit: Use only this many of each task's questions; below 1 a share of them.
         batch_size: Requests at a time; auto tries how many fit.
-        max_length: Tokens that the model sees at most; the default is what its config says.
+        max_length: Tokens that the model sees at most, where its config allows more.
         seed: Of the choice of examples; the default is lm-eval's own.
         at: Moments: before, compressed, end, test. The default is before, end and test.
 

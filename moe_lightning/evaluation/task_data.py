@@ -11,6 +11,7 @@ import difflib
 import functools
 import importlib.util
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,7 +164,7 @@ def check_tasks(tasks: str | Sequence[str], include_path: str | Sequence[str] | 
                 loaded |= found.manager.load([leaf])["tasks"]
             except Exception as error:  # of datasets, of the file, of the task's own code
                 missing.setdefault(_why(found, leaf, error, reached), []).append(leaf)
-    problems += [f"{_short(leaves)}: {why}" for why, leaves in missing.items()]
+    problems += [f"{_short(found, leaves)}: {why}" for why, leaves in missing.items()]
     owners: dict[str, str] = {}
     for task in known:
         for leaf in found.leaves(task.name):
@@ -192,7 +193,11 @@ def quiet() -> Iterator[list[str]]:
     Yields:
         What lm-eval warned of, one text each, as it comes.
     """
+    import datasets
+
     heard: list[str] = []
+    # Its bars know nothing of files that they are written to.
+    no_bars = not sys.stderr.isatty() and datasets.is_progress_bar_enabled()
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -204,9 +209,13 @@ def quiet() -> Iterator[list[str]]:
         logger.setLevel(logging.WARNING)
         logger.propagate = False
         logger.handlers = [Listener()] if logger.name == "lm_eval" else [logging.NullHandler()]
+    if no_bars:
+        datasets.disable_progress_bars()
     try:
         yield heard
     finally:
+        if no_bars:
+            datasets.enable_progress_bars()
         for logger, level, propagate, handlers in before:
             logger.setLevel(level)
             logger.propagate, logger.handlers = propagate, handlers
@@ -260,9 +269,17 @@ def _why(found: Tasks, leaf: str, error: Exception, reached: bool) -> str:
     return f"{f'the data set {data} does' if data else 'it does'} not load: {type(error).__name__}: {said}"
 
 
-def _short(leaves: list[str]) -> str:
-    """Return names of tasks, not all of many."""
-    return ", ".join(leaves) if len(leaves) <= 4 else f"{', '.join(leaves[:3])} and {len(leaves) - 3} more"
+def _short(found: Tasks, leaves: list[str]) -> str:
+    """Return names of tasks; of a group that is there as a whole its own."""
+    words: list[str] = []
+    left = list(leaves)
+    for task in found.wanted:
+        parts = found.leaves(task.name) if task.name in found.index else []
+        if len(parts) > 1 and set(parts) <= set(left):
+            words.append(f"{task.name} (all {len(parts)} of its tasks)")
+            left = [name for name in left if name not in parts]
+    words += left if len(left) <= 4 else [*left[:3], f"{len(left) - 3} more"]
+    return ", ".join(words)
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def run_tasks(
         num_fewshot: Solved examples before each question; None leaves it to the task.
         limit: Use only this many of each task's questions; below 1 a share of them.
         batch_size: Requests at a time; ``auto`` tries how many fit (up to 64).
-        max_length: Tokens that the model sees at most; the default is what its config says.
+        max_length: Tokens that the model sees at most, where its config allows more.
         seed: Of the choice of examples; None takes lm-eval's own seeds.
         mixed_precision_dtype: Autocast to this type.
         progress: Whether to show progress bars (on a terminal).
@@ -95,6 +95,9 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     seeds = {} if seed is None else dict.fromkeys(SEEDS, seed)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if max_length is not None and longest is not None:
+        max_length = min(max_length, longest)
     mixed = {} if mixed_precision_dtype is None else {"mixed_precision_dtype": mixed_precision_dtype}
     with quiet() as heard, found.within_reach(), _bars(progress), _random_states(), evaluation_mode(model):
         harness = HFLM(
