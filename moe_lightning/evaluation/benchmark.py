@@ -115,8 +115,8 @@ class _Turn:
         """Let go of what the runs keep."""
         for work in self.checked.works.values() if self.checked else ():
             work.forget()
-        gc.collect()
         if torch.cuda.is_available():
+            gc.collect()
             torch.cuda.empty_cache()
 
 

@@ -246,5 +246,5 @@ def _check_tokens(error: Tensor, tolerance: float, outliers: float, what: str) -
     median = float(ranked[(len(ranked) - 1) // 2])
     for name, value, most in (("largest", largest, tolerance), ("median", median, _MEDIAN * tolerance)):
         if not value <= most:
-            raise Mismatch(f"{what} is off by {value:.1e} ({name} of {len(ranked)} tokens), allowed are {most:.1e}")
+            raise Mismatch(f"{what}: off by {value:.1e} ({name} of {len(ranked)} tokens), allowed are {most:.1e}")
     return largest

@@ -1,0 +1,331 @@
+"""Rows, floors and what is refused of benchmarks of tiny models. No time is asserted."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import moe_lightning as ml
+from moe_lightning.evaluation import benchmark, benchmark_floors
+from moe_lightning.evaluation.benchmark import (
+    IMPLEMENTATIONS,
+    Entrant,
+    ceilings_of,
+    described_model,
+    described_run,
+    entrants_of,
+    num_steps,
+    run_benchmark,
+)
+from moe_lightning.evaluation.benchmark_floors import (
+    Ceilings,
+    RoutedShares,
+    floor_seconds,
+    pass_bytes,
+    pass_flops,
+    routed_shares,
+    tensor_bytes,
+)
+from moe_lightning.evaluation.benchmark_rows import BenchmarkRecord, Row, Settings
+from moe_lightning.evaluation.speed import Decoding, Prefill
+from moe_lightning.plan import DropBlock, NoviceExperts, Quantize
+from tests.models import tiny_mixtral
+from tests.packed import apply_filled, everywhere
+
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, WIDTH, EXPERTS, TOP_K, VOCABULARY = 32, 48, 3, 4, 2, 8, 6, 2, 64
+EXPERT = 3 * HIDDEN * INTERMEDIATE
+ATTENTION = HIDDEN * WIDTH * (2 * HEADS + 2 * KV_HEADS)
+CEILINGS = Ceilings(flops_per_second=1e9, bytes_per_second=1e9)
+
+
+def tokens(batch: int = 4, length: int = 24) -> Tensor:
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def compressed() -> Any:
+    model = tiny_mixtral()
+    for edit in (*everywhere(NoviceExperts(0, (1, 4))), *everywhere(Quantize(0, group_size=16)), DropBlock(1)):
+        apply_filled(model, [edit])
+    return model
+
+
+SHARES = RoutedShares([1.0] * LAYERS, [2.0, 4.0, 6.0])
+
+
+def test_operations_of_a_prefill_by_hand() -> None:
+    model = tiny_mixtral()
+    work = Prefill(model, tokens(2, 10))
+    products = LAYERS * (ATTENTION + EXPERTS * HIDDEN + TOP_K * EXPERT) + VOCABULARY * HIDDEN
+    keys = sum(range(1, 11))  # the first token looks at itself, the tenth at ten
+    by_hand = 2 * (10 * 2 * products + keys * 4 * HEADS * WIDTH * LAYERS)
+    assert pass_flops(model, "prefill", work, SHARES) == by_hand
+    # measure counts every key for every token.
+    assert by_hand == 2 * (ml.measure(model, 10).flops - (100 - keys) * 4 * HEADS * WIDTH * LAYERS)
+    half = RoutedShares([0.5] * LAYERS, [1.0] * LAYERS)
+    assert pass_flops(model, "prefill", work, half) == by_hand - 2 * 10 * 2 * LAYERS * EXPERT
+    model.config.sliding_window = 4
+    seen = 1 + 2 + 3 + 7 * 4
+    assert pass_flops(model, "prefill", work, SHARES) == by_hand - 2 * (keys - seen) * 4 * HEADS * WIDTH * LAYERS
+
+
+def test_operations_and_bytes_of_a_step_of_decoding_by_hand() -> None:
+    model = tiny_mixtral()
+    work = Decoding(model, tokens(3, 10), 4)
+    products = LAYERS * (ATTENTION + EXPERTS * HIDDEN + TOP_K * EXPERT) + VOCABULARY * HIDDEN
+    keys = (11 + 12 + 13 + 14) / 4
+    assert pass_flops(model, "decode", work, SHARES) == 3 * (2 * products + keys * 4 * HEADS * WIDTH * LAYERS)
+    numbers = LAYERS * (ATTENTION + EXPERTS * HIDDEN + 2 * HIDDEN) + HIDDEN + VOCABULARY * HIDDEN  # norms, head
+    numbers += (2 + 4 + 6) * EXPERT  # those that were reached
+    numbers += 3 * (HIDDEN + VOCABULARY)  # rows of the embedding, logits
+    numbers += 3 * keys * 2 * KV_HEADS * WIDTH * LAYERS
+    rotary = WIDTH // 2 * 2  # frequencies, twice
+    assert pass_bytes(model, "decode", work, SHARES) == 4 * (numbers + rotary)
+    by_bytes = floor_seconds(model, "decode", work, SHARES, Ceilings(1e30, 1e9))
+    assert by_bytes == pytest.approx(4 * (numbers + rotary) / 1e9)
+    by_operations = floor_seconds(model, "decode", work, SHARES, Ceilings(1e6, 1e30))
+    assert by_operations == pytest.approx(3 * (2 * products + keys * 4 * HEADS * WIDTH * LAYERS) / 1e6)
+
+
+def test_bytes_of_packed_experts() -> None:
+    """Of int4 in groups of 16 a weight takes half a byte, and a group a scale of two bytes and half of a zero."""
+    model = compressed()
+    dense = tiny_mixtral(num_hidden_layers=2, num_local_experts=4)
+    work = Decoding(model, tokens(1, 10), 1)
+    reached = RoutedShares([0.5, 0.5], [1.0, 2.0])
+    rows = 2 * (2 * INTERMEDIATE * HIDDEN + HIDDEN * INTERMEDIATE)
+    assert rows == 2 * EXPERT
+    groups = 2 * INTERMEDIATE * HIDDEN // 16 + HIDDEN * INTERMEDIATE // 16
+    # Two zeros a byte: rows of 2 and of 3 groups take 1 and 2 bytes.
+    one = EXPERT / 2 + 2 * groups + 2 * INTERMEDIATE * 1 + HIDDEN * 2
+    same = pass_bytes(dense, "decode", Decoding(dense, tokens(1, 10), 1), RoutedShares([0.0] * 2, [0.0] * 2))
+    more = 2 * (2 * HIDDEN + 2 * HIDDEN) * 4  # two rows more in each router, and two novices
+    assert pass_bytes(model, "decode", work, reached) == same + more + 3 * one
+
+
+def test_where_tokens_go_is_counted() -> None:
+    """Against the routers' own choices."""
+    model = compressed()
+    for phase, work in (("prefill", Prefill(model, tokens(2, 12))), ("decode", Decoding(model, tokens(2, 12), 3))):
+        chosen: list[list[Tensor]] = [[], []]
+        handles = [
+            layer.mlp.gate.register_forward_hook(lambda _m, _a, output, calls=calls: calls.append(output[2]))
+            for calls, layer in zip(chosen, model.model.layers, strict=True)
+        ]
+        found = routed_shares(model, work)
+        for handle in handles:
+            handle.remove()
+        calls = 1 if phase == "prefill" else 3
+        for number, indices in enumerate(chosen):
+            picks = [index[:] for index in indices[-calls:]]
+            real = [[expert for expert in index.flatten().tolist() if expert not in (1, 4)] for index in picks]
+            assert found.real[number] == pytest.approx(sum(map(len, real)) / sum(index.numel() for index in picks))
+            assert found.reached[number] == pytest.approx(sum(len(set(each)) for each in real) / calls)
+
+
+def test_tensor_bytes_agree_with_measure() -> None:
+    for model in (tiny_mixtral(), tiny_mixtral(tie_word_embeddings=True), compressed()):
+        frequencies = 2 * WIDTH // 2 * 4
+        assert tensor_bytes(model) == ml.measure(model).bytes + frequencies
+
+
+def test_speeds_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_floors, "_SECONDS", 0.0)
+    monkeypatch.setattr(benchmark_floors, "_PRODUCT", {"cpu": 32})
+    models = [tiny_mixtral(), tiny_mixtral(dtype=torch.bfloat16)]
+    monkeypatch.setattr(benchmark_floors, "_least_seconds", lambda run, device: (run(), 0.5)[1])
+    found = ceilings_of([Entrant(str(number), model, "eager") for number, model in enumerate(models)])
+    assert found["0"] == Ceilings(2 * 32**3 / 0.5, 2 * 2**20 / 0.5)  # a copy is no smaller than a MiB
+    assert found["1"].flops_per_second == 2 * 32**3 / 0.5
+
+
+@pytest.fixture(scope="module")
+def record() -> BenchmarkRecord:
+    small, large = compressed(), tiny_mixtral()
+    entrants = [*entrants_of("small", small), *entrants_of("large", large)]
+    settings = Settings((1, 3), (4, 9), new_tokens=3, repeats=2, warmup=1)
+    ceilings = {"small": CEILINGS, "large": CEILINGS}
+    steps: list[str] = []
+    rows = run_benchmark(entrants, tokens(), settings, ceilings, steps.append)
+    assert len(steps) == num_steps(entrants, settings) == 2 * 2 * (5 + 2)
+    models = {
+        name: described_model(model, "", settings, CEILINGS) for name, model in (("small", small), ("large", large))
+    }
+    return BenchmarkRecord(described_run(torch.device("cpu"), ["float32"], "random", settings), models, rows)
+
+
+def test_every_row_is_there_and_complete(record: BenchmarkRecord, tmp_path: Path) -> None:
+    cells = [(row.model, row.implementation, row.phase, row.batch, row.context) for row in record.rows]
+    names = [("small", "moe_lightning"), *(("large", name) for name in IMPLEMENTATIONS)]
+    assert sorted(cells) == sorted(
+        (*name, phase, batch, context)
+        for name in names
+        for phase in ("prefill", "decode")
+        for batch in (1, 3)
+        for context in (4, 9)
+    )
+    assert not record.failures
+    record.save(tmp_path / "results" / "benchmark.json")
+    written = json.loads((tmp_path / "results" / "benchmark.json").read_text())
+    assert written["version"] == 1
+    assert written["context"].keys() >= {
+        *("device", "threads", "dtype", "versions", "machine", "repeats", "warmup", "new_tokens", "tokens"),
+    }
+    assert written["context"]["machine"].keys() >= {"cpu", "cores", "load"}
+    assert written["context"]["threads"] == 1
+    for described in written["models"].values():
+        assert described.keys() >= {"folder", "parameters", "bytes", "bytes_on_disk", "flops", "sequence_length"}
+    assert written["models"]["large"]["flops"] == ml.measure(tiny_mixtral(), 9).flops
+    assert written["models"]["small"]["bytes"] < written["models"]["large"]["bytes"]
+    for row in written["rows"]:
+        assert row.keys() == {
+            *("model", "implementation", "phase", "batch", "context", "tokens_per_second", "milliseconds"),
+            *("floor_milliseconds", "peak_bytes", "weight_bytes", "relative_error", "agreement", "refused"),
+        }
+        assert row["peak_bytes"] is None  # there is no such number on a CPU
+        assert row["weight_bytes"] == written["models"][row["model"]]["bytes"]
+        if row["refused"]:
+            assert row["tokens_per_second"] is row["milliseconds"] is row["floor_milliseconds"] is None
+            continue
+        rate, took = row["tokens_per_second"], row["milliseconds"]
+        assert 0 < rate["low"] <= rate["median"] <= rate["high"]
+        assert 0 < took["low"] <= took["median"] <= took["high"]
+        passed = row["batch"] * (row["context"] if row["phase"] == "prefill" else 1)
+        assert rate["median"] * took["median"] == pytest.approx(1e3 * passed)
+        assert rate["low"] * took["high"] == pytest.approx(1e3 * passed)
+        assert row["floor_milliseconds"] > 0 and 0 < row["relative_error"] < 1e-5 and row["agreement"] > 0.9
+
+
+def test_batched_mm_is_left_out_where_it_would_copy_too_much(record: BenchmarkRecord) -> None:
+    refused = {(row.implementation, row.phase, row.batch, row.context) for row in record.rows if row.refused}
+    # Up to four tokens a pass: decoding with three sequences, and the prefill of one with four.
+    assert refused == {("batched_mm", "prefill", batch, context) for batch, context in ((1, 9), (3, 4), (3, 9))}
+    assert all("copies the weights" in (row.refused or "") for row in record.rows if row.refused)
+    assert not record.failures
+
+
+def test_the_table(record: BenchmarkRecord) -> None:
+    lines = record.table()
+    assert {len(line) for line in lines} == {14}
+    eager = [line for line in lines if line[1] == "eager"]
+    assert len(eager) == 8 and {line[7] for line in eager} == {"1.00"}  # what the others are compared with
+    text = record.text().splitlines()
+    assert len(text) == 1 + len(record.rows) + 1
+    assert text[-1].startswith("refused: large, batched_mm: batched_mm copies")
+    assert text[-1].endswith("(prefill 1 x 9, prefill 3 x 4, prefill 3 x 9)") or "prefill 3 x 4" in text[-1]
+    starts = [[at for at, (left, right) in enumerate(pairwise(line)) if (left, right) == (" ", " ")] for line in text]
+    assert all(len(found) > 10 for found in starts[:-1])
+    markdown = record.markdown().splitlines()
+    assert "1 CPU thread of" in markdown[0] and "load" in markdown[0]
+    table = [line for line in markdown if line.startswith("|")]
+    assert len(table) == 2 + len(record.rows) and {line.count("|") for line in table} == {15}
+    assert markdown[-1].startswith("* refused:")
+
+
+def small_settings(**changes: Any) -> Settings:
+    return Settings(**{"batch_sizes": (2,), "contexts": (6,), "new_tokens": 2, "repeats": 1, "warmup": 0, **changes})
+
+
+def rows_of(entrants: list[Entrant], settings: Settings | None = None) -> list[Row]:
+    ceilings = dict.fromkeys([entrant.label for entrant in entrants], CEILINGS)
+    return run_benchmark(entrants, tokens(), settings or small_settings(), ceilings)
+
+
+def test_a_wrong_model_is_not_timed_and_the_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong, right = tiny_mixtral(), tiny_mixtral()
+    experts = wrong.model.layers[1].mlp.experts
+    forward = experts.forward
+    experts.forward = lambda *arguments: 1.1 * forward(*arguments)
+    timed: list[Any] = []
+    seconds_of = benchmark.seconds_of
+    monkeypatch.setattr(benchmark, "seconds_of", lambda work: timed.append(work.model) or seconds_of(work))
+    rows = rows_of([Entrant("wrong", wrong, "eager"), Entrant("right", right, "eager")])
+    by_model = {(row.model, row.phase): row for row in rows}
+    for phase in ("prefill", "decode"):
+        row = by_model["wrong", phase]
+        assert row.failed and "prefill is wrong: layer 1: off by" in (row.refused or "")
+        assert row.tokens_per_second is row.milliseconds is row.relative_error is None
+        assert by_model["right", phase].tokens_per_second is not None
+    assert timed and all(model is right for model in timed)
+
+
+def test_wrong_decoding_alone_is_not_timed_at_all() -> None:
+    model = compressed()
+    model.model.layers[1].self_attn.layer_idx = 0
+    rows = rows_of(entrants_of("wrong", model))
+    assert len(rows) == 2 and all("decode is wrong: layer 0" in (row.refused or "") and row.failed for row in rows)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        MemoryError(),
+        RuntimeError("can't allocate memory"),
+    ],
+)
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_what_does_not_fit_is_a_row_and_the_rest_goes_on(
+    error: Exception, phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tiny_mixtral(), tiny_mixtral()
+    seconds_of = benchmark.seconds_of
+    runs: list[Any] = []
+
+    def full(work: Any) -> float:
+        runs.append(work)
+        kind = Prefill if phase == "prefill" else Decoding
+        if work.model is first and isinstance(work, kind) and sum(other is work for other in runs) == 2:
+            raise error
+        return seconds_of(work)
+
+    monkeypatch.setattr(benchmark, "seconds_of", full)
+    settings = small_settings(repeats=3)
+    rows = rows_of([Entrant("first", first, "eager"), Entrant("second", second, "eager")], settings)
+    refused = [(row.model, row.phase, row.refused, row.failed) for row in rows if row.refused]
+    assert refused == [("first", phase, "out of memory", True)]
+    assert sum(row.tokens_per_second is not None for row in rows) == 3
+    assert sum(work.model is second for work in runs) == 6
+
+
+def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[tuple[str, str]] = []
+    models = {"a": tiny_mixtral(), "b": tiny_mixtral()}
+    names = {id(model): name for name, model in models.items()}
+    times = iter(range(1, 1000))
+
+    def seconds_of(work: Any) -> float:
+        order.append((type(work).__name__, names[id(work.model)]))
+        return float(next(times))
+
+    monkeypatch.setattr(benchmark, "seconds_of", seconds_of)
+    entrants = [Entrant(name, model, "eager") for name, model in models.items()]
+    rows = rows_of(entrants, small_settings(repeats=3, warmup=1))
+    assert order == [("Prefill", "a"), ("Prefill", "b")] * 4 + [("Decoding", "a"), ("Decoding", "b")] * 4
+    # Of the times 1 to 8 the first of each is a warm-up.
+    assert rows[0].milliseconds == {"median": 5000.0, "low": 3000.0, "high": 7000.0}
+    assert rows[1].tokens_per_second == {"median": 12 / 6, "low": 12 / 8, "high": 12 / 4}
+    assert rows[2].milliseconds == {"median": 13e3 / 2, "low": 11e3 / 2, "high": 15e3 / 2}  # of a step
+
+
+def test_implementations_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_mixtral()
+    seen: list[str] = []
+    seconds_of = benchmark.seconds_of
+    monkeypatch.setattr(
+        benchmark, "seconds_of", lambda work: seen.append(work.model.config._experts_implementation) or seconds_of(work)
+    )
+    rows_of(entrants_of("model", model, ["grouped_mm", "moe_lightning", "eager"]))
+    assert seen == ["grouped_mm", "moe_kernels", "eager"] * 2
+    assert [entrant.implementation for entrant in entrants_of("small", compressed())] == ["moe_lightning"]
+
+
+def test_settings_that_time_nothing() -> None:
+    for changes in ({"batch_sizes": ()}, {"contexts": (0,)}, {"new_tokens": 0}, {"repeats": 0}, {"warmup": -1}):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            small_settings(**changes)
+    with pytest.raises(ValueError, match=r"\[4, 24\] token ids are too few for 5 sequences of 8"):
+        rows_of([], small_settings(batch_sizes=(5,)))
