@@ -12,7 +12,7 @@ import pytest
 
 from moe_lightning.evaluation.intervals import perplexity_ratio_interval
 from moe_lightning.evaluation.records import QualityRecord
-from moe_lightning.reporting.report import distinct_names, read_run, summary_text, write_report
+from moe_lightning.reporting.report import distinct_names, figures, read_run, summary_text, write_report
 from moe_lightning.reporting.report.blocks import Cell, Table
 from moe_lightning.reporting.report.words import data_size, duration, number
 from moe_lightning.reporting.report.write import markdown_words
@@ -27,7 +27,8 @@ SECTIONS = [
     "Recovery",
     "Size",
     "Speed",
-    "Figures",
+    "What the decision saw",
+    "Where the tokens go",
     "Status of every module and matrix",
     "Tokens per expert",
     "Where the time went",
@@ -43,6 +44,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("reports") / "<script>alert(1)<" / "b|c"
     write_report(read_run(write_run(path, LAYERS, EXPERTS, bits=4)))
     return path
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figures out, which take seconds."""
+    monkeypatch.setattr(figures, "run_figures", lambda *data: {})
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +209,7 @@ def test_markdown_shows_words_as_they_are(text: str, expected: str) -> None:
     assert markdown_words(text) == expected
 
 
-def test_a_run_of_an_earlier_release_says_how_to_get_what_it_lacks(tmp_path: Path) -> None:
+def test_a_run_of_an_earlier_release_says_how_to_get_what_it_lacks(tmp_path: Path, undrawn: None) -> None:
     whole = write_run(tmp_path / "run")
     for path in whole.glob("results/*"):
         if path.name not in ("compression-600.plan.json", "compression-600.statistics.safetensors", "test.json"):
@@ -217,7 +224,7 @@ def test_a_run_of_an_earlier_release_says_how_to_get_what_it_lacks(tmp_path: Pat
     assert "was not written down" in page.text
 
 
-def test_what_compress_wrote_has_a_report(tmp_path: Path) -> None:
+def test_what_compress_wrote_has_a_report(tmp_path: Path, undrawn: None) -> None:
     run = read_run(write_compressed_folder(tmp_path / "smaller"))
     page = Page(write_report(run, tmp_path / "elsewhere", "small.html").read_text())
     assert page.wrong == [] and page.outside() == []
@@ -227,7 +234,7 @@ def test_what_compress_wrote_has_a_report(tmp_path: Path) -> None:
     assert not (tmp_path / "smaller" / "report.html").exists()
 
 
-def test_claims_that_do_not_hold_are_a_warning(tmp_path: Path) -> None:
+def test_claims_that_do_not_hold_are_a_warning(tmp_path: Path, undrawn: None) -> None:
     folder = write_run(tmp_path / "run")
     path = folder / "results" / "compression-600.json"
     summary = json.loads(path.read_text())
@@ -264,7 +271,7 @@ def test_folders_without_results_say_what_is_expected(tmp_path: Path) -> None:
             read_run(folder)
 
 
-def test_blocks_of_another_text_are_not_paired(tmp_path: Path) -> None:
+def test_blocks_of_another_text_are_not_paired(tmp_path: Path, undrawn: None) -> None:
     folder = write_run(tmp_path / "run")
     path = folder / "results" / "quality.json"
     values = json.loads(path.read_text())
@@ -276,7 +283,7 @@ def test_blocks_of_another_text_are_not_paired(tmp_path: Path) -> None:
     assert "was not measured on the same blocks" in page.text
 
 
-def test_of_many_compressions_the_last_is_shown_first(tmp_path: Path) -> None:
+def test_of_many_compressions_the_last_is_shown_first(tmp_path: Path, undrawn: None) -> None:
     folder = write_run(tmp_path / "run")
     path = folder / "results" / "quality.json"
     values: dict[str, Any] = json.loads(path.read_text())

@@ -19,12 +19,10 @@ class Cell:
     Attributes:
         text: What it says.
         small: What stands below it in smaller letters: an interval, a remark.
-        share: Length of a bar behind it, from 0 to 1; None for no bar.
     """
 
     text: str
     small: str = ""
-    share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +104,17 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Gallery:
+    """Figures beside each other, as many as the window has room for.
+
+    Attributes:
+        pictures: The figures.
+    """
+
+    pictures: list[Picture]
+
+
+@dataclass(frozen=True)
 class Code:
     """Text as it stands in a file.
 
@@ -144,7 +153,7 @@ class Part:
     blocks: list[Block]
 
 
-Block = Text | Facts | Table | Picture | Code | Details | Part
+Block = Text | Facts | Table | Gallery | Code | Details | Part
 
 
 @dataclass(frozen=True)
@@ -198,6 +207,16 @@ def table(head: Sequence[Cell | str], rows: Sequence[Sequence[Cell | str]], alig
     return Table(first, others, align.ljust(len(head), align[-1]), caption)
 
 
+def transposed(given: Table) -> Table:
+    """Return a table with its rows as columns.
+
+    Args:
+        given: The table.
+    """
+    head, *rows = zip(given.head, *given.rows, strict=True)
+    return Table(list(head), list(map(list, rows)), "l" + "r" * (len(head) - 1), given.caption)
+
+
 def picture(name: str, figure: Figure, title: str, caption: str) -> Picture:
     """Draw a figure.
 
@@ -223,8 +242,8 @@ def pictures(blocks: Sequence[Block]) -> list[Picture]:
     """
     found: list[Picture] = []
     for block in blocks:
-        if isinstance(block, Picture):
-            found.append(block)
+        if isinstance(block, Gallery):
+            found += block.pictures
         elif isinstance(block, Details | Part):
             found += pictures(block.blocks)
     return found

@@ -12,18 +12,26 @@ from typing import Any
 import yaml
 
 from moe_lightning.evaluation.intervals import Interval, paired_differences
-from moe_lightning.evaluation.records import BEFORE, END, QualityMoment
-from moe_lightning.reporting.report.blocks import Block, Cell, Page, Section, Table, Text, table
+from moe_lightning.evaluation.records import BEFORE, QualityMoment
+from moe_lightning.reporting.report.blocks import Block, Cell, Page, Section, Table, Text, table, transposed
 from moe_lightning.reporting.report.columns import ROWS, Column, columns_of, main_text
+from moe_lightning.reporting.report.figures import drawn_comparison
 from moe_lightning.reporting.report.page import FOOTER
 from moe_lightning.reporting.report.read import Run, distinct_names
 from moe_lightning.reporting.report.settings import circumstances
 from moe_lightning.reporting.report.summary import text_table
 from moe_lightning.reporting.report.words import NOTHING, share_with_interval, with_interval
 from moe_lightning.reporting.report.write import write_page
+from moe_lightning.reporting.run_comparison import last_moment
 
 MOST_PAIRED = 5
 """Runs of which all pairs are compared; of more, each is compared with the first."""
+
+MOST_COLUMNS = 5
+"""Runs that stand in columns; more stand in rows."""
+
+IS_THERE = "yes"
+"""In the place of the value of an option that is an object."""
 
 _OF_A_RUN = ("run_dir", "ckpt_path", "overwrite", "trainer.default_root_dir")
 """Options that say where, not what."""
@@ -52,13 +60,10 @@ def comparison_page(runs: Sequence[Run]) -> Page:
     named = dict(zip(names, runs, strict=True))
     sections = [
         Section("The runs", _runs(named)),
+        Section("What was done", [_done(named)]),
         Section("Differences in pairs", _pairs(named)),
         Section("Figures", _figures(named)),
         Section("Settings that differ", _settings(named)),
-        Section(
-            "Folders",
-            [table(["run", "folder"], [[name, str(run.folder.resolve())] for name, run in named.items()], "ll")],
-        ),
     ]
     return Page(f"{len(runs)} runs side by side", ", ".join(names), sections, FOOTER)
 
@@ -70,7 +75,7 @@ def comparison_text(runs: Sequence[Run]) -> str:
         runs: The runs.
     """
     named = dict(zip(distinct_names([run.folder for run in runs]), runs, strict=True))
-    return text_table(_overview(named))
+    return text_table(transposed(_overview(named)))
 
 
 def final_column(run: Run) -> Column:
@@ -91,17 +96,6 @@ def final_column(run: Run) -> Column:
         merged.values.update(column.values)
         ratio = column.ratio or ratio
     return Column(merged.title, "", merged.cells, merged.values, ratio)
-
-
-def final_moment(run: Run) -> QualityMoment | None:
-    """Return the moment whose model a run gives back: its end, or the last before that.
-
-    Args:
-        run: The run.
-    """
-    if run.quality is None or not run.moments:
-        return None
-    return run.quality.moment(END) or run.moments[-1]
 
 
 def methods_of(run: Run) -> str:
@@ -127,13 +121,19 @@ def _overview(named: dict[str, Run]) -> Table:
         rows.append(
             [
                 Cell(name),
-                Cell(methods_of(run)),
+                Cell(_short(run)),
                 *([after.cells["perplexity_ratio"] if after is not None else NOTHING] if shown else []),
                 *(finals[name].cells.get(key, NOTHING) for key in keys),
             ]
         )
     heads = ["run", "methods", *(["ratio right after compressing"] if shown else []), *(ROWS[key] for key in keys)]
     return table(heads, rows, "llr")
+
+
+def _short(run: Run) -> str:
+    """Return the names of a run's methods alone."""
+    names = (method.partition("(")[0] for record in run.compressions for method in record.methods)
+    return ", ".join(dict.fromkeys(names)) or "none"
 
 
 def _right_after(run: Run) -> Column | None:
@@ -144,7 +144,8 @@ def _right_after(run: Run) -> Column | None:
 
 
 def _runs(named: dict[str, Run]) -> list[Block]:
-    blocks: list[Block] = [_overview(named)]
+    overview = _overview(named)
+    blocks: list[Block] = [transposed(overview) if len(named) <= MOST_COLUMNS else overview]
     texts = {name: main_text(run) for name, run in named.items() if main_text(run)}
     told = "Each model is the one that its run gives back: at its end, or after its last compression."
     if texts:
@@ -161,8 +162,13 @@ def _runs(named: dict[str, Run]) -> list[Block]:
     return blocks
 
 
+def _done(named: dict[str, Run]) -> Block:
+    rows = [[name, methods_of(run), str(run.folder.resolve())] for name, run in named.items()]
+    return table(["run", "methods", "folder"], rows, "lll")
+
+
 def _pairs(named: dict[str, Run]) -> list[Block]:
-    moments = {name: moment for name, run in named.items() if (moment := final_moment(run)) is not None}
+    moments = {name: moment for name, run in named.items() if (moment := last_moment(run.quality)) is not None}
     names = list(moments)
     if len(names) < 2:
         how = "add QualityEvaluation to trainer.callbacks of each run, with the same data options"
@@ -222,26 +228,44 @@ def _pair_rows(one: str, mine: QualityMoment, other: str, theirs: QualityMoment)
 
 
 def _figures(named: dict[str, Run]) -> list[Block]:
-    return []
+    how = "add QualityEvaluation to trainer.callbacks of each run"
+    nothing = f"Quality against size and speed takes two runs in which both were measured: {how}."
+    return drawn_comparison(named) or [Text(nothing, "note")]
 
 
 def _settings(named: dict[str, Run]) -> list[Block]:
-    flat = {name: {**circumstances(run), **options_of(run)} for name, run in named.items()}
-    keys = list(dict.fromkeys(key for values in flat.values() for key in values))
-    rows = [
-        [key, *(values.get(key, "-") for values in flat.values())]
-        for key in keys
-        if len({values.get(key) for values in flat.values()}) > 1
-    ]
-    if not rows:
-        return [Text("All settings that were kept are equal.")]
-    unknown = [name for name, run in named.items() if not run.configs]
-    blocks: list[Block] = [
-        table(["", *flat], rows, "l", "Options, versions, data and machine, where runs differ in them.")
-    ]
-    if unknown:
-        blocks.append(Text(f"No options were kept with {', '.join(unknown)}.", "note"))
+    known = {name: circumstances(run) for name, run in named.items()}
+    options = {name: options_of(run) for name, run in named.items()}
+    rows = [[key, *(values.get(key, "-") for values in known.values())] for key in _differing(known)]
+    with_options = {name: values for name, values in options.items() if values}
+    rows += [[key, *(values.get(key, "-") for values in options.values())] for key in _differing(with_options)]
+    blocks: list[Block] = []
+    if rows:
+        caption = "Data, versions, machine and options in which runs differ; - where a run does not have it."
+        blocks.append(table(["", *named], rows, "l", caption))
+    else:
+        blocks.append(Text("All settings that were kept are equal."))
+    without = [name for name in named if name not in with_options]
+    if without:
+        blocks.append(Text(f"No options were kept with {', '.join(without)}.", "note"))
     return blocks
+
+
+def _differing(known: dict[str, dict[str, str]]) -> list[str]:
+    """Return the keys whose values differ among the runs that have them, and objects that not all runs have.
+
+    Options of objects that not all runs have say nothing more.
+    """
+    keys = list(dict.fromkeys(key for values in known.values() for key in values))
+    partly = [key for key in keys if any(values.get(key) == IS_THERE for values in known.values())]
+    partly = [key for key in partly if any(key not in values for values in known.values())]
+    found = []
+    for key in keys:
+        inside = any(key.startswith(f"{whole}.") for whole in partly)
+        values = {values[key] for values in known.values() if key in values}
+        if not inside and (len(values) > 1 or key in partly):
+            found.append(key)
+    return found
 
 
 def options_of(run: Run) -> dict[str, str]:
@@ -276,7 +300,7 @@ def _flatten(name: str, value: Any, found: dict[str, str]) -> None:
             kind = str(item.get("class_path", place)).rpartition(".")[2] if isinstance(item, dict) else str(place)
             seen[kind] += 1
             inside = f"{name}.{kind}" + (f" {seen[kind]}" if seen[kind] > 1 else "")
-            found[inside] = "yes"
+            found[inside] = IS_THERE
             _flatten(inside, item, found)
     else:
         found[name] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)

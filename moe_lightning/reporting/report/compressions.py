@@ -19,6 +19,9 @@ from moe_lightning.reporting.run_records import CompressionRecord
 MOST_OPEN = 6
 """Compressions whose plans are shown at once; those of a longer schedule but the last are folded."""
 
+MOST_LAYERS = 16
+"""Layers of a plan that is shown at once."""
+
 _NO_OPTION = ("method", "model", "calibration", "versions", "edits")
 
 
@@ -147,7 +150,11 @@ def _plan(text: str) -> list[Block]:
     told = [line for line in lines if line and not line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     caption = f"The plan: {'. '.join(told)}. Experts have the numbers of the original model."
-    return [table(cells[0], cells[2:], "llll", caption)] if len(cells) > 2 else [Text(caption)]
+    if len(cells) <= 2:
+        return [Text(caption)]
+    made = table(cells[0], cells[2:], "llll", caption)
+    layers = len(made.rows)
+    return [made] if layers <= MOST_LAYERS else [Details(f"The plan: {layers:,} layers, {'. '.join(told)}", [made])]
 
 
 def matrices_section(run: Run) -> Section:

@@ -164,8 +164,8 @@ def time_section(run: Run) -> Section:
     blocks: list[Block] = []
     if run.time is not None:
         total = run.time["total_seconds"]
-        rows: list[list[Cell | str]] = [
-            [name, duration(seconds), Cell(percent(seconds / total if total else None), share=_share(seconds, total))]
+        rows = [
+            [name, duration(seconds), percent(seconds / total if total else None)]
             for name, seconds in sorted(run.time["parts"].items(), key=lambda item: -item[1])
         ]
         rows.append(["in all", duration(total), ""])
@@ -190,7 +190,3 @@ def time_section(run: Run) -> Section:
     elif run.compressions:
         blocks += missing(run, "How long the compressions took was not written down", "this release does")
     return Section("Where the time went", blocks)
-
-
-def _share(seconds: float, total: float) -> float | None:
-    return min(1.0, max(0.0, seconds / total)) if total else None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from moe_lightning import __version__
-from moe_lightning.reporting.report.blocks import Block, Page, Part, Section, picture
+from moe_lightning.reporting.report.blocks import Page, Section
 from moe_lightning.reporting.report.compressions import done_section, matrices_section, tokens_section
 from moe_lightning.reporting.report.costs import size_section, speed_section, time_section
+from moe_lightning.reporting.report.figures import drawn_figures, with_figures
 from moe_lightning.reporting.report.quality import (
     missing,
     quality_section,
@@ -16,7 +17,6 @@ from moe_lightning.reporting.report.quality import (
 from moe_lightning.reporting.report.read import Run
 from moe_lightning.reporting.report.settings import settings_section
 from moe_lightning.reporting.report.summary import HOW_QUALITY, summary_section
-from moe_lightning.reporting.run_figures import RunFigure, run_figures
 
 FOOTER = f"Made by moe-lightning {__version__} from the files of the run; it holds no address of another file or place."
 
@@ -27,6 +27,7 @@ def report_page(run: Run) -> Page:
     Args:
         run: The run.
     """
+    figures = drawn_figures(run)
     sections = [
         summary_section(run),
         done_section(run),
@@ -35,7 +36,8 @@ def report_page(run: Run) -> Page:
         recovery_section(run),
         size_section(run),
         speed_section(run),
-        figures_section(run),
+        _decision_section(run, "What the decision saw" in figures),
+        _routing_section(run, "Where the tokens go" in figures),
         matrices_section(run),
         tokens_section(run),
         time_section(run),
@@ -43,36 +45,16 @@ def report_page(run: Run) -> Page:
         settings_section(run),
     ]
     what = "a folder of moe-lightning compress" if run.offline is not None else "a run of moe-lightning"
-    return Page(run.name, f"{what}: what was done, what it cost, what it bought", sections, FOOTER)
+    subtitle = f"{what}: what was done, what it cost, what it bought"
+    return Page(run.name, subtitle, with_figures(sections, figures), FOOTER)
 
 
-def figures_section(run: Run) -> Section:
-    """Return all figures.
-
-    Args:
-        run: The run.
-    """
-    figures = run_figures(run.quality, run.compressions, run.tasks, tuple(run.benchmarks.values()), run.time)
-    blocks = figure_blocks(figures)
-    if not blocks:
-        blocks = missing(run, "There is nothing to draw", HOW_QUALITY)
-    return Section("Figures", blocks)
+def _decision_section(run: Run, drawn: bool) -> Section:
+    how = "methods that measure the model leave them" if run.compressions else "nothing was compressed"
+    return Section("What the decision saw", [] if drawn else missing(run, "There are no statistics to draw", how))
 
 
-def figure_blocks(figures: dict[str, RunFigure]) -> list[Block]:
-    """Return figures as blocks: those of one folder of names together, under its name.
-
-    Args:
-        figures: By name, e.g. ``importance`` or ``compression-600/importance``.
-    """
-    blocks: list[Block] = []
-    groups: dict[str, list[Block]] = {}
-    for name, drawn in figures.items():
-        folder, _, _ = name.rpartition("/")
-        shown = picture(name.replace("/", "-"), drawn.figure, drawn.title, drawn.caption)
-        if folder not in groups:
-            groups[folder] = []
-            blocks.append(Part(folder, groups[folder]))
-        groups[folder].append(shown)
-    plain = groups.get("", [])
-    return [*plain, *(block for block in blocks if isinstance(block, Part) and block.title)]
+def _routing_section(run: Run, drawn: bool) -> Section:
+    how = "moe-lightning collect measures it" if run.offline is not None else HOW_QUALITY
+    title = "Where the tokens go"
+    return Section(title, [] if drawn else missing(run, "Routing on held-out text was not measured", how))
