@@ -53,6 +53,9 @@ def test_every_config_parses(path: Path, capsys: pytest.CaptureFixture[str]) -> 
     elif path.parent.name in ("recover", "mixtral-8x7b"):
         arguments = ["fit", "-c", str(path)]
         expected = r"(RouterDistillation|NoviceTuning|LoRARecovery|FullFineTuning)"
+    elif path.parent.name == "evaluate":  # alone on a folder, or behind the config of the run that is tested
+        arguments = ["test", "-c", "quickstart", "-c", str(path), "--ckpt_path", "somewhere"]
+        expected = r"LMEval\n +init_args:\n +tasks: (mone|unified-framework)\n"
     elif path.stem.startswith("compress"):
         arguments = ["compress", "-c", str(path), "--model", "somewhere"]
     else:

@@ -1,6 +1,7 @@
 """Tasks of lm-eval in the course of a run: the numbers of lm-eval's own command line, and training none the wiser."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -316,3 +317,30 @@ def test_a_tokenizer_is_needed(place: Path, tmp_path: Path) -> None:
     callback = LMEval(TASKS, include_path=str(place / "tasks"))
     with pytest.raises(ValueError, match="LMEval needs the model's tokenizer"):
         fit(tiny_module(), tmp_path, [callback], steps=1)
+
+
+@pytest.mark.slow
+def test_on_two_processes(place: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")]),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK"):
+        environment.pop(name, None)
+
+    def start(tasks: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "tests.callbacks.lm_eval_ddp_run", str(place), tasks]
+        return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+
+    result = start("endings,next_word")
+    assert result.returncode == 0, result.stderr
+    found = moments(place / "ddp")
+    assert [(name, moment["step"]) for name, moment in found.items()] == [("before", 2), ("end", 4), ("test", 4)]
+    # Four questions of each, by one process: neither eight, nor two.
+    assert {score["samples"] for moment in found.values() for score in moment["tasks"].values()} == {4}
+    assert found["test"]["tasks"] == found["end"]["tasks"]
+    # Both end where one finds a mistake.
+    result = start("endings:accuracy")
+    assert result.returncode != 0 and "endings has no metric accuracy" in result.stderr
