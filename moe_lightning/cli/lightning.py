@@ -7,6 +7,8 @@ A run directory (``--run_dir``) holds everything that a run leaves::
     RUN/checkpoints/last.ckpt   to go on (``--ckpt_path last``) or to test
     RUN/models/<name>/          exported Hugging Face folders
     RUN/results/*.json          numbers
+    RUN/quality/                what quality is compared with: predictions of the model before compression
+    RUN/report.html, report.md  what was done, what it cost, what it bought (with RUN/figures/)
     RUN/predictions.jsonl       continuations of prompts
 """
 

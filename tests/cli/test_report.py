@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moe_lightning.cli import main
-from moe_lightning.reporting.report import figures
+from moe_lightning.reporting.report import figures, read
 from tests.reporting.report_runs import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "run_figures", lambda *data: {})
+    monkeypatch.setattr(read, "run_figures", lambda *data: {})
     monkeypatch.setattr(figures, "comparison_figures", lambda runs: {})
 
 
@@ -70,8 +70,8 @@ def test_neither_lightning_nor_a_model_is_needed(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", layers=1)
     code = (
         "import sys\n"
-        "from moe_lightning.reporting.report import figures\n"
-        "figures.run_figures = lambda *data: {}\n"
+        "from moe_lightning.reporting.report import read\n"
+        "read.run_figures = lambda *data: {}\n"
         "from moe_lightning.cli import main\n"
         "status = main(sys.argv[1:])\n"
         "print(status, [name for name in ('lightning', 'datasets', 'jsonargparse') if name in sys.modules])"

@@ -12,7 +12,7 @@ import pytest
 
 from moe_lightning.evaluation.intervals import perplexity_ratio_interval
 from moe_lightning.evaluation.records import QualityRecord
-from moe_lightning.reporting.report import distinct_names, figures, read_run, summary_text, write_report
+from moe_lightning.reporting.report import distinct_names, read, read_run, summary_text, write_report
 from moe_lightning.reporting.report.blocks import Cell, Table
 from moe_lightning.reporting.report.words import data_size, duration, number
 from moe_lightning.reporting.report.write import markdown_words
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the figures out, which take seconds."""
-    monkeypatch.setattr(figures, "run_figures", lambda *data: {})
+    monkeypatch.setattr(read, "run_figures", lambda *data: {})
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from moe_lightning.reporting.captions import RunFigure, captioned
+from moe_lightning.reporting.captions import RunFigure
 from moe_lightning.reporting.report.blocks import Block, Gallery, Part, Picture, Section, Text, picture
 from moe_lightning.reporting.report.read import Run
 from moe_lightning.reporting.run_comparison import ComparedRun, comparison_figures
-from moe_lightning.reporting.run_figures import compression_time, run_figures
-
-MOST_DRAWN = 3
-"""Compressions whose own figures are drawn; of a longer schedule the first and the last."""
 
 SECTION_OF = {
     "quality_against": "Summary",
@@ -44,21 +40,16 @@ def drawn_figures(run: Run) -> dict[str, list[Block]]:
     Returns:
         Figures by the title of their section.
     """
-    records = run.compressions
-    chosen = records if len(records) <= MOST_DRAWN else [records[0], records[-1]]
-    figures = run_figures(run.quality, chosen, run.tasks, tuple(run.benchmarks.values()), run.time)
-    if len(chosen) < len(records):
-        # The time is that of all.
-        all_of_them = compression_time(records)
-        figures |= {} if all_of_them is None else {"compression_time": captioned("compression_time", all_of_them)}
     found: dict[str, dict[str, list[Picture]]] = {}
-    for name, figure in figures.items():
+    for name, figure in run.figures.items():
         folder, _, plain = name.rpartition("/")
         place = found.setdefault(_section_of(plain), {})
         place.setdefault(folder, []).append(_picture(name, figure))
     blocks = {title: _with_parts(groups) for title, groups in found.items()}
-    if len(chosen) < len(records):
-        note = Text(f"Of {len(records)} compressions the first and the last are drawn; TensorBoard has all.", "note")
+    if len(run.drawn) < len(run.compressions):
+        note = Text(
+            f"Of {len(run.compressions)} compressions the first and the last are drawn; TensorBoard has all.", "note"
+        )
         for title in {_section_of("importance"), _section_of("error")} & blocks.keys():
             blocks[title] = [*blocks[title], note]
     return blocks

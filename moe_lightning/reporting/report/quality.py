@@ -77,6 +77,10 @@ def quality_section(run: Run) -> Section:
             Text("Where there is no ratio, the model before was not measured on the same blocks of that text.", "note")
         )
     blocks += _layer_errors(run)
+    for command, logged in (("test", run.tested), ("validate", run.validated)):
+        if logged:
+            told = ", ".join(f"{name} {number(value, 5)}" for name, value in logged.items())
+            blocks.append(Text(f"What the command {command} logged last: {told}.", "note"))
     return Section(title, blocks)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from typing import Any
 
 from moe_lightning.evaluation.intervals import Interval, text_intervals
 from moe_lightning.evaluation.records import BEFORE, QualityMoment, QualityRecord
+from moe_lightning.reporting.captions import RunFigure, captioned
+from moe_lightning.reporting.run_figures import compression_time, run_figures
 from moe_lightning.reporting.run_records import CompressionRecord, read_compressions
 
 EXPECTED = (
@@ -18,6 +21,9 @@ EXPECTED = (
     "of moe-lightning compress (compression.json, plan.json)"
 )
 """What ``report`` is given."""
+
+MOST_DRAWN = 3
+"""Compressions that are all drawn."""
 
 VERSION = 1
 """Of lm_eval.json and benchmark.json."""
@@ -69,6 +75,21 @@ class Run:
     def task_moments(self) -> list[dict[str, Any]]:
         """Moments of ``lm_eval.json`` that have tasks: ``name``, ``step``, ``limit``, ``tasks``, ``mean``."""
         return [] if self.tasks is None else [moment for moment in self.tasks["moments"] if moment["tasks"]]
+
+    @property
+    def drawn(self) -> list[CompressionRecord]:
+        """Compressions whose own figures are drawn: of a longer schedule the first and the last."""
+        records = self.compressions
+        return records if len(records) <= MOST_DRAWN else [records[0], records[-1]]
+
+    @functools.cached_property
+    def figures(self) -> dict[str, RunFigure]:
+        """All figures by name, drawn when first asked for, which takes seconds."""
+        figures = run_figures(self.quality, self.drawn, self.tasks, tuple(self.benchmarks.values()), self.time)
+        if len(self.drawn) < len(self.compressions):
+            spent = compression_time(self.compressions)  # of all of them
+            figures |= {} if spent is None else {"compression_time": captioned("compression_time", spent)}
+        return figures
 
     def intervals(self, moment: QualityMoment, text: str) -> dict[str, Interval]:
         """Return what is known of a model on a text, with intervals.
