@@ -43,7 +43,7 @@ def measure(folder: Path, texts: Path, processes: int) -> None:
         block_size=16,
         batch_size=2,
         validation=0,
-        test=9,
+        test=13,
         calibration=2,
         cache_dir=str(texts / "cache"),
     )

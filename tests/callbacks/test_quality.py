@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import moe_lightning as ml
 from moe_lightning.architectures import architecture_of
 from moe_lightning.callbacks import Compress, LastCheckpoint, QualityEvaluation, RandomState, last_checkpoint
+from moe_lightning.callbacks.quality import measuring
 from moe_lightning.evaluation.records import QualityMoment, QualityRecord
 from tests.callbacks.recovery.stage_runs import stage, state_of
 from tests.callbacks.small_fit import batches, fit, loader, tiny_module
@@ -189,8 +190,15 @@ def test_a_compression_that_changes_nothing(tmp_path: Path, capsys: pytest.Captu
     assert ", 1 [1, 1] times that before, KL 0 nats a token, 100.0% agree" in line
 
 
-def test_training_is_not_disturbed(tmp_path: Path) -> None:
-    """Weights, optimizer and random numbers are those of a run without it."""
+def test_training_is_not_disturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, optimizer and random numbers are those of a run without it, whatever it measures."""
+    timed = measuring.prefill_rate
+
+    def draws_numbers(*args: Any, **options: Any) -> Any:
+        torch.rand(2), np.random.rand(2)
+        return timed(*args, **options)
+
+    monkeypatch.setattr(measuring, "prefill_rate", draws_numbers)
     states = []
     # A loader draws a number when it begins.
     for name, more in (("with", [quality(speed=True, batches=loader(HELD_OUT))]), ("without", [])):
@@ -216,6 +224,21 @@ def test_training_is_not_disturbed(tmp_path: Path) -> None:
     assert all(torch.equal(moments[key], other_moments[key]) for key in moments)
     assert torch.equal(numbers, others) and number == other
     assert not any(parameter.is_inference() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_measured_in_the_precision_of_the_trainer(precision: Any, tmp_path: Path) -> None:
+    keep = Keep()
+    given = [quality(), compress(1, ml.ExpertDrop(keep=4)), keep]
+    fit(tiny_module(), tmp_path, given, steps=2, precision=precision)
+    scores = record(tmp_path).moments[1].texts["test"].scores
+    for mixed in (precision == "bf16-mixed", False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            wanted = by_hand(keep.models["compressed"], keep.models["before"])
+        same = scores.nats.tolist() == pytest.approx(wanted["nats"], rel=1e-6)
+        assert same == (mixed or precision == "bf16-true")
+        if same:
+            assert scores.divergence[:4].tolist() == pytest.approx(wanted["divergence"][:4], abs=2e-5)
 
 
 # ---------------------------------------------------------------- the end

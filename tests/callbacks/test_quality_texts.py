@@ -169,7 +169,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     for alone, shared in zip(one.moments[:2], two.moments[:2], strict=True):
         for name, text in alone.texts.items():
             other = shared.texts[name]
-            assert other.fingerprint == text.fingerprint and len(text.scores.nats) == (9 if name == "test" else 3)
+            assert other.fingerprint == text.fingerprint and len(text.scores.nats) == (13 if name == "test" else 3)
             for values in ("nats", "tokens", "bytes", "divergence", "agreement"):
                 torch.testing.assert_close(
                     getattr(other.scores, values), getattr(text.scores, values), rtol=1e-5, atol=1e-6, equal_nan=True

@@ -43,8 +43,8 @@ class QualityEvaluation(AtTheEnd):
     * parameters, bytes in memory and on disk, operations; speed of prefill and decoding,
     * continuations of prompts.
 
-    Every moment is a line on the console and scalars ``quality/...``; the continuations stand side by side in
-    TensorBoard's text page. All numbers, block by block, are in ``RUN/results/quality.json``. What the model before
+    Every moment is a line on the console and scalars ``quality/...``; the continuations of all moments stand together
+    on TensorBoard's text page. All numbers, block by block, are in ``RUN/results/quality.json``. What the model before
     compression predicts is kept in ``RUN/quality/reference.safetensors``, so that no second model is needed; a run that
     is resumed goes on with it. Intervals are those of 95 %, by a bootstrap over blocks, in pairs.
 
@@ -331,8 +331,10 @@ class QualityEvaluation(AtTheEnd):
         self.moments = [*self.moments, moment]
         tell_moment(trainer, self.moments)
         if trainer.is_global_zero:
-            own = self._context(trainer)
-            context = {**self._context_of_fit, TEST: own} if self._context_of_fit else own
+            own, fit = self._context(trainer), self._context_of_fit
+            # Of the same data, mostly, on the same machine: what is said once is not said again.
+            other = {name: value for name, value in own.items() if value != fit.get(name)}
+            context = {**fit, TEST: other} if fit else own
             QualityRecord(self.moments, context).save(self.path(trainer))
 
 
