@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -19,6 +18,7 @@ from torchmetrics import Metric
 
 from moe_lightning.architectures import architecture_of
 from moe_lightning.callbacks.at_step import language_model
+from moe_lightning.callbacks.tensorboard_pages import EXPERTS, add_pages, tensorboards
 from moe_lightning.plan import ModelShape
 from moe_lightning.reporting import heat_map
 from moe_lightning.statistics import RoutingStatistics
@@ -179,15 +179,7 @@ class ExpertStatistics(Callback):
         """Hook the routers and lay out TensorBoard's custom scalars."""
         self._attach(pl_module)
         self._logged_step = trainer.global_step
-        layout = {
-            "experts": {
-                "load": ["Multiline", ["experts_train/load_max", "experts_train/load_min"]],
-                "routing entropy": ["Multiline", ["experts_train/routing_entropy", "experts_val/routing_entropy"]],
-                "novice mass": ["Multiline", ["experts_train/novice_mass", "experts_val/novice_mass"]],
-            }
-        }
-        for logger in _tensorboards(trainer):
-            logger.experiment.add_custom_scalars(layout)
+        add_pages(trainer, EXPERTS)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch the batch that comes."""
@@ -254,7 +246,7 @@ class ExpertStatistics(Callback):
             "undefined_label": "no token",
         }
         words = "training" if stage == "train" else "validation"
-        for logger in _tensorboards(trainer):
+        for logger in tensorboards(trainer):
             load = heat_map(
                 100 * numbers["load"].numpy(),
                 title=f"Load of the experts, {words}, step {step}",
@@ -303,7 +295,3 @@ def expert_scalars(numbers: dict[str, Tensor], shape: ModelShape) -> dict[str, f
         for row, layer in enumerate(shape.moe_layers):
             scalars[f"novice_mass/layer_{layer}"] = float(numbers["novice_mass"][row])
     return scalars
-
-
-def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

@@ -121,7 +121,7 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
         raise ValueError(f"{len(names)} curves cannot be told apart in one picture: give at most {len(CATEGORICAL)}")
     found: dict[str, Look] = {}
     for name in names:
-        known = LOOKS.get(name, LOOKS.get(name.partition(":")[0]))
+        known = LOOKS.get(name, LOOKS.get(FAMILIES.get(name, name.partition(":")[0])))
         if known is not None and known not in found.values():
             found[name] = known
     used = {look.colour for look in found.values()}

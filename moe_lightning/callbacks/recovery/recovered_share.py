@@ -17,6 +17,7 @@ from torch import Tensor
 from moe_lightning.callbacks.at_step import AtTheEnd, language_model, say
 from moe_lightning.callbacks.random_state import random_states, set_random_states
 from moe_lightning.callbacks.spending import spending
+from moe_lightning.callbacks.tensorboard_pages import RECOVERY, add_pages
 from moe_lightning.evaluation import evaluate
 from moe_lightning.evaluation.intervals import Interval, mean_interval
 from moe_lightning.files import write_atomically
@@ -204,6 +205,7 @@ class RecoveredShare(AtTheEnd):
                 "RecoveredShare measures on validation batches, and there are none: give the data a validation split "
                 "(--data.validation), pass batches=..., or leave it out"
             )
+        add_pages(trainer, RECOVERY)
         then = self._fingerprint
         self._other_blocks = then is not None and then != self._fingerprint_now(trainer)
         if self._other_blocks:
