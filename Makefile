@@ -45,18 +45,21 @@ format: $(STAMP)  ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## Time MoE layers, training steps, the statistics pass and slimming on the CPU
+bench: $(STAMP)  ## Time MoE layers, training steps, whole models, the statistics pass and slimming on the CPU
 	$(BIN)/python benchmarks/cpu.py --output benchmarks/results
 	$(BIN)/python benchmarks/figures.py benchmarks/results/cpu-*.json
 	$(BIN)/python benchmarks/moe_layer_cpu.py --output benchmarks/results
 	$(BIN)/python benchmarks/statistics_pass.py
 	$(BIN)/python benchmarks/slimming_speed.py --output benchmarks/results
+	$(BIN)/python benchmarks/full_model.py --scale 256 --context 128 --decode-context 64 --batch-sizes 1 4 --new-tokens 8 \
+		--output benchmarks/results
 
 # What was refused fails in the end: the figures of everything else are drawn before.
-bench-gpu: $(STAMP)  ## Time MoE layers, training steps and slimming on the GPU, and draw the figures
+bench-gpu: $(STAMP)  ## Time MoE layers, training steps, slimming and whole models on the GPU, and draw the figures
 	$(BIN)/python benchmarks/gpu.py --output benchmarks/results; failed=$$?; \
 	$(BIN)/python benchmarks/figures.py benchmarks/results/gpu-*.json && exit $$failed
 	$(BIN)/python benchmarks/slimming_speed.py --device cuda --output benchmarks/results
+	$(BIN)/python benchmarks/full_model.py --output benchmarks/results
 
 docs: $(STAMP)  ## Write the API reference to build/docs
 	$(BIN)/pdoc --docformat google --output-directory build/docs moe_lightning $(ROOMS) moe_kernels

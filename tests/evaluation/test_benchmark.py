@@ -78,7 +78,7 @@ def test_operations_and_bytes_of_a_step_of_decoding_by_hand() -> None:
     products = LAYERS * (ATTENTION + EXPERTS * HIDDEN + TOP_K * EXPERT) + VOCABULARY * HIDDEN
     keys = (11 + 12 + 13 + 14) / 4
     assert pass_flops(model, "decode", work, SHARES) == 3 * (2 * products + keys * 4 * HEADS * WIDTH * LAYERS)
-    numbers = LAYERS * (ATTENTION + EXPERTS * HIDDEN + 2 * HIDDEN) + HIDDEN + VOCABULARY * HIDDEN  # norms, head
+    numbers: float = LAYERS * (ATTENTION + EXPERTS * HIDDEN + 2 * HIDDEN) + HIDDEN + VOCABULARY * HIDDEN  # norms, head
     numbers += (2 + 4 + 6) * EXPERT  # those that were reached
     numbers += 3 * (HIDDEN + VOCABULARY)  # rows of the embedding, logits
     numbers += 3 * keys * 2 * KV_HEADS * WIDTH * LAYERS
@@ -241,7 +241,12 @@ def test_a_wrong_model_is_not_timed_and_the_others_are(monkeypatch: pytest.Monke
     experts.forward = lambda *arguments: 1.1 * forward(*arguments)
     timed: list[Any] = []
     seconds_of = benchmark.seconds_of
-    monkeypatch.setattr(benchmark, "seconds_of", lambda work: timed.append(work.model) or seconds_of(work))
+
+    def note(work: Any) -> float:
+        timed.append(work.model)
+        return seconds_of(work)
+
+    monkeypatch.setattr(benchmark, "seconds_of", note)
     rows = rows_of([Entrant("wrong", wrong, "eager"), Entrant("right", right, "eager")])
     by_model = {(row.model, row.phase): row for row in rows}
     for phase in ("prefill", "decode"):
@@ -315,9 +320,12 @@ def test_implementations_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) ->
     model = tiny_mixtral()
     seen: list[str] = []
     seconds_of = benchmark.seconds_of
-    monkeypatch.setattr(
-        benchmark, "seconds_of", lambda work: seen.append(work.model.config._experts_implementation) or seconds_of(work)
-    )
+
+    def note(work: Any) -> float:
+        seen.append(work.model.config._experts_implementation)
+        return seconds_of(work)
+
+    monkeypatch.setattr(benchmark, "seconds_of", note)
     rows_of(entrants_of("model", model, ["grouped_mm", "moe_lightning", "eager"]))
     assert seen == ["grouped_mm", "moe_kernels", "eager"] * 2
     assert [entrant.implementation for entrant in entrants_of("small", compressed())] == ["moe_lightning"]

@@ -231,7 +231,7 @@ def test_only_the_comparison_makes_a_checked_model() -> None:
     with pytest.raises(TypeError, match="timed only after its output was compared"):
         CheckedModel(object(), model, {}, {})
     with pytest.raises(TypeError, match="MixtralForCausalLM was not compared"):
-        _seconds(model, "prefill")  # type: ignore[arg-type]
+        _seconds(model, "prefill")
     assert _seconds(checked(model, tokens(), STEPS), "decode") > 0
 
 
@@ -242,10 +242,7 @@ def test_what_is_timed_is_what_was_compared() -> None:
     found = checked(model, ids, STEPS)
     model.set_experts_implementation("grouped_mm")
     seen: list[Tensor] = []
-    model.register_forward_pre_hook(
-        lambda _m, _a, options: seen.append(options["input_ids"]),  # type: ignore[func-returns-value]
-        with_kwargs=True,
-    )
+    model.register_forward_pre_hook(lambda _m, _a, options: seen.append(options["input_ids"]), with_kwargs=True)
     _seconds(found, "decode")
     assert model.config._experts_implementation == "eager"
     assert torch.equal(torch.cat(seen, 1), ids)
