@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moe_lightning.callbacks.at_step import say
+from moe_lightning.callbacks.run_log import log_run
 from moe_lightning.reporting.report import Run, read_run, write_report
 
 
@@ -19,6 +20,7 @@ class CompressionReport(Callback):
     in ``RUN/results``. ``QualityEvaluation`` brings quality, sizes and speed, ``LMEval`` tasks, ``TimeSpent`` where the
     time went; what was not measured is named there with the way to get it. It is written when all other callbacks are
     done, wherever this one stands in their list, and again by ``moe-lightning report RUN`` from the same files.
+    TensorBoard gets the figures under ``report/``, the summary, and a line in the tab of hyper-parameters.
 
     A report that cannot be written costs nothing but the report: a warning says why, and the run ends as it would have.
     """
@@ -46,26 +48,29 @@ class CompressionReport(Callback):
         if not self._ended or not trainer.is_global_zero:
             return
         self._ended, self.error = False, None
-        folder = Path(trainer.default_root_dir)
+        doing = "the report could not be written"
         try:
-            run = self._read(trainer, folder)
+            run = self._read(trainer)
             if run is None:
                 return say(trainer, "CompressionReport: the run left nothing to report")
             path = write_report(run)
             say(trainer, f"wrote {path} and {path.with_suffix('.md').name}")
+            doing = "the report is written, but could not be put into TensorBoard"
+            log_run(trainer, run)
         except Exception as error:
             # The model is trained and saved: an exception here would end a script that has more to do with it.
             self.error = error
             told = " ".join(str(error).split())
             warnings.warn(
-                f"CompressionReport: the report could not be written ({type(error).__name__}: {told}); the run itself "
-                f"is complete. Mend that and write it with moe-lightning report {folder}",
+                f"CompressionReport: {doing} ({type(error).__name__}: {told}); the run itself is complete. Mend that "
+                f"and write the report with moe-lightning report {trainer.default_root_dir}",
                 stacklevel=2,
             )
 
     @staticmethod
-    def _read(trainer: Trainer, folder: Path) -> Run | None:
+    def _read(trainer: Trainer) -> Run | None:
         """Return what the run left, with the numbers of a test that no file has yet; None where that is nothing."""
+        folder = Path(trainer.default_root_dir)
         logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
         try:
             run = read_run(folder)
