@@ -16,13 +16,9 @@ from torch.utils.tensorboard.summary import hparams
 from moe_lightning.callbacks.compress import Compress
 from moe_lightning.callbacks.recovery.stage import stages_of
 from moe_lightning.callbacks.tensorboard_pages import QUALITY, add_pages, tensorboards
-from moe_lightning.reporting import run_figures
 from moe_lightning.reporting.quality_figures import ratios
 from moe_lightning.reporting.report import Run, summary_text
 from moe_lightning.reporting.run_comparison import last_moment
-
-MOST_DRAWN = 3
-"""Compressions whose own figures are logged; those of all stand under ``compression/`` at their steps."""
 
 _SUFFIX = ".hparams"
 """Behind the name of the file that holds them."""
@@ -46,8 +42,7 @@ def log_run(trainer: Trainer, run: Run) -> None:
         return
     if run.quality is not None:
         add_pages(trainer, QUALITY)
-    records = run.compressions if len(run.compressions) <= MOST_DRAWN else [run.compressions[0], run.compressions[-1]]
-    figures = run_figures(run.quality, records, run.tasks, tuple(run.benchmarks.values()), run.time)
+    figures = run.figures  # of a long schedule those of the first and the last; all stand under compression/
     step = trainer.global_step
     parameters, metrics = run_parameters(trainer), run_metrics(run, trainer.callback_metrics)
     sentence, _, table = summary_text(run).partition("\n")
