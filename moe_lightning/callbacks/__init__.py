@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from moe_lightning.callbacks.checkpointing import AtomicCheckpointIO, LastCheckpoint, last_checkpoint
 from moe_lightning.callbacks.compress import Compress
+from moe_lightning.callbacks.compression_report import CompressionReport
 from moe_lightning.callbacks.expert_statistics import ExpertStatistics
 from moe_lightning.callbacks.export import Export
 from moe_lightning.callbacks.lm_eval import LMEval
@@ -28,6 +29,7 @@ __all__ = [
     "AtomicCheckpointIO",
     "CompactProgress",
     "Compress",
+    "CompressionReport",
     "ExpertStatistics",
     "Export",
     "FullFineTuning",
