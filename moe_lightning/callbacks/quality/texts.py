@@ -55,10 +55,11 @@ def find_texts(
         )
     texts = [first]
     sources = datamodule.sources_in(split) if has_domains and batches is None else []
+    calibrated = datamodule.sources_in("calibration") if sources else []
     for source in sources if len(sources) > 1 else ():
         loader = datamodule.test_batches_of(source, split)
         found = BlockLoader(loader.blocks, datamodule.eval_batch_size, domain_blocks)
-        texts.append(Text(source, found, calibrated=True))
+        texts.append(Text(source, found, calibrated=source in calibrated))
     for name, wanted in domains.items():
         with _of_option(f"domains {name!r}", domain_blocks):
             loader = datamodule.domain_batches(wanted, domain_blocks)

@@ -194,7 +194,7 @@ def _tasks(values: Any) -> dict[str, Any]:
     for moment in values["moments"]:
         str(moment["name"]), int(moment["step"]), float(moment["mean"] or 0)
         for task in moment["tasks"].values():
-            str(task["metric"]), float(task["value"])
+            str(task["metric"]), float(task["value"] or 0)
     return dict(values)
 
 
