@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from moe_lightning.evaluation.intervals import perplexity_ratio_interval
+from moe_lightning.evaluation.intervals import Interval, perplexity_ratio_interval
 from moe_lightning.evaluation.records import QualityRecord
 from moe_lightning.reporting.report import distinct_names, read, read_run, summary_text, write_report
 from moe_lightning.reporting.report.blocks import Cell, Table
-from moe_lightning.reporting.report.words import data_size, duration, number
+from moe_lightning.reporting.report.words import data_size, duration, number, with_interval
 from moe_lightning.reporting.report.write import markdown_words
 from tests.reporting.pages import Page
 from tests.reporting.report_runs import NASTY, write_compressed_folder, write_run
@@ -313,6 +313,13 @@ def test_numbers_are_written_for_people() -> None:
         "2 h 2 min",
         "-",
     ]
+
+
+def test_intervals_of_small_numbers_keep_their_digits() -> None:
+    assert with_interval(Interval(0.0638, 0.0536, 0.0783), 4) == Cell("0.0638", "[0.0536, 0.0783]")
+    assert with_interval(Interval(3.27e-6, -1.2e-6, 4e-6), 4) == Cell("3.3e-06", "[-1.2e-06, 4.0e-06]")
+    assert with_interval(Interval(0.0, 0.0, 0.0), 4) == Cell("0.0000", "[0.0000, 0.0000]")
+    assert with_interval(Interval(30.1, float("nan"), float("nan")), 2) == Cell("30.10")
 
 
 def test_a_table_with_holes_is_refused() -> None:

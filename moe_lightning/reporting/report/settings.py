@@ -24,6 +24,10 @@ def circumstances(run: Run) -> dict[str, str]:
         step for record in run.compressions for step in record.plan.origin.get("history", []) if isinstance(step, dict)
     ]
     last = history[-1] if history else {}
+    context.pop("reference", None)  # a fingerprint for a run that goes on
+    if isinstance(tested := context.pop("test", None), dict):
+        # Where a test was made otherwise than the run.
+        context |= {f"test: {name}": value for name, value in tested.items() if value != context.get(name)}
     versions = context.pop("versions", None) or last.get("versions") or {}
     data = context.pop("data", None) or (last.get("calibration") or {}).get("data") or {}
     if run.offline is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moe_lightning.evaluation.records import END
 from moe_lightning.reporting.report.blocks import Block, Cell, Facts, Section, Table, Text
 from moe_lightning.reporting.report.columns import Column, columns_of, main_text, missing_rows, summary_table
 from moe_lightning.reporting.report.read import Run
@@ -66,7 +67,10 @@ def sentence(run: Run, columns: list[Column]) -> str:
             disk = before.values["bytes_on_disk"], after.values["bytes_on_disk"]
             told += f" and from {data_size(disk[0])} to {data_size(disk[1])} on disk ({percent(disk[1] / disk[0])})"
     told += "."
-    said = [_ratio_in_words(run, column) for column in columns if "perplexity_ratio" in column.values]
+    measured = [column for column in columns if "perplexity_ratio" in column.values]
+    # A test of the model of the end says the same once more.
+    ended = any(column.title == END for column in measured)
+    said = [_ratio_in_words(run, column) for column in measured if column.title != "test" or not ended]
     return " ".join([told, *said])
 
 
@@ -82,7 +86,7 @@ def _first_and_compressed(columns: list[Column]) -> tuple[Column | None, Column 
 
 
 def _ratio_in_words(run: Run, column: Column) -> str:
-    when = {"end": "At the end", "test": "In the test"}.get(column.title, "Right after compressing")
+    when = {END: "At the end", "test": "In the test"}.get(column.title, "Right after compressing")
     if column.ratio is None:
         ratio = column.values["perplexity_ratio"]
         return f"{when} perplexity {_where(run)}is {ratio:.4f} times that before (no interval)."

@@ -41,7 +41,9 @@ def decimals(value: float | None, places: int) -> str:
         value: The number.
         places: Decimals.
     """
-    return "-" if value is None or math.isnan(value) else f"{value:,.{places}f}"
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{round(value, places) + 0.0:,.{places}f}"  # + 0.0: no minus before zero
 
 
 def percent(value: float | None, places: int = 1) -> str:
@@ -105,6 +107,9 @@ def with_interval(interval: Interval | None, places: int) -> Cell:
     """
     if interval is None or math.isnan(interval.value):
         return NOTHING
+    if 0 < abs(interval.value) < 5 * 10**-places:  # too small for so many decimals
+        ends = between(interval, places) and f"[{number(interval.low, 2)}, {number(interval.high, 2)}]"
+        return Cell(number(interval.value, 2), ends)
     return Cell(decimals(interval.value, places), between(interval, places))
 
 
