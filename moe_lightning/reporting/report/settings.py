@@ -27,7 +27,8 @@ def circumstances(run: Run) -> dict[str, str]:
     context.pop("reference", None)  # a fingerprint for a run that goes on
     if isinstance(tested := context.pop("test", None), dict):
         # Where a test was made otherwise than the run.
-        context |= {f"test: {name}": value for name, value in tested.items() if value != context.get(name)}
+        other = {name: value for name, value in tested.items() if not _same(value, context.get(name))}
+        context |= {f"test: {name}": value for name, value in other.items()}
     versions = context.pop("versions", None) or last.get("versions") or {}
     data = context.pop("data", None) or (last.get("calibration") or {}).get("data") or {}
     if run.offline is not None:
@@ -62,6 +63,13 @@ def settings_section(run: Run) -> Section:
     elif not run.configs:
         blocks += missing(run, "Methods, data and seeds stand in the history of the plan", "see plan.json")
     return Section("Settings", blocks)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Say whether two settings are equal; data are where their fingerprints are: not all of it was read in both."""
+    if isinstance(one, dict) and isinstance(other, dict) and "fingerprint" in one:
+        return bool(one["fingerprint"] == other.get("fingerprint"))
+    return bool(one == other)
 
 
 def _plain(value: Any) -> str:
