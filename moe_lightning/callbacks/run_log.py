@@ -90,39 +90,52 @@ def write_hyper_parameters(
 # ---------------------------------------------------------------- numbers
 
 
+_MODEL = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "vocab_size",
+)
+_DATA = ("sources", "block_size", "batch_size", "seed")
+_TRAINER = ("max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
+_OF_PREDICT = ("max_new_tokens", "temperature")
+
+
 def run_parameters(trainer: Trainer) -> dict[str, int | float | str | bool]:
-    """Return what a run was asked for, flat: of the model, the module, the data, the trainer, and methods in words.
+    """Return what a run was asked for, flat: methods in words, of model, module, data and trainer what matters.
 
     Args:
         trainer: The trainer.
+
+    Returns:
+        Plain values by name. TensorBoard shows the first names of the alphabet: those of compression come first.
     """
-    module, datamodule = trainer.lightning_module, getattr(trainer, "datamodule", None)
-    found: dict[str, Any] = {}
-    for name, value in dict(module.hparams.get("model") or {}).items():
-        found[f"model/{name}"] = value
-    found |= {f"module/{name}": value for name, value in _options(module).items()}
-    if datamodule is not None:
-        described = datamodule.describe() if hasattr(datamodule, "describe") else {}
-        found |= {f"data/{name}": value for name, value in {**described, **_options(datamodule)}.items()}
-    for name in ("max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val"):
-        found[f"trainer/{name}"] = getattr(trainer, name, None)
-    if seed := os.environ.get("PL_GLOBAL_SEED"):
-        found["trainer/seed"] = int(seed)
+    module: Any = trainer.lightning_module
+    datamodule: Any = getattr(trainer, "datamodule", None)
     callbacks = [callback for callback in trainer.callbacks if isinstance(callback, Compress)]  # type: ignore[attr-defined]
     told = [f"{', '.join(map(str, callback.methods))} at {callback.at_step}" for callback in callbacks]
-    found["methods"] = "; ".join(told) or "none"
     stages = [f"{type(stage).__name__} at {stage.first_step}" for stage in stages_of(trainer)]
-    found["recovery"] = "; ".join(stages) or "none"
+    found: dict[str, Any] = {
+        "compression/methods": "; ".join(told) or "none",
+        "compression/recovery": "; ".join(stages) or "none",
+    }
+    sizes = module.hparams.get("model") or {}
+    found |= {f"model/{name}": sizes[name] for name in _MODEL if name in sizes}
+    # Options that the module keeps under their names.
+    options = inspect.signature(type(module).__init__).parameters.keys() - {"self", "model", "plan", *_OF_PREDICT}
+    found |= {f"module/{name}": getattr(module, name) for name in sorted(options) if hasattr(module, name)}
+    described = datamodule.describe() if hasattr(datamodule, "describe") else {}
+    for name in _DATA:
+        found[f"data/{name}"] = described.get(name, getattr(datamodule, name, None))
+    found |= {f"trainer/{name}": getattr(trainer, name, None) for name in _TRAINER}
+    if seed := os.environ.get("PL_GLOBAL_SEED"):
+        found["trainer/seed"] = int(seed)
     plain = {name: ", ".join(map(str, value)) if _is_words(value) else value for name, value in found.items()}
     return {name: value for name, value in plain.items() if isinstance(value, int | float | str | bool)}
-
-
-def _options(owner: Any) -> dict[str, Any]:
-    """Return the options of an object that it keeps under their names."""
-    names = inspect.signature(type(owner).__init__).parameters
-    return {
-        name: getattr(owner, name) for name in names if name not in ("self", "model", "plan") and hasattr(owner, name)
-    }
 
 
 def _is_words(value: Any) -> bool:

@@ -57,6 +57,8 @@ def compression_figures(
     if criterion is not None and not criterion_named(criterion).selector and layers:
         score = statistics.score(criterion, seed).numpy()
         largest = numpy.nanmax(numpy.abs(score))
+        # One score far above all others would leave these without a difference.
+        logarithmic = bool(numpy.nanmin(score) >= 0 and largest > 5 * numpy.nanmedian(score) > 0)
         figures["importance"] = heat_map(
             100 * score / largest if largest > 0 else score,
             title=f"Score of the experts, {title}",
@@ -67,8 +69,8 @@ def compression_figures(
             marked=now["gone"] & numpy.isfinite(score),
             marked_label="goes",
             dropped_label="was not there",
-            # One score far above all others would leave these without a difference.
-            logarithmic=bool(numpy.nanmin(score) >= 0 and largest > 5 * numpy.nanmedian(score) > 0),
+            logarithmic=logarithmic,
+            number_format=".1f" if logarithmic else None,
         )
     if {"routing", "outputs"} <= statistics.groups and layers:
         figures["use_and_variance"] = use_and_variance(statistics, now["stays"], f"Who stays, {title}", criterion)

@@ -104,7 +104,7 @@ def heat_map(
     hatch = "////" if num_experts <= 16 else "/" * 7
     # Wider ones could not be read at the width of a page.
     width = min(8.6, max(5.6, 2.0 + (0.52 if numbered else 0.16) * num_experts))
-    height = min(11.0, max(2.6, 1.7 + (0.34 if numbered else 0.2) * num_layers))
+    height = min(11.0, max(2.9, 1.7 + (0.34 if numbered else 0.2) * num_layers))
     figure, axes = new_figure(width, height, title)
     shown_LE = numpy.ma.masked_array(values_LE, mask=missing_LE | dropped_LE)
     norm = _norm(shown_LE, limits, logarithmic)

@@ -155,8 +155,8 @@ def _check_hyper_parameters(server: Server, folder: Path) -> None:
     (line,) = server.lines()
     known = line["hparams"]
     assert known["module/learning_rate"] == 0.02
-    assert known["methods"] == "Novices(ratio=0.5) at 2"
-    assert known["recovery"] == "NoviceTuning at 2"
+    assert known["compression/methods"] == "Novices(ratio=0.5) at 2"
+    assert known["compression/recovery"] == "NoviceTuning at 2"
     assert (known["model/num_local_experts"], known["data/block_size"], known["trainer/max_steps"]) == (4, 16, 6)
     assert {info["name"] for info in experiment["hparamInfos"]} == known.keys()
     metrics = {value["name"]["tag"]: value["value"] for value in line["metricValues"]}
