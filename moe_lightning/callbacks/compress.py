@@ -256,13 +256,17 @@ class Compress(AtStep):
         tell(trainer, "before_compression", module)
         edits_before = plan_of(model).edits
         datamodule: Any = getattr(trainer, "datamodule", None)
+        batches = self._calibration(trainer)
+        # What reports draw of the model as it was, in the same pass.
+        drawn = [getattr(callback, "figure_needs", ()) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+        also = frozenset[str]().union(*drawn) if batches is not None and self.acts_done == 0 else ()
         origin = {"step": trainer.global_step, "calibration_batches": self.calibration_batches}
         if hasattr(datamodule, "describe"):
             origin["data"] = datamodule.describe()
         with trainer.precision_plugin.forward_context():
             result = compress(
                 model,
-                self._calibration(trainer),
+                batches,
                 act.methods,
                 origin=origin,
                 optimizers=trainer.optimizers,
@@ -272,6 +276,7 @@ class Compress(AtStep):
                 top_up=self._top_up(trainer),
                 max_fallback=self.max_fallback,
                 max_moment_bytes=self.max_moment_bytes,
+                also=also,
             )
         wrap_again(trainer, module)
         remember_plan(module, result.plan)

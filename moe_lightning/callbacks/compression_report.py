@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from moe_lightning.callbacks.at_step import say
 from moe_lightning.callbacks.run_log import log_run
 from moe_lightning.reporting.report import Run, read_run, write_report
+from moe_lightning.reporting.statistics_figures import FIGURE_NEEDS
 
 
 class CompressionReport(Callback):
@@ -22,8 +23,13 @@ class CompressionReport(Callback):
     done, wherever this one stands in their list, and again by ``moe-lightning report RUN`` from the same files.
     TensorBoard gets the figures under ``report/``, the summary, and a line in the tab of hyper-parameters.
 
+    ``Compress`` measures what the report's figures show of the model as it was, in the pass of its first method.
+
     A report that cannot be written costs nothing but the report: a warning says why, and the run ends as it would have.
     """
+
+    figure_needs = FIGURE_NEEDS
+    """Groups of statistics that ``Compress`` measures for the figures."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -24,12 +24,14 @@ from moe_lightning.checkpoints import (
 from moe_lightning.cli.commands import WorkFailed, begun, run_command
 from moe_lightning.cli.prepared import Prepared, prepare
 from moe_lightning.compression import CompressionResult, calibration_bytes, compress, made_bytes
+from moe_lightning.compression.layerwise import need_batches
 from moe_lightning.data import TextDataModule
 from moe_lightning.evaluation import LikelihoodResult, evaluate, tokens_per_second
 from moe_lightning.files import check_output_folder, written_folder
 from moe_lightning.method import Method
 from moe_lightning.plan import formats_of
 from moe_lightning.reporting import matrix_summary, module_line
+from moe_lightning.reporting.statistics_figures import FIGURE_NEEDS
 from moe_lightning.sizes import ModelSize, measure
 from moe_lightning.slimming.policy import SlimmingPolicy, Starved, TooFewTokens
 
@@ -213,7 +215,8 @@ def _run(prepared: Prepared, overwrite: bool) -> dict[str, Any]:
     arguments: dict[str, Any] = {"plan": prepared.plan} if prepared.plan is not None else {"methods": prepared.methods}
     policy = {item.name: getattr(prepared.policy, item.name) for item in dataclasses.fields(prepared.policy)}
     try:
-        result = compress(model, prepared.calibration, origin=origin, **arguments, **policy)
+        also = FIGURE_NEEDS if need_batches(prepared.methods) else ()
+        result = compress(model, prepared.calibration, origin=origin, also=also, **arguments, **policy)
     except TooFewTokens as error:
         raise WorkFailed(f"{error}. Nothing was written") from None
     seconds = time.perf_counter() - start

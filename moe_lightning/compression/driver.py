@@ -77,6 +77,7 @@ def compress(
     top_up: Batches | None = None,
     max_fallback: float = 0.1,
     max_moment_bytes: int = 4 * 2**30,
+    also: Iterable[str] = (),
 ) -> CompressionResult:
     """Compress a model in place, all or nothing: when anything fails the model is as it was.
 
@@ -106,6 +107,8 @@ def compress(
         max_fallback: Largest share of a method's matrices that may be made without measurement, from 0 to 1.
         max_moment_bytes: Memory for the moments of inputs that are measured at a time, in bytes: with less, fewer
             experts are measured at a time.
+        also: Groups of statistics to measure beside those that the first method needs, on the model as it is, for
+            whoever draws them. Not where ``statistics`` are given.
 
     Returns:
         The model, its plan, the statistics and the numbers that prove what was done.
@@ -153,7 +156,9 @@ def compress(
         for place, method in enumerate(chosen):
             given = statistics if place == 0 else None
             with clock.spending("observe"):
-                measured = observe(model, batches, method, given, progress)
+                measured = observe(model, batches, method, given, progress, also if place == 0 else ())
+            if place == 0 and measured.tensors:
+                first = measured
             with clock.spending("decide"):
                 edits = method.propose(architecture.shape(model), measured)
             with clock.spending("fit"):
@@ -177,8 +182,6 @@ def compress(
                 surgeries += apply_edits(model, method, edits, measured, step)
             _count_tokens(tokens, edits, measured)
             fits |= {key: fit.status for key, fit in measured.fits.items()}
-            if place == 0 and measured.tensors:
-                first = measured
         result = CompressionResult(
             model=model,
             plan=plan_of(model),
@@ -245,7 +248,12 @@ def _check_statistics(statistics: Statistics, method: Method, model: PreTrainedM
 
 
 def observe(
-    model: PreTrainedModel, batches: Batches, method: Method, given: Statistics | None = None, progress: bool = True
+    model: PreTrainedModel,
+    batches: Batches,
+    method: Method,
+    given: Statistics | None = None,
+    progress: bool = True,
+    also: Iterable[str] = (),
 ) -> Statistics:
     """Measure what a method needs, its layers' sensitivity included; what is given already is not measured again.
 
@@ -255,13 +263,15 @@ def observe(
         method: The method.
         given: Statistics of the model as it is, or None. They are not changed.
         progress: Show progress bars.
+        also: Further groups of statistics to measure in the same pass.
     """
+    needs = method.needs.union(also)
     if given is not None:
         statistics = dataclasses.replace(
             given, tensors=dict(given.tensors), fits=dict(given.fits), info=dict(given.info)
         )
-    elif method.needs:
-        statistics = collect(model, batches, method.needs, progress=progress)
+    elif needs:
+        statistics = collect(model, batches, needs, progress=progress)
     else:
         statistics = Statistics(architecture_of(model).shape(model), {})
     if method.measures_sensitivity and "layer_divergence" not in statistics.tensors:

@@ -20,6 +20,9 @@ from moe_lightning.statistics import Statistics
 from moe_lightning.statistics.groups import real_experts
 from moe_lightning.trimming import Angular, BlockDrop, LayerDrop
 
+FIGURE_NEEDS = frozenset({"routing", "outputs", "layers", "blocks", "similarity"})
+"""Groups of statistics that the figures here show. All come from one shared pass."""
+
 
 def dropping_orders(statistics: Statistics) -> dict[str, NDArray[numpy.bool_]]:
     """Say which layers go when one, two, ... of them go, by each method that ranks layers.

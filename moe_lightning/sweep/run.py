@@ -17,14 +17,12 @@ from transformers import PreTrainedModel
 
 from moe_lightning.criteria import collect
 from moe_lightning.evaluation.comparison import Batch
+from moe_lightning.reporting.statistics_figures import FIGURE_NEEDS
 from moe_lightning.statistics import Statistics
 from moe_lightning.statistics.low_rank import LowRankFit, collect_low_rank
 from moe_lightning.sweep.bench import Bench, Job, low_rank_of, measure_here, start_process
 from moe_lightning.sweep.grid import Cell
 from moe_lightning.sweep.store import ORIGINAL, CellResult, SweepFolder
-
-FIGURE_NEEDS = frozenset({"routing", "outputs", "layers", "blocks", "similarity"})
-"""Statistics that the figures show, whatever the cells need. All come from the one shared pass."""
 
 
 def shared_needs(cells: Iterable[Cell]) -> frozenset[str]:

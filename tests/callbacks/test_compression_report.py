@@ -51,6 +51,9 @@ def test_a_run_has_a_report_with_everything_that_callbacks_left(tmp_path: Path) 
     assert counts and all(len(table.rows) == 1 + SIZES["num_hidden_layers"] for table in counts)
     total = json.loads((tmp_path / "results" / "time.json").read_text())["total_seconds"]
     assert page.table_with("part", "time").rows[-1][1] == duration(total)
+    # Novices do not need them: the report does.
+    titles = [values["alt"] for _, values in page.images]
+    assert any("imilar" in title for title in titles) and any("go first" in title for title in titles), titles
     assert (tmp_path / "report.md").is_file() and list((tmp_path / "figures").glob("*.png"))
 
 

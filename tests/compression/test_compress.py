@@ -434,3 +434,19 @@ def test_a_replay_under_another_policy_says_so() -> None:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*min_tokens=3, but.*")
         ml.compress(tiny_mixtral(), batches, plan=plan, min_tokens=3, max_fallback=1.0)
+
+
+@pytest.mark.parametrize("method", [ml.Novices(ratio=0.5), ml.LayerDrop(count=1), ml.Wanda(sparsity=0.5)], ids=str)
+def test_what_is_measured_for_pictures_changes_nothing(method: Method) -> None:
+    plain, watched = tiny_mixtral(), tiny_mixtral()
+    compress(plain, method, min_tokens=1)
+    drawn = {"routing", "outputs", "layers", "blocks", "similarity"}
+    result = compress(watched, [method, ml.RTN(group_size=16)], min_tokens=1, also=drawn)
+    compress(plain, ml.RTN(group_size=16))
+    assert result.statistics is not None and drawn | method.needs == result.statistics.groups
+    # Of the model as it was: an untouched one says the same.
+    expected = ml.collect(tiny_mixtral(), BATCHES, drawn | method.needs, progress=False)
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(result.statistics[name], tensor), name
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(watched.state_dict()[name], tensor), name
