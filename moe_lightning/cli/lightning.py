@@ -39,7 +39,7 @@ from moe_lightning.cli.dry_options import Asked, describe_model
 from moe_lightning.cli.errors import TRACEBACK_VARIABLE, OneLineErrors
 from moe_lightning.cli.fit_dry_run import print_dry_run
 from moe_lightning.cli.messages import for_the_command, readable_messages
-from moe_lightning.cli.run_callbacks import NoteBeginning, SaveRunConfig, check_names, how_to_go_on, recovered_share
+from moe_lightning.cli.run_callbacks import NoteBeginning, SaveRunConfig, check_names, how_to_go_on, usual_measurements
 from moe_lightning.cli.run_directory import RunDirectory
 from moe_lightning.cli.trainer_options import clip_validation
 from moe_lightning.data import TextDataModule, holds_tokenizer
@@ -274,7 +274,7 @@ class MoELightningCLI(LightningCLI):
         if self.subcommand == "predict":
             wanted.append(PredictionWriter())
         if self.subcommand == "fit":
-            wanted += recovered_share(given, self.options.data.validation)
+            wanted += usual_measurements(given, self.options.data.validation)
             clip_validation(config)
         has_checkpoints = any(isinstance(callback, Checkpoint) for callback in given)
         if self.subcommand != "fit":

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
-from moe_lightning.callbacks import Compress, RecoveredShare
+from moe_lightning.callbacks import Compress, RecoveredShare, TimeSpent
 from moe_lightning.cli.run_directory import RunDirectory
 from moe_lightning.files import write_atomically
 
@@ -85,16 +85,19 @@ def check_names(callbacks: Sequence[Callback]) -> None:
             )
 
 
-def recovered_share(callbacks: Sequence[Callback], validation: float) -> list[Callback]:
-    """Return what measures how much of the lost loss comes back, where a run compresses and nobody measures that yet.
+def usual_measurements(callbacks: Sequence[Callback], validation: float) -> list[Callback]:
+    """Return what measures where the time of a fit goes and, where it compresses, what comes back; unless it has them.
 
     Args:
         callbacks: Callbacks of a run.
         validation: Size of the validation split; 0 where there is none to measure on.
     """
     compresses = any(isinstance(callback, Compress) for callback in callbacks)
-    measured = any(isinstance(callback, RecoveredShare) for callback in callbacks)
-    return [RecoveredShare()] if compresses and validation and not measured else []
+    kinds = set(map(type, callbacks))
+    wanted: list[Callback] = [] if TimeSpent in kinds else [TimeSpent()]
+    if compresses and validation and RecoveredShare not in kinds:
+        wanted.append(RecoveredShare())
+    return wanted
 
 
 def how_to_go_on(trainer: Trainer) -> str:
