@@ -51,8 +51,8 @@ bench: $(STAMP)  ## Time MoE layers, training steps, whole models, the statistic
 	$(BIN)/python benchmarks/moe_layer_cpu.py --output benchmarks/results
 	$(BIN)/python benchmarks/statistics_pass.py
 	$(BIN)/python benchmarks/slimming_speed.py --output benchmarks/results
-	$(BIN)/python benchmarks/full_model.py --scale 256 --context 128 --decode-context 64 --batch-sizes 1 4 --new-tokens 8 \
-		--output benchmarks/results
+	$(BIN)/python benchmarks/full_model.py --scale 64 --layers 8 --context 128 --decode-context 64 --batch-sizes 1 4 \
+		--new-tokens 8 --repeats 3 --warmup 1 --output benchmarks/results
 
 # What was refused fails in the end: the figures of everything else are drawn before.
 bench-gpu: $(STAMP)  ## Time MoE layers, training steps, slimming and whole models on the GPU, and draw the figures

@@ -315,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.dry_run:
-        options.scale, options.layers, options.device, options.dtype = 4096, 8, "cpu", "float32"
+        options.scale, options.layers, options.device, options.dtype = 4096, 4, "cpu", "float32"
         options.context, options.decode_context, options.batch_sizes, options.new_tokens = 16, 8, [1, 2], 2
         options.repeats, options.warmup = 1, 0
     # Kernels are off by themselves; here they are what is timed where there is a GPU.

@@ -100,7 +100,7 @@ class _Turn:
         try:
             action()
         except Mismatch as error:
-            self.refuse(f"not compared well: {error}")
+            self.refuse(f"it does not compute what its weights say: {error}")
         except (RuntimeError, MemoryError, ValueError, NotImplementedError) as error:
             self.refuse(_told(error))
         if self.refused and self.failed:

@@ -8,13 +8,15 @@ Each layer is computed for an input that is given, not for what the reference it
 does not add up over the layers, and a router that finds two experts equally good to a hair, and takes the other one,
 does not make everything after it different.
 
-Legend: B sequences, S tokens of each, H hidden, N tokens, K top-k, R router rows, O outputs, X inputs.
+Legend: B sequences, S tokens of each, H hidden, N tokens, K top-k, R router rows, A other choices that are as good, O
+outputs, X inputs.
 
 Source: Mixtral of Experts (2401.04088); 2406.02500 eq. 7 with the novices of 2507.00390 for compressed layers.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -33,15 +35,14 @@ class LayerReference(NamedTuple):
     Attributes:
         output: ``[B, S, H]``.
         added: How much attention and experts add to the residual stream: the sum of both norms, ``[B, S]``.
-        other: The same where the routers' last choice went to the expert behind it, which is as good there within the
-            margin; elsewhere equal to ``output``.
-        tied: Where that is so, bool ``[B, S]``.
+        others: What it may give as well where a router finds experts equally good within the margin, ``[A, H]``.
+        token: Of which token (sequences one after the other) each of ``others`` is, int64 ``[A]``.
     """
 
     output: Tensor
     added: Tensor
-    other: Tensor
-    tied: Tensor
+    others: Tensor
+    token: Tensor
 
 
 class Reference:
@@ -98,17 +99,14 @@ class Reference:
         hidden_BSH, added_BS = hidden_BSH + attended_BSH, attended_BSH.norm(dim=-1)
         number = self._blocks[place]
         if number not in self._moe:
-            return LayerReference(hidden_BSH, added_BS, hidden_BSH, torch.zeros_like(added_BS, dtype=torch.bool))
+            token_A = torch.zeros(0, dtype=torch.int64, device=hidden_BSH.device)
+            return LayerReference(hidden_BSH, added_BS, hidden_BSH[0, :0], token_A)
         moe = self._moe[number]
         normed_NH = _norm(moe.norm, hidden_BSH).flatten(0, 1)
-        mixed_NH, other_NH, tied_N = self._mixed(moe, self._layouts[number], normed_NH, margin)
-        size = hidden_BSH.shape
-        return LayerReference(
-            hidden_BSH + mixed_NH.view(size),
-            added_BS + mixed_NH.norm(dim=-1).view(size[:2]),
-            hidden_BSH + other_NH.view(size),
-            tied_N.view(size[:2]),
-        )
+        mixed_NH, others_AH, token_A = self._mixed(moe, self._layouts[number], normed_NH, margin)
+        mixed_BSH = mixed_NH.view(hidden_BSH.shape)
+        others_AH = others_AH + hidden_BSH.flatten(0, 1)[token_A]
+        return LayerReference(hidden_BSH + mixed_BSH, added_BS + mixed_BSH.norm(dim=-1), others_AH, token_A)
 
     def logits(self, leaving_BSH: Tensor) -> Tensor:
         """Return the logits that ought to follow from what leaves the last layer, ``[B, S, vocabulary]``.
@@ -158,23 +156,14 @@ class Reference:
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits_NR = normed_NH @ moe.router.weight.to(self.dtype).T
         picks = min(self._top_k, logits_NR.shape[1])
-        ranked = logits_NR.sort(dim=-1, descending=True, stable=True)
-        index_NK = ranked.indices[:, :picks]
-        if picks == logits_NR.shape[1]:
-            tied_N = torch.zeros(len(logits_NR), dtype=torch.bool, device=logits_NR.device)
-        else:
-            near = ranked.values[:, picks - 1] - ranked.values[:, picks]
-            tied_N = near < margin * logits_NR.abs().amax(-1)
-        # Tokens with a tie are computed twice.
-        other_TK = ranked.indices[tied_N][:, [*range(picks - 1), picks]] if bool(tied_N.any()) else index_NK[:0]
-        rows_MH, index_MK = torch.cat([normed_NH, normed_NH[tied_N]]), torch.cat([index_NK, other_TK])
-        chosen = torch.cat([logits_NR, logits_NR[tied_N]]).softmax(-1).gather(1, index_MK)
-        weight_MK = chosen / chosen.sum(-1, keepdim=True)
-        mixed_MH = self._sum_of_experts(moe, layout, rows_MH, index_MK, weight_MK)
-        output_NH, twice_TH = mixed_MH.split([len(normed_NH), len(other_TK)])
-        other_NH = output_NH.clone()
-        other_NH[tied_N] = twice_TH
-        return output_NH, other_NH, tied_N
+        index_NK = logits_NR.sort(dim=-1, descending=True, stable=True).indices[:, :picks]
+        token_A, index_AK = _other_choices(logits_NR, picks, margin)
+        index_MK, token_M = torch.cat([index_NK, index_AK]), torch.cat([_numbers(index_NK), token_A])
+        chosen_MK = logits_NR.softmax(-1)[token_M].gather(1, index_MK)
+        weight_MK = chosen_MK / chosen_MK.sum(-1, keepdim=True)
+        mixed_MH = self._sum_of_experts(moe, layout, normed_NH[token_M], index_MK, weight_MK)
+        output_NH, others_AH = mixed_MH.split([len(normed_NH), len(token_A)])
+        return output_NH, others_AH, token_A
 
     def _sum_of_experts(
         self, moe: MoELayer, layout: ExpertLayout, rows_NH: Tensor, index_NK: Tensor, weight_NK: Tensor
@@ -204,6 +193,38 @@ class Reference:
                     output_TH = output_TH + (inputs_TH @ reads.T) @ gives
             result_NH.index_add_(0, tokens, output_TH * weight_NK[tokens, choice, None])
         return result_NH
+
+
+def _numbers(rows: Tensor) -> Tensor:
+    return torch.arange(len(rows), device=rows.device)
+
+
+def _other_choices(logits_NR: Tensor, picks: int, margin: float) -> tuple[Tensor, Tensor]:
+    """Find what a router may choose as well where logits differ by less than a margin.
+
+    Tried are all choices among the last two that it ought to pick and the two behind them.
+
+    Args:
+        logits_NR: Of the router.
+        picks: K.
+        margin: Share of the largest logit of a token.
+
+    Returns:
+        Tokens ``[A]``, and the experts that may be chosen for them ``[A, K]``.
+    """
+    ranked = logits_NR.sort(dim=-1, descending=True, stable=True)
+    sure = max(0, picks - 2)
+    open_ranks = range(sure, min(picks + 2, logits_NR.shape[1]))
+    tokens, choices = [_numbers(logits_NR)[:0]], [ranked.indices[:0, :picks]]
+    for taken in itertools.combinations(open_ranks, picks - sure):
+        left = [rank for rank in open_ranks if rank not in taken]
+        if not left or taken == tuple(range(sure, picks)):
+            continue
+        gap_N = ranked.values[:, left].amax(-1) - ranked.values[:, list(taken)].amin(-1)
+        (token_T,) = (gap_N < margin * logits_NR.abs().amax(-1)).nonzero(as_tuple=True)
+        tokens.append(token_T)
+        choices.append(ranked.indices[token_T][:, [*range(sure), *taken]])
+    return torch.cat(tokens), torch.cat(choices)
 
 
 def _norm(norm: Any, hidden: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def test_a_wrong_model_ends_with_status_1(
     assert "decode is wrong: layer 0: off by" in error
     rows = json.loads(output.read_text())["rows"]
     assert [bool(row["refused"]) for row in rows] == [True, False] * 2
-    assert "refused: small, moe_lightning: not compared well" in captured.out
+    assert "refused: small, moe_lightning: it does not compute what its weights say: decode is wrong" in captured.out
 
 
 def test_models_that_do_not_fit_together(

@@ -1,6 +1,7 @@
 """Rows, floors and what is refused of benchmarks of tiny models. No time is asserted."""
 
 import json
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -329,6 +330,22 @@ def test_implementations_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) ->
     rows_of(entrants_of("model", model, ["grouped_mm", "moe_lightning", "eager"]))
     assert seen == ["grouped_mm", "moe_kernels", "eager"] * 2
     assert [entrant.implementation for entrant in entrants_of("small", compressed())] == ["moe_lightning"]
+
+
+def test_peak_memory_is_that_of_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others hold 1000 bytes meanwhile; the prompt goes in before the measurement begins."""
+    model, order = tiny_mixtral(), list[str]()
+    work = Decoding(model, tokens(), 2)
+    monkeypatch.setattr(work, "prepare", lambda: order.append("prompt"))
+    monkeypatch.setattr(work, "run", lambda: order.append("run"))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: order.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5000)
+    assert benchmark._peak_bytes(model, work) == 4000 + tensor_bytes(model)
+    assert order == ["prompt", "reset", "run"]
 
 
 def test_settings_that_time_nothing() -> None:

@@ -12,6 +12,7 @@ from moe_lightning.evaluation.benchmark import _seconds
 from moe_lightning.evaluation.benchmark_check import CheckedModel, Mismatch, checked
 from moe_lightning.evaluation.benchmark_reference import Reference
 from moe_lightning.experts import CompressedExperts
+from moe_lightning.experts.kernel_path import use_kernels
 from moe_lightning.plan import DropBlock, DropMoE, KeepChannels, KeepExperts, NoviceExperts, Quantize, Sparsify
 from tests.lora import adapted_mixtral
 from tests.models import tiny_mixtral
@@ -90,6 +91,16 @@ def test_compressed_models_pass(name: str, dtype: torch.dtype) -> None:
     found = checked(compressed(name, dtype), tokens(), STEPS)
     most = 3e-6 if dtype == torch.float32 else 3e-2
     assert all(0 < comparison.relative_error < most for comparison in found.comparisons.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels were not imported for the interpreter")
+def test_the_kernels_pass() -> None:
+    """Also where a layer runs as one operation: what is watched does not change its way."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    model = tiny_mixtral(num_hidden_layers=1, intermediate_size=32)
+    apply_filled(model, [NoviceExperts(0, (1, 4))])
+    with use_kernels("always"):
+        assert checked(model, tokens(1, 6), 2).comparisons["decode"].relative_error < 1e-5
 
 
 @pytest.mark.parametrize("base", ["dense", "int4", "2:4", "int4 of 2:4"])
@@ -201,23 +212,24 @@ def test_a_layer_that_does_nothing_does_not_pass() -> None:
 
 
 @pytest.mark.parametrize("equally_good", [True, False])
-def test_experts_that_are_equally_good(equally_good: bool) -> None:
-    """A router that takes the next expert where both are equally good to a hair is right; elsewhere it is wrong."""
+@pytest.mark.parametrize("taken", [[0, 2], [2, 1]])
+def test_experts_that_are_equally_good(equally_good: bool, taken: list[int]) -> None:
+    """A router that takes another expert where both are equally good to a hair is right; elsewhere it is wrong."""
     model = tiny_mixtral()
     router = model.model.layers[1].mlp.gate
-    router.weight.data[1] = router.weight.data[0] * (1 + 1e-6)
+    router.weight.data[1:3] = router.weight.data[0] * (1 + 1e-6)
     changed = []
 
-    def the_next_one(_module: Any, _arguments: Any, output: Any) -> Any:
+    def another(_module: Any, _arguments: Any, output: Any) -> Any:
         ranked = output[0].softmax(-1).sort(-1, descending=True)
-        near = ranked.values[:, 1] - ranked.values[:, 2] < 1e-5
+        near = ranked.values[:, 0] - ranked.values[:, 2] < 1e-5
         changed.append(int(near.sum()))
         weight, index = ranked.values[:, :2].clone(), ranked.indices[:, :2].clone()
-        chosen = near == equally_good
-        weight[chosen, 1], index[chosen, 1] = ranked.values[chosen, 2], ranked.indices[chosen, 2]
+        chosen = (near == equally_good).nonzero()
+        weight[chosen, [0, 1]], index[chosen, [0, 1]] = ranked.values[chosen, taken], ranked.indices[chosen, taken]
         return output[0], weight / weight.sum(-1, keepdim=True), index
 
-    router.register_forward_hook(the_next_one)
+    router.register_forward_hook(another)
     if equally_good:
         assert checked(model, tokens(), STEPS).comparisons["prefill"].relative_error < 1e-5
         assert sum(changed) > 10
