@@ -23,7 +23,9 @@ class CompressionReport(Callback):
     done, wherever this one stands in their list, and again by ``moe-lightning report RUN`` from the same files.
     TensorBoard gets the figures under ``report/``, the summary, and a line in the tab of hyper-parameters.
 
-    ``Compress`` measures what the report's figures show of the model as it was, in the pass of its first method.
+    ``Compress`` measures what the report's figures show of the model as it was in the calibration pass of its first
+    method. Where that makes none (``Wanda`` and ``GPTQ`` measure layer by layer, ``RTN`` not at all) there are no such
+    figures: no pass is made for them.
 
     A report that cannot be written costs nothing but the report: a warning says why, and the run ends as it would have.
     """

@@ -108,7 +108,8 @@ def compress(
         max_moment_bytes: Memory for the moments of inputs that are measured at a time, in bytes: with less, fewer
             experts are measured at a time.
         also: Groups of statistics to measure beside those that the first method needs, on the model as it is, for
-            whoever draws them. Not where ``statistics`` are given.
+            whoever draws them: in the pass that is made for it. Where it needs none, or ``statistics`` are given, there
+            is no such pass, and nothing of this is measured.
 
     Returns:
         The model, its plan, the statistics and the numbers that prove what was done.
@@ -263,9 +264,11 @@ def observe(
         method: The method.
         given: Statistics of the model as it is, or None. They are not changed.
         progress: Show progress bars.
-        also: Further groups of statistics to measure in the same pass.
+        also: Further groups of statistics to measure in the same pass. Where the method needs no pass they are left
+            out.
     """
-    needs = method.needs.union(also)
+    # No pass is made for the sake of a picture: calibration may be the longest part of a compression.
+    needs = method.needs.union(also) if method.needs else method.needs
     if given is not None:
         statistics = dataclasses.replace(
             given, tensors=dict(given.tensors), fits=dict(given.fits), info=dict(given.info)

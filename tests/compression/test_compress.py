@@ -436,17 +436,41 @@ def test_a_replay_under_another_policy_says_so() -> None:
         ml.compress(tiny_mixtral(), batches, plan=plan, min_tokens=3, max_fallback=1.0)
 
 
-@pytest.mark.parametrize("method", [ml.Novices(ratio=0.5), ml.LayerDrop(count=1), ml.Wanda(sparsity=0.5)], ids=str)
+DRAWN = {"routing", "outputs", "layers", "blocks", "similarity"}
+
+
+def passes(model: Any, *methods: Method, **options: Any) -> int:
+    """Compress, and return how often the calibration batches went through the first layer."""
+    seen: list[int] = []
+    layer = model.model.layers[0]
+    handle = layer.input_layernorm.register_forward_hook(lambda *_: seen.append(1))
+    compress(model, list(methods), min_tokens=1, max_fallback=1.0, **options)
+    handle.remove()
+    return len(seen)
+
+
+@pytest.mark.parametrize("method", [ml.Novices(ratio=0.5), ml.LayerDrop(count=1)], ids=str)
 def test_what_is_measured_for_pictures_changes_nothing(method: Method) -> None:
     plain, watched = tiny_mixtral(), tiny_mixtral()
-    compress(plain, method, min_tokens=1)
-    drawn = {"routing", "outputs", "layers", "blocks", "similarity"}
-    result = compress(watched, [method, ml.RTN(group_size=16)], min_tokens=1, also=drawn)
+    alone = passes(plain, method)
+    result = compress(watched, [method, ml.RTN(group_size=16)], min_tokens=1, also=DRAWN)
     compress(plain, ml.RTN(group_size=16))
-    assert result.statistics is not None and drawn | method.needs == result.statistics.groups
+    assert result.statistics is not None and DRAWN | method.needs == result.statistics.groups
+    assert passes(tiny_mixtral(), method, also=DRAWN) == alone == len(BATCHES)
     # Of the model as it was: an untouched one says the same.
-    expected = ml.collect(tiny_mixtral(), BATCHES, drawn | method.needs, progress=False)
+    expected = ml.collect(tiny_mixtral(), BATCHES, DRAWN | method.needs, progress=False)
     for name, tensor in expected.tensors.items():
         assert torch.equal(result.statistics[name], tensor), name
     for name, tensor in plain.state_dict().items():
         assert torch.equal(watched.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("method", [ml.Wanda(sparsity=0.5), ml.GPTQ(group_size=16), ml.RTN(group_size=16)], ids=str)
+def test_no_pass_is_made_for_pictures_alone(method: Method) -> None:
+    plain, watched = tiny_mixtral(), tiny_mixtral()
+    assert passes(plain, method) == passes(watched, method, also=DRAWN)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(watched.state_dict()[name], tensor), name
+    # Nor for the second method, whose model is another one.
+    second = compress(tiny_mixtral(), [method, ml.ExpertDrop(keep=4)], min_tokens=1, max_fallback=1.0, also=DRAWN)
+    assert second.statistics is None or not second.statistics.groups & {"similarity", "blocks"}
