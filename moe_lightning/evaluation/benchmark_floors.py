@@ -5,11 +5,13 @@
 Both speeds are measured in the same run (:func:`product_speed`, :func:`copy_speed`). What is counted:
 
 * FLOPs: those of ``moe_lightning.measure`` at that length, for the share of the routed pairs that real experts got.
-  Only attention is counted otherwise: a query must look at no more than the tokens before it and at itself, half of
-  the square that ``measure`` counts. Integers are multiplied as if they were floating-point numbers.
-* Bytes of weights: everything once for each pass, packed weights packed; but of a layer's experts only those that some
-  token of the pass reached, and of the embedding only the rows of the tokens. A step of decoding with one sequence
-  reads ``k`` of ``E`` experts, one with many reads nearly all; how many is counted in the run itself.
+  Two things are counted otherwise: a query must look at no more than the tokens before it and at itself, half of the
+  square that ``measure`` counts, and of the novices only those that a token picked are of use to it, however many
+  products an implementation computes. Integers are multiplied as if they were floating-point numbers.
+* Bytes of weights: everything once for each pass, packed weights packed; but of a layer's experts and novices only
+  those that some token of the pass reached, and of the embedding only the rows of the words that come up. A step of
+  decoding with one sequence reads ``k`` of ``E`` experts, one with many reads nearly all; how many is counted in the
+  run itself.
 * Bytes of the key/value cache, once for each step of decoding.
 * Bytes of the logits, which are written.
 
@@ -30,9 +32,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from moe_kernels import ABSENT
 from torch import Tensor, nn
 
 from moe_lightning.architectures import architecture_of
+from moe_lightning.architectures.base import OpenExperts
 from moe_lightning.architectures.modes import evaluation_mode
 from moe_lightning.evaluation.benchmark_check import Phase
 from moe_lightning.evaluation.speed import Work
@@ -64,47 +68,75 @@ class RoutedShares:
     """Where the tokens of a pass went, on average over the passes of a run; an entry for each MoE layer.
 
     Attributes:
-        real: Share of the picks (k for each token) that real experts got; the rest went to novices or to nobody.
+        real: Share of the picks (k for each token) that real experts got; the rest went to novices or to nobody. Of
+            experts that share their weights one counts for a token.
         reached: Real experts with their own weights that some token reached.
+        novices_reached: Numbers that the novices hold that some token reached: their vectors and their maps.
+        novices_picked: The same of the novices that a token picked, on average over the tokens.
+        words: Different words of a pass; only this is one number for all layers.
     """
 
     real: list[float]
     reached: list[float]
+    novices_reached: list[float]
+    novices_picked: list[float]
+    words: float
 
 
-def product_speed(device: torch.device, dtype: torch.dtype) -> float:
+def product_speed(
+    device: torch.device,
+    dtype: torch.dtype,
+    size: int | None = None,
+    seconds: Callable[[Callable[[], object], torch.device], float] | None = None,
+) -> float:
     """Measure the FLOPs a second of a large product: the fastest of several.
 
     Args:
         device: Where.
         dtype: Type of the weights. Where a CPU emulates it, implementations compute in fp32: measured, too.
+        size: Rows and columns of the factors; None for what is large enough on such a device.
+        seconds: Says how long something takes there; None for the fastest of several runs.
 
     Cost:
         Half a second.
     """
-    size = _PRODUCT.get(device.type, _PRODUCT["cpu"])
+    size = size or _PRODUCT.get(device.type, _PRODUCT["cpu"])
     fastest = float("inf")
     for kind in dict.fromkeys((dtype, torch.float32)):
         left, right = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
         result = torch.empty_like(left)
-        fastest = min(fastest, _least_seconds(partial(torch.mm, left, right, out=result), device))
+        fastest = min(fastest, (seconds or _least_seconds)(partial(torch.mm, left, right, out=result), device))
     return 2 * size**3 / fastest
 
 
-def copy_speed(device: torch.device, weight_bytes: int) -> float:
+def copy_speed(
+    device: torch.device,
+    copied: int,
+    seconds: Callable[[Callable[[], object], torch.device], float] | None = None,
+) -> float:
     """Measure the bytes a second that a copy reads and writes: the fastest of several.
 
     Args:
         device: Where.
-        weight_bytes: Bytes of the model whose floors are wanted: on a CPU the copy is as large.
+        copied: Bytes that are copied; see :func:`copied_bytes`.
+        seconds: Says how long something takes there; None for the fastest of several runs.
 
     Cost:
         Half a second.
     """
-    copied = min(max(weight_bytes, _SMALLEST_COPY), _LARGEST_COPY) if device.type == "cpu" else _LARGEST_COPY
     source = torch.randint(0, 256, (copied,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * copied / _least_seconds(lambda: target.copy_(source), device)
+    return 2 * copied / (seconds or _least_seconds)(lambda: target.copy_(source), device)
+
+
+def copied_bytes(device: torch.device, weight_bytes: int) -> int:
+    """Return how much is copied to measure what a machine reads and writes.
+
+    Args:
+        device: Where.
+        weight_bytes: Bytes of the model whose floors are wanted: on a CPU the copy is as large.
+    """
+    return min(max(weight_bytes, _SMALLEST_COPY), _LARGEST_COPY) if device.type == "cpu" else _LARGEST_COPY
 
 
 def _least_seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -134,20 +166,47 @@ def routed_shares(model: Any, work: Work) -> RoutedShares:
     architecture = architecture_of(model)
     layers = architecture.moe_layers(model)
     top_k = architecture.shape(model).top_k
-    found: list[list[tuple[float, int]]] = [[] for _ in layers]
-    slots = [architecture.open_experts(layer).slot_map for layer in layers]
+    opened = [architecture.open_experts(layer) for layer in layers]
+    slots = [experts.slot_map for experts in opened]
+    held = [_novice_numbers(experts) for experts in opened]
+    found: list[list[tuple[float, ...]]] = [[] for _ in layers]
+    words: list[int] = []
 
     def note(number: int, index_NK: Tensor) -> None:
-        places = slots[number][index_NK]
-        real = places[places >= 0]
-        found[number].append((real.numel() / (index_NK.shape[0] * top_k), real.unique().numel()))
+        places_NK = slots[number][index_NK].sort(dim=-1).values
+        again_NK = torch.zeros_like(places_NK, dtype=torch.bool)
+        again_NK[:, 1:] = places_NK[:, 1:] == places_NK[:, :-1]
+        real = places_NK[(places_NK >= 0) & ~again_NK]
+        novices = -1 - places_NK[(places_NK < 0) & (places_NK != ABSENT)]
+        tokens = index_NK.shape[0]
+        reached, picked = (float(held[number][which].sum()) for which in (novices.unique(), novices))
+        found[number].append((real.numel() / (tokens * top_k), real.unique().numel(), reached, picked / tokens))
+
+    def note_words(_embedding: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        words.append(arguments[0].unique().numel())
 
     with evaluation_mode(model):
         work.prepare()
-        with _hooks(layers, note):
-            work.run()
+        handle = model.get_input_embeddings().register_forward_pre_hook(note_words)
+        try:
+            with _hooks(layers, note):
+                work.run()
+        finally:
+            handle.remove()
     means = [[statistics.fmean(column) for column in zip(*calls, strict=True)] for calls in found]
-    return RoutedShares([share for share, _ in means], [reached for _, reached in means])
+    real, reached, novices_reached, novices_picked = ([means_of[part] for means_of in means] for part in range(4))
+    return RoutedShares(real, reached, novices_reached, novices_picked, statistics.fmean(words))
+
+
+def _novice_numbers(experts: OpenExperts) -> Tensor:
+    """Return how many numbers each novice of a layer holds, ``[novices]``."""
+    if experts.novices is None:
+        return torch.zeros(0)
+    numbers = torch.full((experts.novices.shape[0],), float(experts.novices.shape[1]), device=experts.novices.device)
+    if experts.maps is not None:
+        a_row = experts.maps.in_RH.shape[1] + experts.maps.out_RH.shape[1]
+        numbers += a_row * experts.maps.novice_R.bincount(minlength=numbers.numel())
+    return numbers
 
 
 @contextmanager
@@ -194,7 +253,10 @@ def pass_flops(model: Any, phase: Phase, work: Work, shares: RoutedShares) -> fl
     layers = len(architecture.decoder_layers(model))
     a_key = 4 * shape.num_attention_heads * shape.head_dim * layers
     # At one token measure counts one key.
-    products = measure(model, 1, [1 - share for share in shares.real]).flops - a_key
+    products = float(measure(model, 1, [1 - share for share in shares.real]).flops - a_key)
+    # Nor are the novices that a token did not pick of any use to it.
+    experts = (architecture.open_experts(layer) for layer in architecture.moe_layers(model))
+    products += 2 * (sum(shares.novices_picked) - sum(float(_novice_numbers(each).sum()) for each in experts))
     window = getattr(model.config, "sliding_window", None)
     if phase == "prefill":
         seen = min(window or work.context, work.context)
@@ -220,18 +282,22 @@ def pass_bytes(model: Any, phase: Phase, work: Work, shares: RoutedShares) -> fl
     """
     architecture = architecture_of(model)
     shape = architecture.shape(model)
-    storages = [architecture.open_experts(layer).storage for layer in architecture.moe_layers(model)]
-    experts = [tensor_bytes(storage) for storage in storages]
+    opened = [architecture.open_experts(layer) for layer in architecture.moe_layers(model)]
+    storages = [experts.storage for experts in opened]
+    held_by_experts = [tensor_bytes(storage) for storage in storages]
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    total = float(tensor_bytes(model) - sum(experts))
+    total = float(tensor_bytes(model) - sum(held_by_experts))
     if embedding is not head:
-        total -= embedding.numel() * embedding.element_size()
-    for storage, held, reached in zip(storages, experts, shares.reached, strict=True):
+        total += (shares.words - embedding.shape[0]) * shape.hidden_size * embedding.element_size()
+    for storage, held, reached in zip(storages, held_by_experts, shares.reached, strict=True):
         if storage.num_slots:
             total += held * reached / storage.num_slots
+    for experts, reached in zip(opened, shares.novices_reached, strict=True):
+        if experts.novices is not None:
+            total += (reached - float(_novice_numbers(experts).sum())) * experts.novices.element_size()
     number = head.element_size()
     tokens = work.batch * (work.context if phase == "prefill" else 1)
-    total += tokens * (shape.hidden_size + shape.vocab_size) * number
+    total += tokens * shape.vocab_size * number
     if phase == "decode":
         a_token = 2 * shape.num_key_value_heads * shape.head_dim * number * len(architecture.decoder_layers(model))
         total += work.batch * _keys(work, getattr(model.config, "sliding_window", None)) * a_token

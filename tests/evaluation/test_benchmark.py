@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ from moe_lightning.evaluation.benchmark import (
 from moe_lightning.evaluation.benchmark_floors import (
     Ceilings,
     RoutedShares,
+    copy_speed,
     floor_seconds,
     pass_bytes,
     pass_flops,
+    product_speed,
     routed_shares,
     tensor_bytes,
 )
@@ -40,6 +43,7 @@ from tests.packed import apply_filled, everywhere
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, WIDTH, EXPERTS, TOP_K, VOCABULARY = 32, 48, 3, 4, 2, 8, 6, 2, 64
 EXPERT = 3 * HIDDEN * INTERMEDIATE
 ATTENTION = HIDDEN * WIDTH * (2 * HEADS + 2 * KV_HEADS)
+COUNTS = (pass_bytes, pass_flops)
 CEILINGS = Ceilings(flops_per_second=1e9, bytes_per_second=1e9)
 
 
@@ -54,7 +58,8 @@ def compressed() -> Any:
     return model
 
 
-SHARES = RoutedShares([1.0] * LAYERS, [2.0, 4.0, 6.0])
+NO_NOVICES = {"novices_reached": [0.0] * LAYERS, "novices_picked": [0.0] * LAYERS}
+SHARES = RoutedShares([1.0] * LAYERS, [2.0, 4.0, 6.0], **NO_NOVICES, words=3.0)
 
 
 def test_operations_of_a_prefill_by_hand() -> None:
@@ -66,7 +71,7 @@ def test_operations_of_a_prefill_by_hand() -> None:
     assert pass_flops(model, "prefill", work, SHARES) == by_hand
     # measure counts every key for every token.
     assert by_hand == 2 * (ml.measure(model, 10).flops - (100 - keys) * 4 * HEADS * WIDTH * LAYERS)
-    half = RoutedShares([0.5] * LAYERS, [1.0] * LAYERS)
+    half = RoutedShares([0.5] * LAYERS, [1.0] * LAYERS, **NO_NOVICES, words=3.0)
     assert pass_flops(model, "prefill", work, half) == by_hand - 2 * 10 * 2 * LAYERS * EXPERT
     model.config.sliding_window = 4
     seen = 1 + 2 + 3 + 7 * 4
@@ -96,15 +101,63 @@ def test_bytes_of_packed_experts() -> None:
     model = compressed()
     dense = tiny_mixtral(num_hidden_layers=2, num_local_experts=4)
     work = Decoding(model, tokens(1, 10), 1)
-    reached = RoutedShares([0.5, 0.5], [1.0, 2.0])
+    reached = RoutedShares([0.5, 0.5], [1.0, 2.0], [32.0, 0.0], [8.0, 0.0], 1.0)
     rows = 2 * (2 * INTERMEDIATE * HIDDEN + HIDDEN * INTERMEDIATE)
     assert rows == 2 * EXPERT
     groups = 2 * INTERMEDIATE * HIDDEN // 16 + HIDDEN * INTERMEDIATE // 16
     # Two zeros a byte: rows of 2 and of 3 groups take 1 and 2 bytes.
     one = EXPERT / 2 + 2 * groups + 2 * INTERMEDIATE * 1 + HIDDEN * 2
-    same = pass_bytes(dense, "decode", Decoding(dense, tokens(1, 10), 1), RoutedShares([0.0] * 2, [0.0] * 2))
-    more = 2 * (2 * HIDDEN + 2 * HIDDEN) * 4  # two rows more in each router, and two novices
+    nobody = RoutedShares([0.0] * 2, [0.0] * 2, [0.0] * 2, [0.0] * 2, 1.0)
+    same = pass_bytes(dense, "decode", Decoding(dense, tokens(1, 10), 1), nobody)
+    more = (2 * 2 * HIDDEN + HIDDEN) * 4  # two rows more in each router, and the one novice that was reached
     assert pass_bytes(model, "decode", work, reached) == same + more + 3 * one
+
+
+def test_novices_that_nobody_reached_are_not_counted() -> None:
+    """By the weights themselves: a floor above the time of a program that skips them would be none."""
+    ranks = {0: (0, 2), 1: (3, 1), 2: (0, 0)}
+    model = tiny_mixtral()
+    for layer, each in ranks.items():
+        apply_filled(model, [NoviceExperts(layer, (1, 4), "low_rank" if any(each) else "mean", each)])
+    work = Decoding(model, tokens(1, 10), 2, tokens(1, 12)[:, 10:])
+    found = routed_shares(model, work)
+    chosen: list[list[Tensor]] = [[] for _ in ranks]
+    handles = [
+        layer.mlp.gate.register_forward_hook(lambda _m, _a, output, calls=calls: calls.append(output[2]))
+        for calls, layer in zip(chosen, model.model.layers, strict=True)
+    ]
+    work.prepare()
+    work.run()
+    for handle in handles:
+        handle.remove()
+    for layer, calls in enumerate(chosen):
+        held = dict(zip((1, 4), (HIDDEN * (1 + 2 * rank) for rank in ranks[layer]), strict=True))
+        picked = [sum(held.get(expert, 0) for expert in index.flatten().tolist()) for index in calls[-2:]]
+        assert found.novices_picked[layer] == found.novices_reached[layer] == sum(picked) / 2
+    assert 0 < sum(found.novices_reached) < sum(HIDDEN * (2 + 2 * sum(each)) for each in ranks.values())
+    assert found.words == 1.0
+    nobody = replace(found, novices_reached=[0.0] * 3, novices_picked=[0.0] * 3)
+    reached = sum(found.novices_reached)
+    more = [count(model, "decode", work, found) - count(model, "decode", work, nobody) for count in COUNTS]
+    assert more == [4 * reached, 2 * reached]
+    # Where everybody is reached: all that the model holds, but for the embedding.
+    everything = RoutedShares(
+        [1.0] * 3, [4.0] * 3, [HIDDEN * (2 + 2 * sum(each)) for each in ranks.values()], [0.0] * 3, 0
+    )
+    keys = 2 * KV_HEADS * WIDTH * LAYERS * (11 + 12) / 2
+    rest = 4 * (VOCABULARY + keys - VOCABULARY * HIDDEN)
+    assert pass_bytes(model, "decode", work, everything) == pytest.approx(tensor_bytes(model) + rest)
+
+
+def test_words_that_come_twice_are_read_once() -> None:
+    model = tiny_mixtral()
+    ids = tokens(2, 12)
+    ids[1] = ids[0]
+    shares = routed_shares(model, Prefill(model, ids))
+    assert shares.words == len(set(ids[0].tolist()))
+    tied = tiny_mixtral(tie_word_embeddings=True)
+    work = Prefill(tied, ids)
+    assert pass_bytes(tied, "prefill", work, shares) == pass_bytes(tied, "prefill", work, replace(shares, words=0))
 
 
 def test_where_tokens_go_is_counted() -> None:
@@ -141,6 +194,10 @@ def test_speeds_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     found = ceilings_of([Entrant(str(number), model, "eager") for number, model in enumerate(models)])
     assert found["0"] == Ceilings(2 * 32**3 / 0.5, 2 * 2**20 / 0.5)  # a copy is no smaller than a MiB
     assert found["1"].flops_per_second == 2 * 32**3 / 0.5
+    # Benchmarks of layers have timers of their own.
+    cpu = torch.device("cpu")
+    assert product_speed(cpu, torch.float32, 16, lambda run, device: 0.25) == 2 * 16**3 / 0.25
+    assert copy_speed(cpu, 1000, lambda run, device: 0.25) == 2000 / 0.25
 
 
 @pytest.fixture(scope="module")
