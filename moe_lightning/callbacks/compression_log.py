@@ -15,8 +15,12 @@ from moe_lightning.callbacks.at_step import say
 from moe_lightning.callbacks.gradual import Act
 from moe_lightning.compression import CompressionResult
 from moe_lightning.files import write_atomically
-from moe_lightning.plan import plan_table
+from moe_lightning.plan import CompressionPlan, plan_table
 from moe_lightning.reporting import compression_figures, matrix_summary, matrix_table, slimming_figures
+from moe_lightning.reporting.run_records import is_beginning, plan_files
+
+ABANDONED = "abandoned"
+"""Folder in ``RUN/results`` for the files of compressions that the model of the run did not go through."""
 
 
 def log_compression(trainer: Trainer, result: CompressionResult, act: Act, name: str, note: str = "") -> None:
@@ -63,10 +67,50 @@ def log_compression(trainer: Trainer, result: CompressionResult, act: Act, name:
             for tag, figure in figures.items():
                 logger.experiment.add_figure(f"compression/{tag}", figure, step)
     folder = Path(trainer.default_root_dir) / "results"
+    set_aside_other_branches(trainer, result.plan)
+    if result.statistics is None:
+        (folder / f"{name}.statistics.safetensors").unlink(missing_ok=True)
     write_atomically(folder / f"{name}.json", json.dumps(compression_record(result, act, step), indent=2) + "\n")
     write_atomically(folder / f"{name}.plan.json", result.plan.to_json())
     if result.statistics is not None:
         result.statistics.save(folder / f"{name}.statistics.safetensors")
+
+
+def set_aside_other_branches(trainer: Trainer, plan: CompressionPlan) -> list[str]:
+    """Move the files of compressions that are not in a plan's history into ``RUN/results/abandoned``.
+
+    A run that is resumed from an earlier checkpoint may go on otherwise than before: what it did then is no part of the
+    model any more, and must not stand in its report.
+
+    Args:
+        trainer: The trainer.
+        plan: Of the model now.
+
+    Returns:
+        Names of the compressions.
+    """
+    results, moved = Path(trainer.default_root_dir) / "results", []
+    for name, path in plan_files(results).items():
+        try:
+            known = CompressionPlan.from_json(path.read_text(encoding="utf-8"))
+        except ValueError:
+            continue  # the report names it
+        if is_beginning(known, plan):
+            continue
+        (results / ABANDONED).mkdir(exist_ok=True)
+        # The plan goes last: without it the others are no record.
+        for ending in ("json", "statistics.safetensors", "plan.json"):
+            file = results / f"{name}.{ending}"
+            if file.is_file():
+                file.replace(results / ABANDONED / file.name)
+        moved.append(name)
+    if moved:
+        say(
+            trainer,
+            f"{', '.join(moved)}: not in the history of this model, since the run was resumed from before; moved to "
+            f"{results / ABANDONED}",
+        )
+    return moved
 
 
 def compression_record(result: CompressionResult, act: Act, step: int) -> dict[str, Any]:

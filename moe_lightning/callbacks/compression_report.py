@@ -8,10 +8,12 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from moe_lightning.callbacks.at_step import say
+from moe_lightning.callbacks.at_step import language_model, say
+from moe_lightning.callbacks.compression_log import set_aside_other_branches
 from moe_lightning.callbacks.run_log import log_run
 from moe_lightning.reporting.report import Run, read_run, write_report
 from moe_lightning.reporting.statistics_figures import FIGURE_NEEDS
+from moe_lightning.surgery import plan_of
 
 
 class CompressionReport(Callback):
@@ -58,6 +60,9 @@ class CompressionReport(Callback):
         self._ended, self.error = False, None
         doing = "the report could not be written"
         try:
+            if stage == "fit" and not getattr(trainer, "fast_dev_run", False):
+                # What a test is given may be any model; what a fit ends with is the run's.
+                set_aside_other_branches(trainer, plan_of(language_model(pl_module)))
             run = self._read(trainer)
             if run is None:
                 return say(trainer, "CompressionReport: the run left nothing to report")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lightning.compression import ModuleStatus
+from moe_lightning.evaluation.records import QualityRecord
 from moe_lightning.plan import CompressionPlan, ModelShape
 from moe_lightning.statistics import Statistics
 
@@ -80,6 +81,20 @@ class CompressionRecord:
         return steps[-len(self.summary.get("methods") or (None,)) :]
 
 
+@dataclass(frozen=True)
+class RecordedCompressions:
+    """The compressions of a run's model, and what else lies in its folder.
+
+    Attributes:
+        records: In the order of their steps, each going on from the one before.
+        left_out: Names of the records that are not in the history of that model: the run was resumed from a checkpoint
+            of before them, and went on otherwise.
+    """
+
+    records: list[CompressionRecord]
+    left_out: list[str]
+
+
 def read_compressions(folder: str | Path) -> list[CompressionRecord]:
     """Read the compressions of a run, or the one of a folder that ``moe-lightning compress`` wrote.
 
@@ -87,8 +102,26 @@ def read_compressions(folder: str | Path) -> list[CompressionRecord]:
         folder: The run directory, or the output folder.
 
     Returns:
-        In the order of their steps; empty where there is none. One whose plan was not written any more (the process was
-        killed in between) is left out: a resumed run does it again.
+        Those of :func:`recorded_compressions`.
+
+    Raises:
+        ValueError: A file is damaged.
+    """
+    return recorded_compressions(folder).records
+
+
+def recorded_compressions(folder: str | Path, quality: QualityRecord | None = None) -> RecordedCompressions:
+    """Read the compressions of a run, and say which records in its folder are of another branch of it.
+
+    Args:
+        folder: The run directory, or the output folder of ``moe-lightning compress``.
+        quality: What was measured in the run. It travels in checkpoints, so that it is of the model that the run ended
+            with: where there are several branches, the one that it agrees with counts. Without it, or where it agrees
+            with several, the one that was written last does.
+
+    Returns:
+        The records; empty where there is none. One whose plan was not written any more (the process was killed in
+        between) is left out: a resumed run does it again.
 
     Raises:
         ValueError: A file is damaged.
@@ -97,11 +130,63 @@ def read_compressions(folder: str | Path) -> list[CompressionRecord]:
     if (folder / "plan.json").is_file() and (folder / "compression.json").is_file():
         files = [folder / name for name in ("compression.json", "plan.json", "statistics.safetensors")]
         found.append(_read("compression", *files))
-    plans = {path.name.removesuffix(_PLAN): path for path in (folder / "results").glob(f"compression-*{_PLAN}")}
-    for name in sorted((name for name in plans if _NAME.fullmatch(name)), key=_order):
-        results = folder / "results"
-        found.append(_read(name, results / f"{name}.json", plans[name], results / f"{name}.statistics.safetensors"))
-    return _with_shapes(found)
+    results = folder / "results"
+    plans = plan_files(results)
+    records = {
+        name: _read(name, results / f"{name}.json", path, results / f"{name}.statistics.safetensors")
+        for name, path in sorted(plans.items(), key=lambda item: _order(item[0]))
+    }
+    if not records:
+        return RecordedCompressions(_with_shapes(found), [])
+    order = list(records)
+    # Where branches end; of several the state of the run says the truth first, then when each was written.
+    plans_of = [record.plan for record in records.values()]
+    ends = [
+        name
+        for name in order
+        if all(is_beginning(plan, records[name].plan) for plan in plans_of if is_beginning(records[name].plan, plan))
+    ]
+    last = max(
+        ends, key=lambda name: (_agrees(records[name], quality), plans[name].stat().st_mtime_ns, order.index(name))
+    )
+    kept = [name for name in order if is_beginning(records[name].plan, records[last].plan)]
+    found += [records[name] for name in kept]
+    return RecordedCompressions(_with_shapes(found), [name for name in order if name not in kept])
+
+
+def plan_files(results: Path) -> dict[str, Path]:
+    """Return the plans of the compressions in a folder of results, by the names of the compressions.
+
+    Args:
+        results: ``RUN/results``.
+    """
+    found = {path.name.removesuffix(_PLAN): path for path in results.glob(f"compression-*{_PLAN}")}
+    return {name: path for name, path in found.items() if _NAME.fullmatch(name)}
+
+
+def is_beginning(earlier: CompressionPlan, plan: CompressionPlan) -> bool:
+    """Say whether a plan goes on from an earlier one: its edits and its history begin with those of that one.
+
+    Args:
+        earlier: The earlier plan.
+        plan: The plan.
+    """
+    begun, whole = (_history(given) for given in (earlier, plan))
+    return plan.starts_with(earlier) and whole[: len(begun)] == begun
+
+
+def _history(plan: CompressionPlan) -> list[Any]:
+    # As JSON has it: one of the plans may never have been in a file.
+    return list(plan.to_dict()["origin"].get("history") or [])
+
+
+def _agrees(record: CompressionRecord, quality: QualityRecord | None) -> bool:
+    """Say whether the last compression that quality was measured after is this one."""
+    moments = [] if quality is None else [item for item in quality.moments if item.name.startswith("compressed")]
+    after = record.summary.get("after")
+    if not moments or not isinstance(after, dict):
+        return False
+    return (moments[-1].step, moments[-1].parameters) == (record.step, after.get("parameters"))
 
 
 def _order(name: str) -> tuple[float, int]:

@@ -1,16 +1,23 @@
 """What compressions leave is read back, from this release and from earlier ones."""
 
 import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from lightning.pytorch import Callback, Trainer
 
 import moe_lightning as ml
-from moe_lightning.callbacks import Compress
+from moe_lightning.callbacks import Compress, CompressionReport, LastCheckpoint, QualityEvaluation, RandomState
+from moe_lightning.callbacks.compression_log import ABANDONED
 from moe_lightning.plan import CompressionPlan, ModelShape
 from moe_lightning.reporting import CompressionRecord, read_compressions
+from moe_lightning.reporting.report import Run, read, read_run, summary_text, write_report
+from moe_lightning.reporting.run_records import recorded_compressions
 from moe_lightning.statistics import Statistics
-from tests.callbacks.small_fit import batches, fit, tiny_module
+from tests.callbacks.small_fit import batches, fit, loader, tiny_module
 from tests.reporting import run_data
 
 
@@ -113,3 +120,98 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, text: str) -> None:
     (results / name).write_text(text)
     with pytest.raises(ValueError, match=name):
         read_compressions(tmp_path)
+
+
+class Early(Callback):
+    """Keep the checkpoint of step 2."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "early.ckpt")
+
+
+def resumed(folder: Path, callbacks: list[Callback], path: Path | None = None, steps: int = 6) -> None:
+    quality = QualityEvaluation(divergence_tokens=0, layer_tokens=0, speed=False, batches=batches(3, seed=8))
+    trainer = Trainer(
+        max_steps=steps,
+        default_root_dir=folder,
+        accelerator="cpu",
+        callbacks=[RandomState(), quality, *callbacks, LastCheckpoint(1)],
+        logger=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(tiny_module(), loader(batches(8)), ckpt_path=path, weights_only=True if path else None)
+
+
+def drop(ratio: float, step: int) -> Compress:
+    return Compress([ml.ExpertDrop(ratio=ratio, criterion="random")], at_step=step, batches=batches(1))
+
+
+@pytest.fixture(scope="module")
+def branches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was compressed at the steps 4 and 5, and resumed from step 2 with another method at step 3."""
+    folder = tmp_path_factory.mktemp("branches")
+    resumed(folder, [drop(0.25, 4), drop(0.5, 5), Early()])
+    assert [record.name for record in read_compressions(folder)] == ["compression-4", "compression-5"]
+    novices = Compress([ml.Novices(ratio=0.25, criterion="random")], at_step=3, batches=batches(1))
+    resumed(folder, [novices], folder / "early.ckpt")
+    return folder
+
+
+def test_an_abandoned_branch_is_set_aside(branches: Path) -> None:
+    results = branches / "results"
+    assert sorted(path.name for path in results.glob("compression-*.json")) == [
+        "compression-3.json",
+        "compression-3.plan.json",
+    ]
+    moved = {path.name for path in (results / ABANDONED).iterdir()}
+    assert {f"compression-{step}{end}" for step in (4, 5) for end in (".json", ".plan.json")} <= moved
+    assert not [path for path in results.iterdir() if path.name.startswith(("compression-4", "compression-5"))]
+    run = read_run(branches)
+    assert [record.methods[0].partition("(")[0] for record in run.compressions] == ["Novices"] and not run.left_out
+    assert summary_text(run).startswith("Novices at step 3 ")
+
+
+@pytest.mark.parametrize("newest", ["quality", "time"])
+def test_a_folder_with_two_branches_tells_of_the_models(
+    branches: Path, tmp_path: Path, newest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As earlier releases left it: the state of the run says which branch counts, or else when it was written."""
+    shutil.copytree(branches, tmp_path / "run")
+    results = tmp_path / "run" / "results"
+    for path in (results / ABANDONED).iterdir():
+        path.rename(results / path.name)
+    for path in results.glob("compression-*"):
+        late = path.name.startswith("compression-3") != (newest == "quality")
+        os.utime(path, (1e9 + late, 1e9 + late))
+    if newest == "time":
+        (results / "quality.json").unlink()
+    run = read_run(tmp_path / "run")
+    assert [record.name for record in run.compressions] == ["compression-3"]
+    assert run.left_out == ["compression-4", "compression-5"]
+    monkeypatch.setattr(Run, "figures", {})
+    assert "compression-4, compression-5" in write_report(run).read_text()
+
+
+def test_a_fit_that_does_not_compress_again_sets_aside_too(
+    branches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read, "run_figures", lambda *data: {})
+    shutil.copytree(branches, tmp_path / "run")
+    resumed(tmp_path / "run", [CompressionReport()], tmp_path / "run" / "early.ckpt", steps=4)
+    assert read_run(tmp_path / "run").compressions == []
+    assert (tmp_path / "run" / "results" / ABANDONED / "compression-3.plan.json").is_file()
+    assert "Nothing was compressed" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_compressions_that_change_nothing_stay(tmp_path: Path) -> None:
+    """Their plans have the same edits, and one more entry in the history."""
+    (tmp_path / "results").mkdir()
+    plan = CompressionPlan()
+    for step in (1, 2, 3):
+        plan = plan.extended([], {"method": "Novices", "step": step})
+        (tmp_path / "results" / f"compression-{step}.plan.json").write_text(plan.to_json())
+        os.utime(tmp_path / "results" / f"compression-{step}.plan.json", (1e9 - step, 1e9 - step))
+    found = recorded_compressions(tmp_path)
+    assert [record.step for record in found.records] == [1, 2, 3] and found.left_out == []

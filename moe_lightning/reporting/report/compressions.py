@@ -37,6 +37,14 @@ def done_section(run: Run) -> Section:
             title, missing(run, "Nothing was compressed", "add Compress with methods and a step to trainer.callbacks")
         )
     blocks: list[Block] = []
+    if run.left_out:
+        blocks.append(
+            Text(
+                f"Left out: {', '.join(run.left_out)}. Their files are in the folder, but they are not in the history "
+                "of this model: the run was resumed from a checkpoint of before them.",
+                "note",
+            )
+        )
     if len(run.compressions) > 1:
         blocks.append(_overview(run.compressions))
     for record in run.compressions:

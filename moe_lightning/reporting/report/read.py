@@ -14,7 +14,7 @@ from moe_lightning.evaluation.intervals import Interval, text_intervals
 from moe_lightning.evaluation.records import BEFORE, QualityMoment, QualityRecord
 from moe_lightning.reporting.captions import RunFigure, captioned
 from moe_lightning.reporting.run_figures import compression_time, run_figures
-from moe_lightning.reporting.run_records import CompressionRecord, read_compressions
+from moe_lightning.reporting.run_records import CompressionRecord, recorded_compressions
 
 EXPECTED = (
     "a run directory (config.fit.yaml, results/quality.json, results/compression-STEP.json, ...) or the output folder "
@@ -38,6 +38,8 @@ class Run:
         name: How it is called.
         quality: Quality of the model at its moments.
         compressions: What was done to it, in the order of the steps.
+        left_out: Names of compressions in the folder that the model did not go through: the run was resumed from a
+            checkpoint of before them.
         tasks: ``lm_eval.json``.
         time: ``time.json``: ``total_seconds`` and ``parts``.
         recovery: ``recovery.json``.
@@ -52,6 +54,7 @@ class Run:
     name: str
     quality: QualityRecord | None = None
     compressions: list[CompressionRecord] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     tasks: dict[str, Any] | None = None
     time: dict[str, Any] | None = None
     recovery: dict[str, Any] | None = None
@@ -128,11 +131,14 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     results = path / "results"
     quality = results / "quality.json"
     offline = path / "compression.json"
+    measured = QualityRecord.load(quality) if quality.is_file() else None
+    recorded = recorded_compressions(path, measured)
     run = Run(
         folder=path,
         name=path.resolve().name,
-        quality=QualityRecord.load(quality) if quality.is_file() else None,
-        compressions=read_compressions(path),
+        quality=measured,
+        compressions=recorded.records,
+        left_out=recorded.left_out,
         tasks=_read(results / "lm_eval.json", _tasks),
         time=_read(results / "time.json", _time),
         recovery=_read(results / "recovery.json", _recovery),
