@@ -26,12 +26,13 @@ class BlockScores:
     """Sums over the predicted tokens of each block that has any.
 
     Attributes:
-        nats: Negative log-likelihood [B], float64.
+        nats: Negative log-likelihood [B], float64; not finite where the model is not.
         tokens: Predicted tokens [B], int64.
         bytes: UTF-8 bytes of them [B], int64.
         divergence: KL of the uncompressed model to this one [B], float64, in nats; NaN in blocks that were not compared
-            with it.
-        agreement: Tokens for which both models find the same token the most likely [B], float64; NaN likewise.
+            with it, and not finite where one of the two is not.
+        agreement: Tokens for which both models find the same token the most likely [B], float64; NaN in blocks that
+            were not compared.
     """
 
     nats: Tensor
@@ -44,6 +45,16 @@ class BlockScores:
     def likelihood(self) -> LikelihoodResult:
         """The part that `evaluate` returns."""
         return LikelihoodResult(self.nats, self.tokens, self.bytes)
+
+    @property
+    def finite(self) -> Tensor:
+        """Where the model gives finite numbers [B]; elsewhere it is broken, whatever the other sums say."""
+        return self.nats.isfinite()
+
+    @property
+    def compared(self) -> Tensor:
+        """Which blocks were compared with the uncompressed model [B]: one of the two sums is there."""
+        return ~(self.divergence.isnan() & self.agreement.isnan())
 
     def to_dict(self) -> dict[str, list[float]]:
         """Return plain types that JSON can hold."""

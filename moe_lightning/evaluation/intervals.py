@@ -37,6 +37,7 @@ from torch import Tensor
 
 from moe_lightning.evaluation.comparison import BlockScores
 from moe_lightning.evaluation.likelihood import LikelihoodResult
+from moe_lightning.evaluation.records import TextScores
 
 DEFAULT_RESAMPLES = 2000
 _CHUNK_ELEMENTS = 1 << 24  # of the matrix of draws that exist at a time
@@ -58,7 +59,14 @@ class Interval:
     high: float
     level: float = 0.95
 
+    @property
+    def finite(self) -> bool:
+        """Whether the number is one. A model that gives NaN or infinity on one block has none on the whole text."""
+        return math.isfinite(self.value)
+
     def __str__(self) -> str:
+        if not self.finite:
+            return "not finite"
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
@@ -110,7 +118,8 @@ def bootstrap(
         seed: Seed of the draws; equal seeds draw the same blocks.
 
     Returns:
-        The interval. Draws in which the number is not defined (NaN) are left out.
+        The interval. Draws in which the number is not defined (NaN) are left out. Where a sum is not finite all
+        three numbers are NaN: draws that miss that block say nothing about the model.
 
     Raises:
         ValueError: Fewer than two blocks, or options out of range.
@@ -123,6 +132,8 @@ def bootstrap(
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
     sums = sums_SB.to("cpu", torch.float64)
+    if not bool(sums.isfinite().all()):
+        return Interval(math.nan, math.nan, math.nan, level)
     num_blocks = sums.shape[1]
     if num_blocks < 2:
         raise ValueError(f"an interval needs at least 2 blocks of held-out text, there is {num_blocks}: use more text")
@@ -266,12 +277,13 @@ def text_intervals(
     Returns:
         - `perplexity`;
         - `bits_per_byte`, in bits; absent where no byte was counted;
-        - `divergence`, in nats per token, and `agreement`, a share of the tokens: over the blocks in which they are not
-          NaN; absent where there is none;
+        - `divergence`, in nats per token, and `agreement`, a share of the tokens: over the blocks that were compared;
+          absent where there is none;
         - `perplexity_ratio`: perplexity of the model divided by that of the reference, in pairs; below 1 the model is
           the better one; absent without a reference.
 
-        With a single block the ends are NaN.
+        With a single block the ends are NaN. Where the model gives something that is not finite on any block, no number
+        of the text is finite, those of other blocks included: it must not read as a good one.
 
     Raises:
         ValueError: The blocks are not the same, or there is none.
@@ -285,12 +297,26 @@ def text_intervals(
     if reference is not None:
         _check_paired(scores.likelihood, reference.likelihood)
         found["perplexity_ratio"] = bootstrapped([scores.nats - reference.nats, tokens], _perplexity)
-    for name in ("divergence", "agreement"):
-        values = getattr(scores, name)
-        compared = ~values.isnan()
-        if compared.any():
-            found[name] = bootstrapped([values[compared], tokens[compared]], _mean)
+    compared = scores.compared
+    for name in ("divergence", "agreement") if compared.any() else ():
+        values = _with_nan(getattr(scores, name), scores)[compared]
+        found[name] = bootstrapped([values, tokens[compared]], _mean)
     return found
+
+
+def paired_intervals(text: TextScores, before: TextScores | None) -> dict[str, Interval]:
+    """Return what is known of a model on a text, in pairs with another model where both saw the same blocks.
+
+    Args:
+        text: The model on the text.
+        before: The model before compression on the text of that name, or None. Scores of other blocks are not compared,
+            and those of this very moment neither.
+
+    Returns:
+        As :func:`text_intervals`.
+    """
+    paired = before is not None and before is not text and before.fingerprint == text.fingerprint
+    return text_intervals(text.scores, before.scores if before is not None and paired else None)
 
 
 def paired_differences(
@@ -332,12 +358,16 @@ def paired_differences(
         "nats_per_token": bootstrapped([nats, tokens], _mean),
         "perplexity_ratio": bootstrapped([nats, tokens], _perplexity),
     }
-    for name in ("divergence", "agreement"):
-        values = getattr(scores, name) - getattr(other, name)
-        compared = ~values.isnan()
-        if compared.any():
-            found[name] = bootstrapped([values[compared], tokens[compared]], _mean)
+    compared = scores.compared & other.compared
+    for name in ("divergence", "agreement") if compared.any() else ():
+        values = (_with_nan(getattr(scores, name), scores) - _with_nan(getattr(other, name), other))[compared]
+        found[name] = bootstrapped([values, tokens[compared]], _mean)
     return found
+
+
+def _with_nan(values: Tensor, scores: BlockScores) -> Tensor:
+    """Return sums of blocks; of a model that is not finite on one of the blocks, none is a number."""
+    return values if bool(scores.finite.all()) else torch.full_like(values, math.nan)
 
 
 def _mean(total: Tensor) -> Tensor:
@@ -353,6 +383,6 @@ def _interval_of_blocks(
 ) -> Interval:
     """Bootstrap; of one block return the number alone, since a table of many texts must not fail for a short one."""
     stacked = torch.stack([values.to("cpu", torch.float64) for values in sums])
-    if stacked.shape[1] == 1:
+    if stacked.shape[1] == 1 and bool(stacked.isfinite().all()):
         return Interval(float(function(stacked)[0]), math.nan, math.nan, level)
     return bootstrap(stacked, function, level=level, resamples=resamples, seed=seed)

@@ -28,13 +28,14 @@ class TextScores:
 
     Attributes:
         scores: Sums of each block; ``divergence`` and ``agreement`` are NaN in blocks that were not compared with the
-            model before compression.
-        calibrated: Whether calibration saw text from the same source.
+            model before compression, ``nats`` in those where the model gives no number.
+        calibrated: Whether calibration saw text from the same source; None where nothing was calibrated or it is not
+            known.
         fingerprint: Of the blocks' token ids: only equal ones can be compared in pairs.
     """
 
     scores: BlockScores
-    calibrated: bool
+    calibrated: bool | None
     fingerprint: str
 
 
@@ -146,9 +147,7 @@ class QualityMoment:
         """
         given = dict(values)
         given["texts"] = {
-            name: TextScores(
-                BlockScores.from_dict(_with_nan(text["scores"])), bool(text["calibrated"]), text["fingerprint"]
-            )
+            name: TextScores(BlockScores.from_dict(_with_nan(text["scores"])), text["calibrated"], text["fingerprint"])
             for name, text in values["texts"].items()
         }
         given["speed"] = {name: Rate(**rate) for name, rate in values["speed"].items()}

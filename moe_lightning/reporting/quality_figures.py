@@ -14,7 +14,7 @@ import numpy
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from moe_lightning.evaluation.intervals import Interval, text_intervals
+from moe_lightning.evaluation.intervals import Interval, paired_intervals
 from moe_lightning.evaluation.records import BEFORE, END, QualityMoment, QualityRecord, Routing
 from moe_lightning.reporting.curves import layer_curves
 from moe_lightning.reporting.dots import Dot, dot_rows, interval_dot
@@ -46,10 +46,7 @@ def ratios(moment: QualityMoment, before: QualityMoment | None, text: str) -> di
         before: The model before the first compression, or None.
         text: Name of the text.
     """
-    mine = moment.texts[text]
-    theirs = None if before is None else before.texts.get(text)
-    same = theirs is not None and theirs.fingerprint == mine.fingerprint
-    return text_intervals(mine.scores, theirs.scores if theirs is not None and same else None)
+    return paired_intervals(moment.texts[text], None if before is None else before.texts.get(text))
 
 
 # ---------------------------------------------------------------- texts
@@ -67,7 +64,7 @@ def damage_by_text(quality: QualityRecord) -> Figure | None:
         return None
     rows: dict[str, dict[str, Dot]] = {}
     for text, scores in before.texts.items():
-        name = text if scores.calibrated else f"{text} (not calibrated on)"
+        name = f"{text} (not calibrated on)" if scores.calibrated is False else text
         for moment in later:
             if text in moment.texts and "perplexity_ratio" in (known := ratios(moment, before, text)):
                 rows.setdefault(name, {})[moment.name] = interval_dot(known["perplexity_ratio"])

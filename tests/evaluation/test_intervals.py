@@ -15,11 +15,13 @@ from moe_lightning.evaluation.intervals import (
     lost_share_interval,
     mean_interval,
     paired_differences,
+    paired_intervals,
     perplexity_interval,
     perplexity_ratio_interval,
     tail_probability,
     text_intervals,
 )
+from moe_lightning.evaluation.records import QualityMoment, TextScores
 
 
 def result(nats: np.ndarray, tokens: np.ndarray | None = None) -> LikelihoodResult:
@@ -210,6 +212,50 @@ def test_numbers_that_nobody_counted_are_absent() -> None:
     assert set(single) == {"perplexity", "bits_per_byte", "divergence", "agreement"}
     assert single["perplexity"].value == pytest.approx(math.exp(one["nats"][0] / one["tokens"][0]))
     assert all(math.isnan(interval.low) and math.isnan(interval.high) for interval in single.values())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("block", [3, 20])
+def test_one_block_that_is_not_finite_spoils_every_number_of_the_text(bad: float, block: int) -> None:
+    """In a block that was compared with the model before, or in another one; as measured, and as read from a file."""
+    one, before = some_scores(1), some_scores(2)
+    one["divergence"][7:], one["agreement"][7:] = math.nan, math.nan
+    one["nats"][block] = bad
+    if block < 7:
+        one["divergence"][block] = bad
+    scores, other = scores_of(**one), scores_of(**before)
+    moment = QualityMoment("end", 1, "", {"test": TextScores(scores, None, "x")}, 1, 1, 1, 1)
+    read = QualityMoment.from_dict(moment.to_dict()).texts["test"].scores
+    for known in (scores, read):
+        assert known.finite.tolist() == [number != block for number in range(25)]
+        assert known.compared.tolist() == [number < 7 for number in range(25)]
+        found = text_intervals(known, other)
+        assert set(found) == {"perplexity", "bits_per_byte", "perplexity_ratio", "divergence", "agreement"}
+        for name, interval in {**found, **paired_differences(known, other)}.items():
+            assert not interval.finite and str(interval) == "not finite", name
+            assert math.isnan(interval.low) and math.isnan(interval.high), name
+    assert not text_intervals(other, scores)["perplexity_ratio"].finite
+    assert text_intervals(other, scores)["divergence"].finite  # the other model is whole
+    assert not perplexity_interval(scores.likelihood).finite and math.isnan(perplexity_interval(scores.likelihood).low)
+
+
+def test_a_divergence_may_be_infinite_alone() -> None:
+    """A token that the model before expects and this one rules out: the likelihood of the text does not show it."""
+    one = some_scores(1)
+    one["divergence"][3] = math.inf
+    moment = QualityMoment("end", 1, "", {"test": TextScores(scores_of(**one), None, "x")}, 1, 1, 1, 1)
+    read = QualityMoment.from_dict(moment.to_dict()).texts["test"].scores
+    for known in (scores_of(**one), read):
+        found = text_intervals(known)
+        assert not found["divergence"].finite and found["agreement"].finite and found["perplexity"].finite
+
+
+def test_pairs_are_of_the_same_blocks() -> None:
+    scores, other = scores_of(**some_scores(1)), scores_of(**some_scores(2))
+    text, before = TextScores(scores, None, "x"), TextScores(other, None, "x")
+    assert paired_intervals(text, before) == text_intervals(scores, other)
+    for alone in (None, text, TextScores(other, None, "y")):
+        assert paired_intervals(text, alone) == text_intervals(scores)
 
 
 def test_differences_of_two_models_equal_a_loop_over_draws() -> None:

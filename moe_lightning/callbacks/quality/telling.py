@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from moe_lightning.callbacks.at_step import say
-from moe_lightning.evaluation.intervals import Interval, text_intervals
+from moe_lightning.evaluation.intervals import Interval, paired_intervals
 from moe_lightning.evaluation.records import QualityMoment
 
 MIB = 2**20
@@ -22,12 +23,8 @@ def intervals_of(moment: QualityMoment, before: QualityMoment | None) -> dict[st
         moment: The moment.
         before: That of the model before compression, or None.
     """
-    found = {}
-    for name, text in moment.texts.items():
-        other = None if before is None else before.texts.get(name)
-        same = other is not None and other.fingerprint == text.fingerprint
-        found[name] = text_intervals(text.scores, other.scores if other is not None and same else None)
-    return found
+    others = {} if before is None else before.texts
+    return {name: paired_intervals(text, others.get(name)) for name, text in moment.texts.items()}
 
 
 def tell_moment(trainer: Trainer, moments: Sequence[QualityMoment]) -> None:
@@ -43,12 +40,32 @@ def tell_moment(trainer: Trainer, moments: Sequence[QualityMoment]) -> None:
     say(trainer, in_words(moment, before, intervals))
     if not trainer.is_global_zero:
         return
+    warn_of_broken(moment)
     numbers = scalars(moment, intervals)
     samples = samples_text(moments)
     for logger in trainer.loggers:
         logger.log_metrics(numbers, step=moment.step)
         if isinstance(logger, TensorBoardLogger) and samples:
             logger.experiment.add_text("quality/samples", samples, moment.step)
+
+
+def warn_of_broken(moment: QualityMoment) -> None:
+    """Warn where a model gives something else than numbers.
+
+    Args:
+        moment: The moment.
+    """
+    counts = {name: int((~text.scores.finite).sum()) for name, text in moment.texts.items()}
+    blocks = [
+        f"{count} of {len(moment.texts[name].scores.nats)} blocks of {name}" for name, count in counts.items() if count
+    ]
+    if blocks:
+        warnings.warn(
+            f"QualityEvaluation, {moment.name}: the model gives NaN or infinity on {', '.join(blocks)}: perplexity, "
+            "ratio, KL and agreement there are not finite. The model is broken: look at what was done to it before "
+            f"({moment.what}), and at the precision it computes in",
+            stacklevel=2,
+        )
 
 
 def in_words(
@@ -77,20 +94,28 @@ def in_words(
 
 def _text_in_words(name: str, numbers: Mapping[str, Interval], with_perplexity: bool) -> str:
     perplexity, ratio = numbers["perplexity"], numbers.get("perplexity_ratio")
+    if not perplexity.finite:
+        return f"perplexity not finite on {name}"
     if ratio is None:
         words = f"perplexity {_with_ends(perplexity)} on {name}"
     elif with_perplexity:
-        words = f"perplexity {perplexity.value:.4g} on {name}, {_with_ends(ratio)} times that before"
+        words = f"perplexity {_value(perplexity)} on {name}, {_with_ends(ratio)} times that before"
     else:
         words = f"{_with_ends(ratio)} times on {name}"
     if ratio is not None and with_perplexity and "divergence" in numbers:
-        words += f", KL {numbers['divergence'].value:.4g} nats a token, {numbers['agreement'].value:.1%} agree"
+        divergence, agreement = numbers["divergence"], numbers["agreement"]
+        words += f", KL {divergence.value:.4g} nats a token" if divergence.finite else ", KL not finite"
+        words += f", {agreement.value:.1%} agree" if agreement.finite else ""
     return words
 
 
 def _with_ends(interval: Interval) -> str:
-    value = f"{interval.value:.4g}"
+    value = _value(interval)
     return value if math.isnan(interval.low) else f"{value} [{interval.low:.4g}, {interval.high:.4g}]"
+
+
+def _value(interval: Interval) -> str:
+    return f"{interval.value:.4g}" if interval.finite else "not finite"
 
 
 def scalars(moment: QualityMoment, intervals: Mapping[str, Mapping[str, Interval]]) -> dict[str, float]:
