@@ -14,6 +14,7 @@ T tokens, S tokens of a block, V vocabulary, H hidden.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -30,6 +31,9 @@ from torch import Tensor
 from moe_lightning.evaluation.comparison import Prediction, predictions_bytes
 
 FORMAT, VERSION = "moe-lightning reference", "1"
+_PARTIAL = ".{}.{}.partial"
+"""What a file is called that is being written: its name, the process."""
+
 _KINDS = {torch.float32: "F32", torch.int64: "I64"}
 
 
@@ -77,6 +81,8 @@ class ReferenceText:
 class ReferenceWriter:
     """Write a file piece by piece; it takes its place as a whole when the ``with`` block ends well.
 
+    Only one process writes a file at a time: pieces of it that a killed one left are removed.
+
     Args:
         path: The file; its folder is made.
         texts: What it will hold, by the name of the text.
@@ -98,7 +104,7 @@ class ReferenceWriter:
         weights: Sequence[float],
     ) -> None:
         self.path, self.texts, self.hidden_tokens = Path(path), dict(texts), hidden_tokens
-        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        self._partial = self.path.with_name(_PARTIAL.format(self.path.name, os.getpid()))
         self._file: BinaryIO | None = None
         self._offsets: dict[str, int] = {}
         self._row_bytes: dict[str, int] = {}
@@ -133,6 +139,9 @@ class ReferenceWriter:
 
     def __enter__(self) -> ReferenceWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Those that were killed while they wrote left gigabytes behind that nobody would find.
+        for left in self.path.parent.glob(_PARTIAL.format(glob.escape(self.path.name), "*")):
+            left.unlink(missing_ok=True)
         self._file = self._partial.open("wb")
         self._file.write(self._header)
         return self

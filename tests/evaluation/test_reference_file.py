@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,29 @@ def test_a_failure_leaves_what_there_was(tmp_path: Path) -> None:
         pass
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
     assert ReferenceFile(path).blocks == [] and ReferenceFile(path).hidden(0, 1) == {}
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "reference.safetensors"
+    child = os.fork()
+    if child == 0:
+        try:
+            with writer(path) as file:
+                assert file._file is not None
+                file._file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    os.waitpid(child, 0)
+    (left,) = tmp_path.iterdir()
+    assert left.suffix == ".partial" and left.stat().st_size > 0
+    others = [tmp_path / ".reference.safetensors.x", tmp_path / ".another.safetensors.7.partial"]
+    for other in others:
+        other.touch()
+    with writer(path) as file:
+        assert not left.exists()
+        fill(file)
+    assert sorted(tmp_path.iterdir()) == sorted([path, *others])
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
