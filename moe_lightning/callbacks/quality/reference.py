@@ -45,6 +45,31 @@ class RunReference:
         """Return the file of a run directory."""
         return Path(folder) / REFERENCE
 
+    def _advice(self, texts: Sequence[Text], model: PreTrainedModel) -> str:
+        """Return options with which the file is small enough: each was tried."""
+
+        def largest(name: str, **fixed: int) -> int | None:
+            """Return the largest whole blocks of one option that fit, below what was asked for; 0 is none."""
+            size = max(text.sizes[0][1] for text in texts)
+            asked: int = getattr(self, name)
+            for tokens in (*range((asked - 1) // size * size, 0, -size), 0):
+                given = {"divergence_tokens": self.divergence_tokens, "layer_tokens": self.layer_tokens, **fixed}
+                smaller = RunReference(**{**given, name: tokens}, max_bytes=self.max_bytes)
+                if smaller.bytes(texts, model) <= self.max_bytes:
+                    return tokens
+            return None
+
+        found = []
+        # Hidden states first: they are the larger part for their tokens, and the least of what is told.
+        for name in ("layer_tokens", "divergence_tokens"):
+            tokens = largest(name) if getattr(self, name) else None
+            if tokens or (tokens == 0 and name == "layer_tokens"):
+                found.append(f"{name} to {tokens}")
+        if not found:
+            fitting = largest("divergence_tokens", layer_tokens=0) if self.layer_tokens else 0
+            found = [f"divergence_tokens to {fitting or 0} and layer_tokens to 0"]
+        return f"set {', or '.join(found)}"
+
     def _sizes(self, texts: Sequence[Text], model: PreTrainedModel) -> tuple[int, int, int, int, int]:
         shape = architecture_of(model).shape(model)
         predicted = sum(text.whole(self.divergence_tokens) for text in texts)
@@ -80,16 +105,9 @@ class RunReference:
             f"tokens in {blocks} blocks)"
         )
         if needed > self.max_bytes:
-            left = self.max_bytes - reference_bytes(0, vocab_size, hidden, hidden_size, blocks)
-            fitting = left // (reference_bytes(1, vocab_size) * len(texts))
-            advice = (
-                f"set divergence_tokens to at most {fitting}"
-                if fitting >= max(text.sizes[0][1] for text in texts)
-                else "set divergence_tokens to 0, and layer_tokens to less"
-            )
             raise ValueError(
-                f"{what}, more than max_reference_bytes {self.max_bytes} ({size_in_words(self.max_bytes)}): {advice}, "
-                "or raise max_reference_bytes"
+                f"{what}, more than max_reference_bytes {self.max_bytes} ({size_in_words(self.max_bytes)}): "
+                f"{self._advice(texts, model)}, or raise max_reference_bytes to {needed}"
             )
         parent = path.absolute().parent
         while not parent.exists():
