@@ -30,13 +30,13 @@ class Text:
         name: Its name.
         batches: Dicts with ``input_ids`` [B, S] and, if there are any, ``attention_mask``, ``labels``, ``token_bytes``;
             for as many passes as wanted.
-        calibrated: Whether calibration saw text from the same source.
+        calibrated: Whether calibration saw text from the same source; None where nobody knows.
 
     Raises:
         ValueError: There is no batch, or one without ``input_ids``.
     """
 
-    def __init__(self, name: str, batches: Iterable[Batch], calibrated: bool) -> None:
+    def __init__(self, name: str, batches: Iterable[Batch], calibrated: bool | None) -> None:
         self.name, self.batches, self.calibrated = name, batches, calibrated
         self.sizes: list[tuple[int, int]] = []
         """Blocks, and tokens of each block, of every batch."""

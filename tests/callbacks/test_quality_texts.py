@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import moe_lightning as ml
 from moe_lightning.callbacks import Compress, QualityEvaluation
+from moe_lightning.callbacks.quality.texts import find_texts
 from moe_lightning.evaluation import evaluate
 from moe_lightning.evaluation.records import QualityRecord
 from tests.callbacks.quality_ranks import measure
@@ -49,7 +51,7 @@ def data(folder: Path, **options: Any) -> ml.TextDataModule:
 def run(folder: Path, callback: QualityEvaluation, datamodule: Any) -> Any:
     torch.manual_seed(0)
     module = ml.MixtralModule(model={**SIZES, "vocab_size": 300}, warmup_steps=1, learning_rate=1e-2)
-    compress = Compress([ml.ExpertDrop(keep=4)], at_step=1, batches=random_batches(1, sequence=16))
+    compress = Compress([ml.ExpertDrop(keep=4)], at_step=1)
     trainer = Trainer(
         max_steps=2,
         accelerator="cpu",
@@ -81,7 +83,14 @@ def test_sources_and_domains_are_texts_of_their_own(tmp_path: Path, capsys: pyte
     found = QualityRecord.load(tmp_path / "run" / "results" / "quality.json")
     end = found.moments[2]
     texts = {name: (len(text.scores.nats), text.calibrated) for name, text in end.texts.items()}
-    assert texts == {"test": (12, True), small: (5, True), large: (5, True), "prose": (5, False)}
+    calibrated = {source: source in datamodule.sources_in("calibration") for source in (small, large)}
+    assert any(calibrated.values())
+    assert texts == {
+        "test": (12, True),
+        small: (5, calibrated[small]),
+        large: (5, calibrated[large]),
+        "prose": (5, False),
+    }
     for text in end.texts.values():
         assert text.scores.divergence.isnan().tolist() == [False] * 2 + [True] * (len(text.scores.nats) - 2)
     wanted = {
@@ -92,7 +101,8 @@ def test_sources_and_domains_are_texts_of_their_own(tmp_path: Path, capsys: pyte
     for name, loader in wanted.items():
         known = evaluate(module.model, loader, progress=False)
         scores, count = end.texts[name].scores, len(end.texts[name].scores.nats)
-        assert torch.equal(scores.nats, known.nats[:count]) and torch.equal(scores.bytes, known.bytes[:count])
+        torch.testing.assert_close(scores.nats, known.nats[:count], rtol=1e-6, atol=0)
+        assert torch.equal(scores.bytes, known.bytes[:count])
     assert found.context["data"]["sources"] == [small, large]
     assert [sample.prompt for sample in end.samples] == prompts
     tokenizer = datamodule.tokenizer
@@ -114,6 +124,30 @@ def test_sources_and_domains_are_texts_of_their_own(tmp_path: Path, capsys: pyte
         next(line for line in lines if line.startswith("quality is measured"))
     )
     assert " times on prose; " in next(line for line in lines if "quality end" in line)
+
+
+def test_calibrated_is_what_the_calibration_split_holds(tmp_path: Path) -> None:
+    def calibrated(stage: str, *callbacks: Any, **options: Any) -> dict[str, bool | None]:
+        datamodule = data(tmp_path, **options)
+        trainer: Any = SimpleNamespace(
+            datamodule=datamodule, callbacks=list(callbacks), state=SimpleNamespace(fn=stage), world_size=1
+        )
+        domains: dict[str, str | list[str]] = {"prose": "python-topics", "both": ["python-topics", f"{tmp_path}/x.txt"]}
+        domains["mine"] = ["python-topics", datamodule.options.sources[-1]]
+        return {text.name: text.calibrated for text in find_texts(trainer, "test", 2, domains, 2, None)}
+
+    (tmp_path / "x.txt").write_text("another one " * 99)
+    one: dict[str, Any] = {"sources": f"{tmp_path}/small/*.txt"}
+    data(tmp_path)  # writes the texts
+    measuring, drop = Compress([ml.ExpertDrop(keep=4)], at_step=1), ml.ExpertDrop(keep=4)
+    told = {"test": True, "prose": False, "both": False, "mine": True}
+    assert calibrated("fit", measuring, **one) == calibrated("test", **one) == told
+    nothing = dict.fromkeys(told)
+    assert calibrated("fit", **one) == nothing  # nothing is compressed
+    assert calibrated("test", calibration=0, **one) == nothing
+    assert calibrated("fit", Compress([ml.RTN()], at_step=1), **one) == nothing  # nor does this one calibrate
+    own = Compress([drop], at_step=2, batches=random_batches(1, sequence=16))
+    assert calibrated("fit", measuring, own, **one) == nothing  # and of those nobody knows
 
 
 def test_prompts_are_pieces_of_the_split_by_default(tmp_path: Path) -> None:

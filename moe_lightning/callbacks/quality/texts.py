@@ -11,7 +11,9 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from moe_lightning.callbacks.compress import Compress
 from moe_lightning.callbacks.processes import of_all_processes
+from moe_lightning.compression.layerwise import need_batches
 from moe_lightning.data import BlockLoader, TextDataModule
 from moe_lightning.evaluation.comparison import Batch
 from moe_lightning.evaluation.quality import Text
@@ -47,23 +49,24 @@ def find_texts(
     has_domains = isinstance(datamodule, TextDataModule)
     if domains and not has_domains:
         raise ValueError("QualityEvaluation: domains need a TextDataModule, which reads them as it reads its own text")
-    first = Text(split, _first(trainer, datamodule, split, num_batches, batches), calibrated=True)
+    sources = datamodule.sources_in(split) if has_domains and batches is None else []
+    known = _calibration_sources(trainer)
+    first = Text(split, _first(trainer, datamodule, split, num_batches, batches), _calibrated(sources, known))
     if first.num_blocks < LEAST_BLOCKS:
         raise ValueError(
             f"QualityEvaluation: the {split} split gives {first.num_blocks} block, and an interval needs at least "
             f"{LEAST_BLOCKS}: raise --data.{split} or num_batches"
         )
     texts = [first]
-    sources = datamodule.sources_in(split) if has_domains and batches is None else []
-    calibrated = datamodule.sources_in("calibration") if sources else []
     for source in sources if len(sources) > 1 else ():
         loader = datamodule.test_batches_of(source, split)
         found = BlockLoader(loader.blocks, datamodule.eval_batch_size, domain_blocks)
-        texts.append(Text(source, found, calibrated=source in calibrated))
+        texts.append(Text(source, found, _calibrated([source], known)))
     for name, wanted in domains.items():
         with _of_option(f"domains {name!r}", domain_blocks):
             loader = datamodule.domain_batches(wanted, domain_blocks)
-        texts.append(Text(name, BlockLoader(loader.blocks, datamodule.eval_batch_size), calibrated=False))
+        named = [wanted] if isinstance(wanted, str) else wanted
+        texts.append(Text(name, BlockLoader(loader.blocks, datamodule.eval_batch_size), _calibrated(named, known)))
     names = [text.name for text in texts]
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
@@ -77,6 +80,28 @@ def find_texts(
             "ones, which they share between them: train with a TextDataModule, or pass batches=..."
         )
     return texts
+
+
+def _calibration_sources(trainer: Trainer) -> set[str]:
+    """Return the sources that the run calibrates on; none where it does not, or on batches of unknown origin."""
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    if not isinstance(datamodule, TextDataModule):
+        return set()
+    measuring = [
+        item
+        for item in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(item, Compress) and need_batches(item.methods)
+    ]
+    # A test may be one of a run whose Compress is not in its list.
+    calibrates = bool(measuring) or trainer.state.fn == "test"
+    unknown = any(item.batches is not None for item in measuring)
+    return set(datamodule.sources_in("calibration")) if calibrates and not unknown else set()
+
+
+def _calibrated(sources: Iterable[str], known: set[str]) -> bool | None:
+    """Say whether calibration saw text of some sources; None where they are not known, or those of calibration."""
+    named = set(sources)
+    return bool(named & known) if named and known else None
 
 
 @contextmanager
