@@ -22,10 +22,20 @@ class RunFigure:
     caption: str
 
 
-_FRONT = (
-    "The first held-out text; bars are 95 % intervals over blocks, read in pairs with the model before. On the line of "
-    "steps are the models that no other one beats in both respects."
-)
+@dataclass(frozen=True)
+class Drawn:
+    """A figure, and what its caption must say besides.
+
+    Attributes:
+        figure: The figure.
+        note: Sentences, e.g. about what is not drawn; may be empty.
+    """
+
+    figure: Figure
+    note: str = ""
+
+
+_FRONT = "The first held-out text. On the line of steps are the models that no other one beats in both respects."
 CAPTIONS: dict[str, tuple[str, str]] = {
     "quality_against_bytes": ("Quality against size", _FRONT),
     "quality_against_speed": ("Quality against speed", f"{_FRONT} Horizontal bars are the spread of several runs."),
@@ -36,7 +46,8 @@ CAPTIONS: dict[str, tuple[str, str]] = {
     ),
     "tasks": (
         "Tasks of the lm-evaluation-harness",
-        "Bars are one standard error; none where the harness gives none.",
+        "Bars are one standard error; none where the harness gives none. What is no share of right answers has a "
+        "picture of its own.",
     ),
     "layer_errors": (
         "Error of what leaves each block",
@@ -89,15 +100,17 @@ CAPTIONS: dict[str, tuple[str, str]] = {
 """Title and caption by the beginning of a figure's name."""
 
 
-def captioned(name: str, figure: Figure, title: str = "") -> RunFigure:
+def captioned(name: str, figure: Figure | Drawn, title: str = "") -> RunFigure:
     """Return a figure with its title and caption.
 
     Args:
         name: Its name; what stands behind the names of :data:`CAPTIONS`, ``load_before``, is added to the title.
-        figure: The figure.
+        figure: The figure; a note is added to the caption.
         title: Added to the title.
     """
+    drawn = figure if isinstance(figure, Drawn) else Drawn(figure)
     known = name if name in CAPTIONS else next(key for key in CAPTIONS if name.startswith(f"{key}_"))
     more = ", ".join(part for part in (name.removeprefix(known).removeprefix("_"), title) if part)
     heading, caption = CAPTIONS[known]
-    return RunFigure(figure, f"{heading}: {more}" if more else heading, caption)
+    told = f"{caption} {drawn.note}" if drawn.note else caption
+    return RunFigure(drawn.figure, f"{heading}: {more}" if more else heading, told)

@@ -21,6 +21,7 @@ from moe_lightning.reporting.style import (
     INK,
     SEQUENTIAL,
     SMALL_POINTS,
+    Look,
     axis_label,
     looks,
     new_figure,
@@ -109,6 +110,7 @@ def layer_curves(
     reference: tuple[float, str] | None = None,
     logarithmic: bool = False,
     layer_label: str = "layer",
+    shown: Mapping[str, Look] | None = None,
 ) -> Figure:
     """Draw curves over the depth of the model, for example the same quantity before and after compression.
 
@@ -121,6 +123,7 @@ def layer_curves(
         reference: A value with a horizontal line, and its name.
         logarithmic: Whether the values have a logarithmic axis, which leaves out what is zero.
         layer_label: What the places are, beside the axis.
+        shown: How each curve looks; as everywhere where None.
 
     Returns:
         The figure. Curves that are named like a moment of a run look as everywhere.
@@ -136,7 +139,8 @@ def layer_curves(
         raise ValueError(f"curves over layers need values [layers] of one length, not shapes {sorted(shapes)}")
     layers = row_numbers("layers", layers, next(iter(shapes))[0])
     figure, axes = new_figure(7.0, 3.4, title)
-    for name, look in looks(list(arrays)).items():
+    found = looks(list(arrays)) if shown is None else {name: shown[name] for name in arrays}
+    for name, look in found.items():
         values_L = numpy.where(arrays[name] > 0, arrays[name], numpy.nan) if logarithmic else arrays[name]
         axes.plot(
             layers,

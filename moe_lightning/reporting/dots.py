@@ -20,6 +20,7 @@ from moe_lightning.reporting.style import (
     FONT_POINTS,
     INK,
     SMALL_POINTS,
+    Look,
     axis_label,
     looks,
     new_figure,
@@ -60,6 +61,7 @@ def dot_rows(
     unit: str = "",
     reference: tuple[float, str] | None = None,
     logarithmic: bool = False,
+    shown: Mapping[str, Look] | None = None,
 ) -> Figure:
     """Draw numbers with their intervals in rows, one below the other, and side by side in a row.
 
@@ -70,6 +72,7 @@ def dot_rows(
         unit: Of the numbers.
         reference: A number with a vertical line, and its name.
         logarithmic: Whether they have a logarithmic axis.
+        shown: How the numbers of each name look; as everywhere where None.
 
     Returns:
         The figure.
@@ -80,7 +83,7 @@ def dot_rows(
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     if not names:
         raise ValueError("there is nothing to draw: give at least one row with one number")
-    shown = looks(names)
+    shown = looks(names) if shown is None else {name: shown[name] for name in names}
     gap = 0.62 / max(len(names), 2)
     height = 1.25 + max(0.26, 0.13 + 0.12 * len(names)) * len(rows)
     figure, axes = new_figure(7.0, min(12.0, max(2.2, height)), title)

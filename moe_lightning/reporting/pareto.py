@@ -6,7 +6,7 @@ P points of a panel.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from matplotlib.transforms import Bbox
 
 from moe_lightning.reporting.interval_plots import log_axis
 from moe_lightning.reporting.panels import legend_below, new_panels
-from moe_lightning.reporting.style import FAINT, FONT_POINTS, INK, SMALL_POINTS, axis_label, looks
+from moe_lightning.reporting.style import FAINT, FONT_POINTS, INK, OTHER, SMALL_POINTS, Look, axis_label, looks_or_other
 
 _WIDE = 3.0
 """Ratio of the largest to the smallest number from which an axis is logarithmic."""
@@ -36,7 +36,8 @@ class ParetoPoint:
         high: Upper end, likewise.
         x_low: Lower end of the spread of x, likewise.
         x_high: Upper end.
-        group: Decides colour and marker: a moment of a run, or a family of methods.
+        group: In the legend, and decides colour and marker: a moment of a run, or a family of methods.
+        look: How it looks, where its group does not decide that.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ParetoPoint:
     x_low: float | None = None
     x_high: float | None = None
     group: str = ""
+    look: Look | None = None
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,15 @@ def pareto_plot(
         path: Join the points of each panel in their order by a thin line: the way of a run.
 
     Returns:
-        The figure.
+        The figure. Of more than six groups the last ones are grey, with the names of their points beside them.
 
     Raises:
-        ValueError: There is nothing to draw, or there are more than six groups.
+        ValueError: There is nothing to draw.
     """
     points = [point for panel in panels for point in panel.points]
     if not points:
         raise ValueError("there is nothing to draw: give at least one point")
-    shown = looks(list(dict.fromkeys(point.group for point in points)))
+    shown = looks_or_other(list(dict.fromkeys(point.group for point in points)))
     width = 3.6 if len(panels) > 1 else 6.2
     figure, (line,) = new_panels(1, len(panels), width, 3.5, title, share=False)
     ends = [end for point in points for end in (point.y, point.low, point.high) if end is not None and end > 0]
@@ -132,7 +134,7 @@ def pareto_plot(
             )
         _draw_front(axes, panel)
         for point in panel.points:
-            look = shown[point.group]
+            look = point.look or shown[point.group]
             axes.errorbar(
                 [point.x],
                 [point.y],
@@ -161,8 +163,7 @@ def pareto_plot(
     line[0].set_ylabel(axis_label(y_label, y_unit), fontsize=FONT_POINTS)
     handles = [
         Line2D([], [], color=look.colour, marker=look.marker, linestyle="none", markersize=7, label=group)
-        for group, look in shown.items()
-        if group
+        for group, look in _legend(points, shown).items()
     ]
     handles.append(Line2D([], [], color=FAINT, linewidth=1.6, label="Pareto front"))
     if path:
@@ -175,6 +176,18 @@ def pareto_plot(
     for axes, panel in zip(line, panels, strict=True):
         _label_points(figure, axes, panel.points)
     return figure
+
+
+def _legend(points: Sequence[ParetoPoint], shown: Mapping[str, Look]) -> dict[str, Look]:
+    """Return the looks of groups; grey, but with its marker, of a group whose points have several colours."""
+    found: dict[str, Look] = {}
+    for group, look in shown.items():
+        own = {point.look or look for point in points if point.group == group}
+        one = next(iter(own))
+        if group:
+            several = len({each.colour for each in own}) > 1
+            found["others" if one == OTHER else group] = Look(FAINT, one.marker) if several else one
+    return found
 
 
 def _reach(value: float, low: float | None, high: float | None) -> list[list[float]] | None:

@@ -6,6 +6,7 @@ L MoE layers, E experts of the original model, B decoder layers.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,27 +16,16 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from moe_lightning.evaluation.intervals import Interval, paired_intervals
-from moe_lightning.evaluation.records import BEFORE, END, QualityMoment, QualityRecord, Routing
+from moe_lightning.evaluation.records import BEFORE, QualityMoment, QualityRecord, Routing
+from moe_lightning.reporting.captions import Drawn
 from moe_lightning.reporting.curves import layer_curves
 from moe_lightning.reporting.dots import Dot, dot_rows, interval_dot
 from moe_lightning.reporting.heat_maps import heat_map
+from moe_lightning.reporting.moments import drawn_moments, left_out
 from moe_lightning.reporting.pareto import ParetoPanel, ParetoPoint, pareto_plot
+from moe_lightning.reporting.style import Look
 
 MIB = 2**20
-
-
-def shown_moments(quality: QualityRecord) -> list[QualityMoment]:
-    """Return the moments that fit into one picture: of many compressions the first two and the last.
-
-    Args:
-        quality: The record.
-    """
-    compressed = [moment for moment in quality.moments if moment.name not in (BEFORE, END, "test")]
-    chosen = compressed if len(compressed) <= 3 else [*compressed[:2], compressed[-1]]
-    # A name may come again where a run was resumed: the last one counts.
-    names = [BEFORE, *(moment.name for moment in chosen), END, "test"]
-    found = (quality.moment(name) for name in dict.fromkeys(names))
-    return [moment for moment in found if moment is not None]
 
 
 def ratios(moment: QualityMoment, before: QualityMoment | None, text: str) -> dict[str, Interval]:
@@ -52,30 +42,46 @@ def ratios(moment: QualityMoment, before: QualityMoment | None, text: str) -> di
 # ---------------------------------------------------------------- texts
 
 
-def damage_by_text(quality: QualityRecord) -> Figure | None:
+def damage_by_text(quality: QualityRecord) -> Drawn | None:
     """Draw by how much perplexity rose on each text, at each moment; None where there is nothing to compare with.
 
     Args:
         quality: The record.
     """
     before = quality.moment(BEFORE)
-    later = [moment for moment in shown_moments(quality) if moment.name != BEFORE]
+    later = [moment for moment in drawn_moments(quality) if moment.name != BEFORE]
     if before is None or not later:
         return None
     rows: dict[str, dict[str, Dot]] = {}
+    broken: list[str] = []
     for text, scores in before.texts.items():
         name = f"{text} (not calibrated on)" if scores.calibrated is False else text
         for moment in later:
-            if text in moment.texts and "perplexity_ratio" in (known := ratios(moment, before, text)):
+            if text not in moment.texts or "perplexity_ratio" not in (known := ratios(moment, before, text)):
+                continue
+            if known["perplexity_ratio"].finite:
                 rows.setdefault(name, {})[moment.name] = interval_dot(known["perplexity_ratio"])
+            else:
+                broken.append(f"{moment.name} on {text}")
+    return damage_rows(rows, left_out("not finite", broken))
+
+
+def damage_rows(rows: Mapping[str, Mapping[str, Dot]], note: str) -> Drawn | None:
+    """Draw perplexities in units of that before compression; None where there is none.
+
+    Args:
+        rows: By the name of the row and in it.
+        note: For the caption.
+    """
     if not rows:
         return None
-    return dot_rows(
+    figure = dot_rows(
         rows,
         title="What was lost on each text",
         value_label="perplexity, in units of that before compression",
         reference=(1.0, "before"),
     )
+    return Drawn(figure, note)
 
 
 # ---------------------------------------------------------------- routing
@@ -90,7 +96,7 @@ def load_maps(quality: QualityRecord) -> dict[str, Figure]:
     Returns:
         By moment: ``load_before``, ``load_compressed``, ...
     """
-    moments = [(moment, moment.routing) for moment in shown_moments(quality) if moment.routing is not None]
+    moments = [(moment, moment.routing) for moment in drawn_moments(quality) if moment.routing is not None]
     layers = sorted({layer for _, routing in moments for layer in routing.layers})
     if not layers:
         return {}
@@ -129,7 +135,7 @@ def novice_mass(quality: QualityRecord, mass_before: Mapping[int, Sequence[float
     """
     later = [
         (moment, moment.routing)
-        for moment in shown_moments(quality)
+        for moment in drawn_moments(quality)
         if moment.name != BEFORE and moment.routing is not None and any(moment.routing.novices)
     ]
     if not later:
@@ -177,7 +183,7 @@ def layer_error_curves(quality: QualityRecord) -> Figure | None:
     Args:
         quality: The record.
     """
-    moments = [moment for moment in shown_moments(quality) if any(error > 0 for error in moment.layer_errors.values())]
+    moments = [moment for moment in drawn_moments(quality) if any(error > 0 for error in moment.layer_errors.values())]
     if not moments:
         return None
     blocks = sorted({block for moment in moments for block in moment.layer_errors})
@@ -219,6 +225,15 @@ MEASURES = {
 }
 """What a loss may be, with its unit and the line of no loss; the first that all points have is drawn."""
 
+_BARS = {
+    "perplexity_ratio": "Bars are 95 % intervals over blocks, in pairs with the model before.",
+    "divergence": "Bars are 95 % intervals over blocks; the model before itself is not there, or at 0.",
+    "perplexity": (
+        "Bars are 95 % intervals over blocks, of each model by itself and not in pairs. A block that is hard for one "
+        "model is hard for all, so they differ more surely than their bars say."
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -229,15 +244,17 @@ class Candidate:
         group: Decides its look: a moment of a run, or a family of methods.
         moment: What was measured on it.
         before: The model before the first compression of the same run, or None.
+        look: How it looks, where its group does not decide that.
     """
 
     name: str
     group: str
     moment: QualityMoment
     before: QualityMoment | None
+    look: Look | None = None
 
 
-def tradeoff_figures(candidates: Sequence[Candidate], title: str, path: bool) -> dict[str, Figure]:
+def tradeoff_figures(candidates: Sequence[Candidate], title: str, path: bool) -> dict[str, Drawn]:
     """Draw quality against bytes and against speed, with the Pareto front.
 
     Args:
@@ -247,28 +264,51 @@ def tradeoff_figures(candidates: Sequence[Candidate], title: str, path: bool) ->
 
     Returns:
         ``quality_against_bytes`` and ``quality_against_speed``, those that there is data for: two models or more that
-        have the same measure of quality. Rates are drawn where all were timed with the same batch and context.
+        have the same measure of quality. Rates are drawn of those that were timed with the same batch and context, most
+        often. The notes tell the measure, and who is left out.
     """
     found = _measured(candidates)
     if found is None:
         return {}
     measure, losses = found
+    broken = [model.name for model, loss in losses if not loss.finite]
+    missing = [model.name for model in candidates if all(model is not other for other, _ in losses)]
+    losses = [(model, loss) for model, loss in losses if loss.finite]
+    if not losses:
+        return {}
+    notes = [_BARS[measure], left_out("not measured", missing), left_out("not finite", broken)]
     y_label, y_unit, reference = MEASURES[measure]
     labels: dict[str, Any] = {"y_label": y_label, "y_unit": y_unit, "reference": reference, "path": path}
     sizes = []
     for label, size in (("weights on disk", "bytes_on_disk"), ("weights in memory", "bytes")):
         points = [_point(model, getattr(model.moment, size) / MIB, loss) for model, loss in losses]
         sizes.append(ParetoPanel(label, "MiB", points))
-    speeds = []
+    speeds, untimed = [], list[str]()
     for phase in ("prefill", "decode"):
         timed = [(model, model.moment.speed[phase], loss) for model, loss in losses if phase in model.moment.speed]
-        if len(timed) > 1 and len({(rate.batch, rate.context) for _, rate, _ in timed}) == 1:
-            points = [_point(model, rate.median, loss, rate.low, rate.high) for model, rate, loss in timed]
+        ways = Counter((rate.batch, rate.context) for _, rate, _ in timed)
+        if not timed:
+            continue
+        batch, context = ways.most_common(1)[0][0]
+        alike = [(model, rate, loss) for model, rate, loss in timed if (rate.batch, rate.context) == (batch, context)]
+        names = {model.name for model, _, _ in alike}
+        if len(alike) > 1:
+            points = [_point(model, rate.median, loss, rate.low, rate.high) for model, rate, loss in alike]
             speeds.append(ParetoPanel(phase, "tokens/s", points, more_is_better=True))
-    figures = {"quality_against_bytes": pareto_plot(sizes, title=f"{title} against size", **labels)}
+            others = [model.name for model, _ in losses if model.name not in names]
+            untimed.append(left_out(f"{phase} not timed with {batch} x {context:,} tokens", others))
+        elif len(timed) > 1:
+            notes.append(left_out(f"{phase} timed in different ways", [model.name for model, _, _ in timed]))
+    note = _joined(notes)
+    figures = {"quality_against_bytes": Drawn(pareto_plot(sizes, title=f"{title} against size", **labels), note)}
     if speeds:
-        figures["quality_against_speed"] = pareto_plot(speeds, title=f"{title} against speed", **labels)
+        figure = pareto_plot(speeds, title=f"{title} against speed", **labels)
+        figures["quality_against_speed"] = Drawn(figure, _joined([note, *untimed]))
     return figures
+
+
+def _joined(sentences: Sequence[str]) -> str:
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 def _measured(candidates: Sequence[Candidate]) -> tuple[str, list[tuple[Candidate, Interval]]] | None:
@@ -285,4 +325,4 @@ def _point(
     model: Candidate, x: float, loss: Interval, x_low: float | None = None, x_high: float | None = None
 ) -> ParetoPoint:
     ends = [end if math.isfinite(end) else None for end in (loss.low, loss.high)]
-    return ParetoPoint(model.name, x, loss.value, ends[0], ends[1], x_low, x_high, model.group)
+    return ParetoPoint(model.name, x, loss.value, ends[0], ends[1], x_low, x_high, model.group, model.look)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,22 +9,23 @@ import numpy
 from matplotlib.figure import Figure
 
 from moe_lightning.evaluation.records import BEFORE, QualityRecord
-from moe_lightning.reporting.captions import RunFigure, captioned
+from moe_lightning.reporting.captions import Drawn, RunFigure, captioned
 from moe_lightning.reporting.decisions import compression_figures, roles
 from moe_lightning.reporting.dots import Dot, bars, dot_rows
 from moe_lightning.reporting.heat_maps import heat_map
+from moe_lightning.reporting.moments import drawn_moments, left_out, moments_left_out
 from moe_lightning.reporting.quality_figures import (
     Candidate,
     damage_by_text,
     layer_error_curves,
     load_maps,
     novice_mass,
-    shown_moments,
     tradeoff_figures,
 )
 from moe_lightning.reporting.run_records import CompressionRecord
 from moe_lightning.reporting.slimming_maps import slimming_figures
 from moe_lightning.reporting.style import CATEGORICAL
+from moe_lightning.reporting.task_figures import task_figure
 from moe_lightning.statistics import Statistics
 from moe_lightning.statistics.groups import real_experts
 
@@ -53,26 +53,40 @@ def run_figures(
         By name, in the order in which a report shows them; names are those of files and of TensorBoard's tags. Those of
         one of several compressions are ``compression-600/importance`` and so on.
     """
-    figures: dict[str, Figure | None] = {}
-    if quality is not None:
+    figures: dict[str, Figure | Drawn | None] = {}
+    if quality is None:
+        figures |= task_figure(tasks)
+    else:
         before = quality.moment(BEFORE)
-        models = [Candidate(moment.name, moment.name, moment, before) for moment in shown_moments(quality)]
+        models = [Candidate(moment.name, moment.name, moment, before) for moment in drawn_moments(quality)]
         figures |= tradeoff_figures(models, "Quality", path=True)
         figures["damage_by_text"] = damage_by_text(quality)
-        figures["tasks"] = task_figure(tasks)
+        figures |= task_figure(tasks)
         figures["layer_errors"] = layer_error_curves(quality)
         figures |= load_maps(quality)
         figures["novice_mass"] = novice_mass(quality, _mass_before(compressions))
-    else:
-        figures["tasks"] = task_figure(tasks)
-    found = {name: captioned(name, figure) for name, figure in figures.items() if figure is not None}
+    gone = "" if quality is None else moments_left_out(quality)
+    found = {
+        name: captioned(name, figure if name.startswith("tasks") else _noted(figure, gone))
+        for name, figure in figures.items()
+        if figure is not None
+    }
     for record in compressions:
         when = "" if record.step is None else f"step {record.step}"
         for name, figure in _of_compression(record, when).items():
             several = len(compressions) > 1
             found[f"{record.name}/{name}" if several else name] = captioned(name, figure, when if several else "")
-    rest = {**speed_figures(benchmarks), "time": time_figure(time), "compression_time": compression_time(compressions)}
+    rest: dict[str, Figure | Drawn | None] = {
+        **speed_figures(benchmarks),
+        "time": time_figure(time),
+        "compression_time": compression_time(compressions),
+    }
     return found | {name: captioned(name, figure) for name, figure in rest.items() if figure is not None}
+
+
+def _noted(figure: Figure | Drawn, note: str) -> Drawn:
+    drawn = figure if isinstance(figure, Drawn) else Drawn(figure)
+    return Drawn(drawn.figure, f"{drawn.note} {note}".strip())
 
 
 def _of_compression(record: CompressionRecord, when: str) -> dict[str, Figure]:
@@ -133,66 +147,45 @@ def _mass_before(compressions: Sequence[CompressionRecord]) -> dict[int, list[fl
 # ---------------------------------------------------------------- numbers of others
 
 
-def task_figure(tasks: Mapping[str, Any] | None) -> Figure | None:
-    """Draw the results of tasks at each moment.
-
-    Args:
-        tasks: What ``lm_eval.json`` holds.
-    """
-    moments = {moment["name"]: moment for moment in (tasks or {}).get("moments", ()) if moment["tasks"]}
-    if len(moments) > len(CATEGORICAL):
-        names = list(moments)
-        moments = {name: moments[name] for name in [*names[:3], *names[-3:]]}
-    rows: dict[str, dict[str, Dot]] = {}
-    for name, moment in moments.items():
-        for task, result in moment["tasks"].items():
-            rows.setdefault(f"{task} ({result['metric']})", {})[name] = score_dot(result["value"], result.get("stderr"))
-    if len(rows) > 1:
-        rows["mean"] = {name: score_dot(moment["mean"], None) for name, moment in moments.items() if moment.get("mean")}
-    if not rows:
-        return None
-    return dot_rows(rows, title="Tasks of the lm-evaluation-harness", value_label="score", unit="%")
-
-
-def score_dot(value: float, error: float | None) -> Dot:
-    """Return the score of a task with its standard error, in percent.
-
-    Args:
-        value: The score, from 0 to 1.
-        error: Its standard error; None or NaN where it has none.
-    """
-    reach = error if error is not None and math.isfinite(error) else 0.0
-    return Dot(100 * value, 100 * (value - reach), 100 * (value + reach))
-
-
-def speed_figures(benchmarks: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
+def speed_figures(benchmarks: Sequence[Mapping[str, Any]]) -> dict[str, Drawn]:
     """Draw what was timed, a picture for each phase.
 
     Args:
         benchmarks: What the ``benchmark*.json`` files hold.
 
     Returns:
-        ``speed_prefill`` and ``speed_decode``, those that were timed.
+        ``speed_prefill`` and ``speed_decode``, those that were timed. Up to six models and implementations stand side
+        by side in a row for each batch and context; more have a row each, with up to six batches and contexts in it.
     """
     figures = {}
     for phase in ("prefill", "decode"):
         rows: dict[str, dict[str, Dot]] = {}
-        for benchmark in benchmarks:
-            for row in benchmark["rows"]:
-                if row["phase"] == phase and row.get("refused") is None:
-                    rate = row["tokens_per_second"]
-                    place = f"{row['batch']} x {row['context']:,} tokens"
-                    name = f"{row['model']}, {row['implementation']}"
-                    rows.setdefault(place, {})[name] = Dot(rate["median"], rate["low"], rate["high"])
-        names = dict.fromkeys(name for row in rows.values() for name in row)
-        if rows and len(names) <= len(CATEGORICAL):
-            values = [dot.value for row in rows.values() for dot in row.values()]
-            figures[f"speed_{phase}"] = dot_rows(
-                rows,
-                title=f"Speed of {phase}, by batch x context",
-                value_label="tokens per second",
-                logarithmic=max(values) > 4 * min(values) > 0,
-            )
+        refused: dict[str, None] = {}
+        for row in (row for benchmark in benchmarks for row in benchmark["rows"] if row["phase"] == phase):
+            place = f"{row['batch']} x {row['context']:,} tokens"
+            name = f"{row['model']}, {row['implementation']}"
+            rate = row.get("tokens_per_second")
+            if row.get("refused") is None and rate is not None:
+                rows.setdefault(place, {})[name] = Dot(rate["median"], rate["low"], rate["high"])
+            else:
+                refused[f"{name}, {place}"] = None
+        if not rows:
+            continue
+        title, note = f"Speed of {phase}, by batch x context", left_out("refused", list(refused))
+        names = list(dict.fromkeys(name for row in rows.values() for name in row))
+        if len(names) > len(CATEGORICAL):
+            places = list(rows)[: len(CATEGORICAL)]
+            note = f"{note} {left_out('too many', list(rows)[len(CATEGORICAL) :])}".strip()
+            turned = {name: {place: rows[place][name] for place in places if name in rows[place]} for name in names}
+            rows, title = {name: row for name, row in turned.items() if row}, f"Speed of {phase}"
+        values = [dot.value for row in rows.values() for dot in row.values()]
+        figure = dot_rows(
+            rows,
+            title=title,
+            value_label="tokens per second",
+            logarithmic=max(values) > 4 * min(values) > 0,
+        )
+        figures[f"speed_{phase}"] = Drawn(figure, note)
     return figures
 
 

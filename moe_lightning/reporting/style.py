@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,43 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
     free = [look for look in _CYCLE if look.colour not in used] + [look for look in _CYCLE if look.colour in used]
     left = iter(look for look in free if look not in found.values())
     return {name: found[name] if name in found else next(left) for name in names}
+
+
+OTHER = Look(FAINT, "h")
+"""Of what cannot have a look of its own any more: its name stands beside it."""
+
+
+def looks_or_other(names: Sequence[str]) -> dict[str, Look]:
+    """Return how any number of things look: the first ones as :func:`looks` says, the others like :data:`OTHER`.
+
+    Args:
+        names: Different names.
+    """
+    own = len(names) if len(names) <= len(CATEGORICAL) else len(CATEGORICAL) - 1
+    return looks(names[:own]) | dict.fromkeys(names[own:], OTHER)
+
+
+def looks_of_runs(families: Mapping[str, str]) -> dict[str, Look]:
+    """Return how runs look in all figures of a page: the colour says the run, the marker its family of methods.
+
+    The first run of a family has the family's own colour where it is free. Runs behind the sixth are grey.
+
+    Args:
+        families: What :func:`family_of` returned of each run, by the name of the run.
+    """
+    coloured = list(families)[: len(CATEGORICAL)]
+    own: dict[str, str] = {}
+    for name in coloured:
+        colour = LOOKS[families[name]].colour
+        if colour in CATEGORICAL and colour not in own.values():
+            own[name] = colour
+    free = iter(colour for colour in CATEGORICAL if colour not in own.values())
+    for name in coloured:
+        own[name] = own.get(name) or next(free)
+    return {
+        name: Look(own.get(name, FAINT), LOOKS[family].marker, DASHES[place % len(DASHES)])
+        for place, (name, family) in enumerate(families.items())
+    }
 
 
 def figure_pixels(figure: Figure, dots_per_inch: float = 110.0) -> NDArray[numpy.uint8]:

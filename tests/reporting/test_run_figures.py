@@ -8,21 +8,18 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 
 from moe_lightning.evaluation.intervals import perplexity_ratio_interval
 from moe_lightning.evaluation.records import QualityMoment, QualityRecord
 from moe_lightning.reporting import ComparedRun, comparison_figures, figure_pixels, roles, run_figures
 from moe_lightning.reporting.dots import Dot, bars, dot_rows
+from moe_lightning.reporting.moments import drawn_moments
 from moe_lightning.reporting.pareto import ParetoPanel, ParetoPoint, front, pareto_plot
 from moe_lightning.reporting.quality_figures import (
-    Candidate,
     damage_by_text,
     layer_error_curves,
     load_maps,
     novice_mass,
-    shown_moments,
-    tradeoff_figures,
 )
 from moe_lightning.reporting.run_figures import FEW_TOKENS, few_tokens
 from moe_lightning.reporting.run_records import CompressionRecord
@@ -31,6 +28,7 @@ from moe_lightning.reporting.style import LOOKS, family_of, looks
 from moe_lightning.statistics import Statistics
 from moe_lightning.trimming import ExpertDrop, Novices
 from tests.reporting import run_data
+from tests.reporting.drawn import axes_of, cost_figures, errorbars, labels_of
 
 LAYERS, EXPERTS = 3, 6
 
@@ -41,33 +39,11 @@ def quality() -> QualityRecord:
     return run_data.record(LAYERS, EXPERTS)
 
 
-def errorbars(axes: Any) -> list[tuple[float, float]]:
-    """Return the points of all error bars, in the order in which they were drawn."""
-    return [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line, *_ in axes.containers]
-
-
-def axes_of(figure: Figure | None) -> Any:
-    """Return the axes of a figure that must have been drawn."""
-    assert figure is not None
-    return figure.axes[0]
-
-
-def cost_figures(quality: QualityRecord) -> dict[str, Figure]:
-    """Draw quality against cost of one run."""
-    before = quality.moment("before")
-    models = [Candidate(moment.name, moment.name, moment, before) for moment in quality.moments]
-    return tradeoff_figures(models, "Quality", path=True)
-
-
 def decision(compression: CompressionRecord) -> Any:
     """Return the axes of who stays among experts that are used and vary."""
     assert compression.statistics is not None and compression.shape_after is not None
     stays = roles(compression.statistics.shape, compression.shape_after)["stays"]
     return use_and_variance(compression.statistics, stays, "t", compression.criterion).axes[0]
-
-
-def labels_of(axis: Any) -> list[str]:
-    return [label.get_text() for label in axis.get_ticklabels()]
 
 
 def test_all_figures_that_there_is_data_for(quality: QualityRecord) -> None:
@@ -117,7 +93,7 @@ def test_figures_of_several_compressions_have_names_of_their_own() -> None:
 
 def test_quality_against_cost(quality: QualityRecord) -> None:
     figures = cost_figures(quality)
-    disk, memory = figures["quality_against_bytes"].axes
+    disk, memory = figures["quality_against_bytes"].figure.axes
     before, *later = quality.moments
     expected = [1.0]
     for moment in later:
@@ -128,7 +104,7 @@ def test_quality_against_cost(quality: QualityRecord) -> None:
     assert [x for x, _ in errorbars(memory)] == pytest.approx([item.bytes / 2**20 for item in quality.moments])
     assert (disk.get_xlabel(), memory.get_xlabel()) == ("weights on disk [MiB]", "weights in memory [MiB]")
     assert disk.get_ylabel() == "perplexity, in units of that before"
-    prefill, decode = figures["quality_against_speed"].axes
+    prefill, decode = figures["quality_against_speed"].figure.axes
     assert [x for x, _ in errorbars(decode)] == pytest.approx([item.speed["decode"].median for item in quality.moments])
     assert prefill.get_xlabel() == "prefill [tokens/s]"
     # The same moments look the same there and in other pictures.
@@ -139,7 +115,9 @@ def test_quality_against_cost(quality: QualityRecord) -> None:
 
 def test_without_a_moment_before_perplexity_itself_is_drawn(quality: QualityRecord) -> None:
     later = QualityRecord(quality.moments[1:], {})
-    axes = cost_figures(later)["quality_against_bytes"].axes[0]
+    figures = cost_figures(later)
+    axes = axes_of(figures["quality_against_bytes"])
+    assert "in pairs" not in figures["quality_against_bytes"].note
     assert axes.get_ylabel() == "KL from the model before [nats per token]"
     unknown = [
         dataclasses.replace(
@@ -152,7 +130,8 @@ def test_without_a_moment_before_perplexity_itself_is_drawn(quality: QualityReco
         for place, moment in enumerate(later.moments)
     ]
     figures = cost_figures(QualityRecord(unknown, {}))
-    assert figures["quality_against_bytes"].axes[0].get_ylabel() == "perplexity"
+    assert axes_of(figures["quality_against_bytes"]).get_ylabel() == "perplexity"
+    assert "not in pairs" in figures["quality_against_bytes"].note
     assert damage_by_text(QualityRecord(unknown, {})) is None
 
 
@@ -353,8 +332,11 @@ def test_tokens_are_drawn_where_some_experts_got_few() -> None:
 def test_many_compressions_leave_the_first_two_and_the_last(quality: QualityRecord) -> None:
     names = ["before", "compressed", *(f"compressed-{number}" for number in range(2, 9)), "end"]
     moments = [dataclasses.replace(quality.moments[1], name=name) for name in names]
-    shown = [moment.name for moment in shown_moments(QualityRecord(moments, {}))]
+    record = QualityRecord(moments, {})
+    shown = [moment.name for moment in drawn_moments(record)]
     assert shown == ["before", "compressed", "compressed-2", "compressed-8", "end"]
+    left = "(between the first two compressions and the last): compressed-3, compressed-4, compressed-5, compressed-6"
+    assert left in run_figures(record, [])["layer_errors"].caption
 
 
 def test_runs_side_by_side(quality: QualityRecord) -> None:
@@ -373,10 +355,18 @@ def test_runs_side_by_side(quality: QualityRecord) -> None:
     assert {text.get_text() for text in axes.texts} == {"before", "novices", "drop"}
     ends = [item.bytes_on_disk / 2**20 for item in (quality.moments[0], quality.moments[2], other.moments[1])]
     assert [x for x, _ in errorbars(axes)] == pytest.approx(ends)
+    assert "in pairs with the model before" in figures["quality_against_bytes"].caption
     colours = [to_hex(line.get_color()) for line, *_ in axes.containers]
     assert colours[1:] == [LOOKS[name].colour.lower() for name in ("novices", "experts dropped")]
     lines = figures["layer_errors"].figure.axes[0].lines
     assert [line.get_label() for line in lines] == ["novices", "drop"]
+    # A run looks the same in all of them.
+    assert [to_hex(line.get_color()) for line in lines] == colours[1:]
+    axes = figures["tasks"].figure.axes[0]
+    assert {to_hex(line.get_color()) for line, *_ in axes.containers} == set(colours[1:])
+    legend = axes.figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["novices", "drop"]
+    assert [to_hex(line.get_color()) for line in legend.get_lines()] == colours[1:]
     assert not comparison_figures({"one": ComparedRun(None)})
     # One run alone can be compared with itself before.
     assert list(comparison_figures({"one": runs["drop"]})) == costs
