@@ -105,4 +105,15 @@ def main(arguments: Sequence[str]) -> int:
             raise
         print(f"moe-lightning report: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Exception as error:
+        # Something in the files that no check foresaw: no traceback for somebody who only wants to read a report.
+        if os.environ.get("MOE_LIGHTNING_TRACEBACK"):
+            raise
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        print(
+            f"moe-lightning report: error: the files in {', '.join(given.folders)} hold something unexpected ({told}); "
+            "MOE_LIGHTNING_TRACEBACK=1 shows where",
+            file=sys.stderr,
+        )
+        return 2
     return 0

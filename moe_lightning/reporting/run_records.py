@@ -201,15 +201,30 @@ def _read(name: str, numbers: Path, plan: Path, statistics: Path) -> Compression
         # The command writes the numbers of the compression under a name of their own.
         summary = {**summary, **summary.pop("compression", {})}
         shapes = [_shape(summary.get(key)) for key in ("shape_before", "shape_after")]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{numbers} is no record of a compression: {error}") from None
+    except Exception as error:
+        raise ValueError(f"{numbers} is no record of a compression: {_told(error)}") from None
     try:
         decided = CompressionPlan.from_json(plan.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{plan}: {error}") from None
-    measured = Statistics.load(statistics) if statistics.is_file() else None
+    except Exception as error:
+        raise ValueError(f"{plan}: {_told(error)}") from None
+    try:
+        measured = Statistics.load(statistics) if statistics.is_file() else None
+    except Exception as error:
+        raise ValueError(f"{statistics} holds no statistics: {_told(error)}") from None
     before = shapes[0] or (None if measured is None else measured.shape)
-    return CompressionRecord(name, _step(name, summary, decided), summary, decided, measured, before, shapes[1])
+    record = CompressionRecord(name, _step(name, summary, decided), summary, decided, measured, before, shapes[1])
+    try:
+        # What is read from it later, so that a mistake is told with the name of the file.
+        _ = list(map(str, record.methods)), record.criterion, record.seed, record.modules
+        for key in ("touched_parameters", "claimed_parameters", "parameters_before", "parameters_after"):
+            int(summary.get(key) or 0)
+    except Exception as error:
+        raise ValueError(f"{numbers} is no record of a compression: {_told(error)}") from None
+    return record
+
+
+def _told(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
 
 
 def _shape(values: dict[str, Any] | None) -> ModelShape | None:

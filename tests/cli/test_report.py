@@ -66,6 +66,23 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_what_no_check_foresaw_is_one_line_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*data: object) -> None:
+        raise IndexError("list index\nout of range")
+
+    run = write_run(tmp_path / "run")
+    monkeypatch.setattr(read, "run_figures", fails)
+    monkeypatch.delenv("MOE_LIGHTNING_TRACEBACK", raising=False)
+    assert main(["report", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(run) in said and "IndexError: list index out of range" in said
+    monkeypatch.setenv("MOE_LIGHTNING_TRACEBACK", "1")
+    with pytest.raises(IndexError):
+        main(["report", str(run)])
+
+
 def test_neither_lightning_nor_a_model_is_needed(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", layers=1)
     code = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_lightning.evaluation.records import QualityMoment
+from moe_lightning.evaluation.task_names import is_accuracy
 from moe_lightning.reporting.report.blocks import Block, Cell, Details, Section, Text, table
 from moe_lightning.reporting.report.columns import shown_moments, title_of
 from moe_lightning.reporting.report.read import Run
@@ -64,7 +65,7 @@ def quality_section(run: Run) -> Section:
         "pairs on the same blocks. KL and agreement: against the predictions of the model before compression."
     )
     blocks: list[Block] = [table([*head, "tokens", "blocks"], rows, "lllr", caption)]
-    if not any(not text.calibrated for moment in run.moments for text in moment.texts.values()):
+    if all(text.calibrated for moment in run.moments for text in moment.texts.values()):
         blocks.append(
             Text(
                 "Every text was calibrated on: name others in the option domains of QualityEvaluation, since damage "
@@ -88,7 +89,7 @@ def _text_row(run: Run, moment: QualityMoment, name: str, places: int) -> list[C
     text, known = moment.texts[name], run.intervals(moment, name)
     return [
         Cell(name),
-        Cell("yes" if text.calibrated else "no"),
+        NOTHING if text.calibrated is None else Cell("yes" if text.calibrated else "no"),
         Cell(title_of(run, moment), f"step {moment.step:,}"),
         with_interval(known["perplexity"], places),
         with_interval(known.get("perplexity_ratio"), 4),
@@ -141,7 +142,8 @@ def tasks_section(run: Run) -> Section:
         found = [moment["tasks"].get(name) for moment in moments]
         known = next(task for task in found if task is not None)
         rows.append([name, str(known["metric"]), _shots(known), _samples(known), *map(_task, found)])
-    rows.append(["mean", "", "", "", *(Cell(percent(moment.get("mean"), 2)) for moment in moments)])
+    if any(moment.get("mean") is not None for moment in moments):
+        rows.append(["mean", "", "", "", *(Cell(percent(moment.get("mean"), 2)) for moment in moments)])
     heads: list[Cell | str] = [
         "task",
         "metric",
@@ -170,11 +172,13 @@ def _samples(task: dict[str, Any]) -> str:
 def _task(task: dict[str, Any] | None) -> Cell:
     if task is None:
         return NOTHING
-    error = task.get("stderr")
+    value, error = task["value"], task.get("stderr")
+    if value is None:
+        return Cell("no number")
     # Shares are told in percent; perplexities and the like as they are.
-    if 0 <= task["value"] <= 1:
-        return Cell(percent(task["value"], 2), "" if error is None else f"+- {100 * error:.2f}")
-    return Cell(number(task["value"]), "" if error is None else f"+- {number(error, 3)}")
+    if is_accuracy(str(task["metric"])) and 0 <= value <= 1:
+        return Cell(percent(value, 2), "" if error is None else f"+- {100 * error:.2f}")
+    return Cell(number(value), "" if error is None else f"+- {number(error, 3)}")
 
 
 def recovery_section(run: Run) -> Section:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_lightning.evaluation.intervals import Interval, text_intervals
+from moe_lightning.evaluation.intervals import Interval, paired_intervals
 from moe_lightning.evaluation.records import BEFORE, QualityMoment, QualityRecord
 from moe_lightning.reporting.captions import RunFigure, captioned
 from moe_lightning.reporting.run_figures import compression_time, run_figures
@@ -105,10 +105,7 @@ class Run:
             By name: ``perplexity``, ``bits_per_byte``, and where it was measured ``divergence`` and ``agreement``;
             ``perplexity_ratio`` where the model before compression was measured on the same blocks.
         """
-        mine, first = moment.texts[text], self.first
-        theirs = first.texts.get(text) if first is not None and first is not moment else None
-        paired = theirs is not None and theirs.fingerprint == mine.fingerprint
-        return text_intervals(mine.scores, theirs.scores if theirs is not None and paired else None)
+        return paired_intervals(moment.texts[text], None if self.first is None else self.first.texts.get(text))
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:
@@ -131,7 +128,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     results = path / "results"
     quality = results / "quality.json"
     offline = path / "compression.json"
-    measured = QualityRecord.load(quality) if quality.is_file() else None
+    measured = _quality(quality) if quality.is_file() else None
     recorded = recorded_compressions(path, measured)
     run = Run(
         folder=path,
@@ -185,9 +182,29 @@ def _read(path: Path, checked: Callable[[Any], Any]) -> Any:
         return None
     try:
         return checked(json.loads(path.read_text(encoding="utf-8")))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except Exception as error:
         why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is damaged: {why}: write it anew, or remove it") from error
+
+
+def _quality(path: Path) -> QualityRecord:
+    record = QualityRecord.load(path)
+    try:
+        for moment in record.moments:
+            str(moment.name), int(moment.step)
+            for name in ("parameters", "bytes", "bytes_on_disk", "flops"):
+                int(getattr(moment, name))
+            for speed in moment.speed.values():
+                float(speed.median), float(speed.low), float(speed.high), int(speed.batch), int(speed.context)
+            for error in moment.layer_errors.values():
+                float(error)
+            for text in moment.texts.values():
+                lengths = {len(text.scores.tokens), len(text.scores.nats), len(text.scores.bytes)}
+                if len(lengths) > 1 or not min(lengths):
+                    raise ValueError(f"{moment.name}: the sums are not of the same blocks")
+    except Exception as error:
+        raise ValueError(f"{path} is damaged: {error}: write it anew, or remove it") from error
+    return record
 
 
 def _check_version(values: dict[str, Any]) -> None:
@@ -200,7 +217,9 @@ def _tasks(values: Any) -> dict[str, Any]:
     for moment in values["moments"]:
         str(moment["name"]), int(moment["step"]), float(moment["mean"] or 0)
         for task in moment["tasks"].values():
-            str(task["metric"]), float(task["value"] or 0)
+            str(task["metric"]), float(task["value"] or 0), float(task.get("stderr") or 0)
+            int(task.get("samples") or 0)
+        float(moment.get("limit") or 0)
     return dict(values)
 
 
@@ -211,7 +230,13 @@ def _time(values: Any) -> dict[str, Any]:
 
 def _recovery(values: Any) -> dict[str, Any]:
     for boundary in values["boundaries"]:
-        int(boundary["step"]), str(boundary["event"]), float(boundary["loss"])
+        int(boundary["step"]), str(boundary["event"])
+        for value in (boundary["loss"], *map(boundary.get, ("added", "recovered_share", "tokens"))):
+            float(value or 0)
+    for name in ("before", "lost"):
+        float(values.get(name) or 0)
+    for end in values.get("lost_interval") or ():
+        float(end)
     return dict(values)
 
 
@@ -226,6 +251,14 @@ def _benchmark(values: Any) -> dict[str, Any]:
             row[name]
         if row.get("refused") is None:
             float(row["tokens_per_second"]["median"])
+        for timed in (row.get("tokens_per_second") or {}, row.get("milliseconds") or {}):
+            for name in ("median", "low", "high"):
+                float(timed.get(name) or 0)
+        for name in ("floor_milliseconds", "peak_bytes", "weight_bytes", "relative_error"):
+            float(row.get(name) or 0)
+    for model in values["models"].values():
+        for name in ("parameters", "bytes", "bytes_on_disk", "flops"):
+            float(model.get(name) or 0)
     return {**values, "context": dict(values["context"]), "models": dict(values["models"])}
 
 
