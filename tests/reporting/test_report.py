@@ -303,7 +303,7 @@ def test_names_are_as_short_as_they_can_be() -> None:
 
 def test_numbers_are_written_for_people() -> None:
     assert [number(value, 3) for value in (0.01234, 1.5, 123.4, 12345.6, 0, None, float("nan"), 1e-7)] == [
-        "0.0123", "1.50", "123", "12,346", "0", "-", "-", "1.00e-07",
+        "0.0123", "1.50", "123", "12,346", "0", "-", "not finite", "1.00e-07",
     ]  # fmt: skip
     assert [data_size(value) for value in (12, 15_502_536, 3 * 2**30, None)] == ["12 B", "14.8 MiB", "3.0 GiB", "-"]
     assert [duration(value) for value in (0.0123, 12.34, 75, 7320, None)] == [

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from moe_lightning.evaluation.intervals import Interval
 from moe_lightning.evaluation.records import BEFORE, END, QualityMoment
 from moe_lightning.reporting.report.blocks import Cell, Table
@@ -21,6 +23,12 @@ from moe_lightning.reporting.report.words import (
     share_with_interval,
     with_interval,
 )
+
+TEST = "test"
+"""Name of the moment of ``moe-lightning test``, which may be given another model than the one the run ended with."""
+
+SAME_SUMS = 1e-3
+"""Largest relative difference of the sums of a block for one and the same model on another machine."""
 
 ROWS = {
     "perplexity": "perplexity",
@@ -84,6 +92,37 @@ def columns_of(run: Run) -> list[Column]:
     return _of_compressions(run)
 
 
+def columns_of_the_run(run: Run, columns: list[Column]) -> list[Column]:
+    """Return the columns of models that the run went through: a test counts only where there is no other.
+
+    Args:
+        run: The run.
+        columns: Its columns.
+    """
+    return [column for column in columns if not run.moments or column.title != TEST] or columns
+
+
+def final_column(run: Run) -> Column:
+    """Return what is known of the model that a run gives back.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Each number at the last moment at which it is known, that before compression left out where others are, and
+        tests, which may be of any model.
+    """
+    columns = columns_of_the_run(run, columns_of(run))
+    later = [column for column in columns if column.title != BEFORE] or columns
+    merged = Column(later[-1].title if later else "-")
+    ratio: Interval | None = None
+    for column in later:
+        merged.cells.update(column.cells)
+        merged.values.update(column.values)
+        ratio = column.ratio or ratio
+    return Column(merged.title, "", merged.cells, merged.values, ratio)
+
+
 def summary_table(columns: list[Column]) -> Table:
     """Return the table.
 
@@ -134,11 +173,46 @@ def title_of(run: Run, moment: QualityMoment) -> str:
     return moment.name
 
 
+def tested_model(run: Run, moment: QualityMoment) -> QualityMoment | None:
+    """Return the moment of the run at which the model was the one that a test was given; None where it is another one.
+
+    Args:
+        run: The run.
+        moment: The test.
+
+    Returns:
+        The last moment at which the sizes, and the sums of every block that both saw, are the same. Where no block is
+        the same in both, the step decides instead.
+    """
+    others = [other for other in run.moments if other.name != TEST]
+    return next((other for other in reversed(others) if _is_same(moment, other)), None)
+
+
+def _is_same(one: QualityMoment, other: QualityMoment) -> bool:
+    if (one.parameters, one.bytes_on_disk) != (other.parameters, other.bytes_on_disk):
+        return False
+    pairs = [(text.scores, other.texts[name].scores) for name, text in one.texts.items() if name in other.texts]
+    pairs = [(mine, theirs) for mine, theirs in pairs if torch.equal(mine.tokens, theirs.tokens)]
+    if not pairs:
+        return one.step == other.step
+    return all(torch.allclose(mine.nats, theirs.nats, rtol=SAME_SUMS, equal_nan=True) for mine, theirs in pairs)
+
+
+def _when(run: Run, moment: QualityMoment) -> str:
+    if moment.name != TEST or all(other.name == TEST for other in run.moments):
+        return f"step {moment.step:,}"
+    same = tested_model(run, moment)
+    if same is None:
+        return f"step {moment.step:,}, another model"
+    # A folder knows no step.
+    return f"step {same.step:,}, same model as {title_of(run, same)}"
+
+
 def _of_quality(run: Run) -> list[Column]:
     text, first = main_text(run), run.first
     columns = []
     for moment in shown_moments(run):
-        column = Column(title_of(run, moment), f"step {moment.step:,}")
+        column = Column(title_of(run, moment), _when(run, moment))
         if text in moment.texts:
             column = _with_text(column, run.intervals(moment, text))
         sizes = {name: getattr(moment, name) for name in ("parameters", "bytes", "bytes_on_disk", "flops")}

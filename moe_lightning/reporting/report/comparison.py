@@ -11,10 +11,17 @@ from typing import Any
 
 import yaml
 
-from moe_lightning.evaluation.intervals import Interval, paired_differences
-from moe_lightning.evaluation.records import BEFORE, QualityMoment
+from moe_lightning.evaluation.intervals import paired_differences
+from moe_lightning.evaluation.records import QualityMoment
 from moe_lightning.reporting.report.blocks import Block, Cell, Page, Section, Table, Text, table, transposed
-from moe_lightning.reporting.report.columns import ROWS, Column, columns_of, main_text
+from moe_lightning.reporting.report.columns import (
+    ROWS,
+    Column,
+    columns_of,
+    columns_of_the_run,
+    final_column,
+    main_text,
+)
 from moe_lightning.reporting.report.figures import drawn_comparison
 from moe_lightning.reporting.report.page import FOOTER
 from moe_lightning.reporting.report.read import Run, distinct_names
@@ -78,26 +85,6 @@ def comparison_text(runs: Sequence[Run]) -> str:
     return text_table(transposed(_overview(named)))
 
 
-def final_column(run: Run) -> Column:
-    """Return what is known of the model that a run gives back.
-
-    Args:
-        run: The run.
-
-    Returns:
-        Each number at the last moment at which it is known, that before compression left out where others are.
-    """
-    columns = columns_of(run)
-    later = [column for column in columns if column.title != BEFORE] or columns
-    merged = Column(later[-1].title if later else "-")
-    ratio: Interval | None = None
-    for column in later:
-        merged.cells.update(column.cells)
-        merged.values.update(column.values)
-        ratio = column.ratio or ratio
-    return Column(merged.title, "", merged.cells, merged.values, ratio)
-
-
 def methods_of(run: Run) -> str:
     """Return the methods of a run in a few words.
 
@@ -138,7 +125,7 @@ def _short(run: Run) -> str:
 
 def _right_after(run: Run) -> Column | None:
     """Return the column of the last compression where another one follows: what recovery or training made of it."""
-    columns = [column for column in columns_of(run) if "perplexity_ratio" in column.cells]
+    columns = [column for column in columns_of_the_run(run, columns_of(run)) if "perplexity_ratio" in column.cells]
     found = [column for column in columns if column.title.startswith("compressed")]
     return found[-1] if found and found[-1] is not columns[-1] else None
 
@@ -187,9 +174,10 @@ def _pairs(named: dict[str, Run]) -> list[Block]:
         heads = ["text", "run", "compared with", "ratio of perplexities", "difference in KL [nats]"]
         caption = (
             "On the same blocks of text, in pairs. Ratio: perplexity of the run divided by that of the other; an "
-            "interval that holds 1 (of a difference: 0) shows no difference."
+            "interval that holds 1 (of a difference: 0) shows no difference. Intervals are over the blocks of these "
+            "documents; other documents move the numbers by more."
         )
-        heads += ["difference in agreement", "which is better"]
+        heads += ["difference in agreement", "better on these documents"]
         blocks.append(table(heads, rows, "lllrrrl", caption))
     if not few:
         blocks.append(Text(f"Each run is compared with {names[0]} only.", "note"))
@@ -213,6 +201,8 @@ def _pair_rows(one: str, mine: QualityMoment, other: str, theirs: QualityMoment)
         known = paired_differences(scores.scores, against.scores)
         ratio = known["perplexity_ratio"]
         better = one if ratio.high < 1 else other if ratio.low > 1 else "no difference shown"
+        if not ratio.finite:
+            better = "not finite"
         rows.append(
             [
                 Cell(text),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from moe_lightning.evaluation.records import Rate
 from moe_lightning.reporting.report.blocks import Block, Cell, Part, Section, Text, table
 from moe_lightning.reporting.report.columns import columns_of, title_of
 from moe_lightning.reporting.report.compressions import compression_seconds, seconds_of, title_of_compression
 from moe_lightning.reporting.report.quality import missing
 from moe_lightning.reporting.report.read import Run
+from moe_lightning.reporting.report.speeds import NO_DIFFERENCE, overlap
 from moe_lightning.reporting.report.words import NOTHING, change, data_size, duration, number, percent, rate
 
 HOW_BENCHMARK = (
@@ -67,12 +69,15 @@ def speed_section(run: Run) -> Section:
                 f"{speed.batch}",
                 f"{speed.context}",
                 rate(speed),
-                change(speed.median, before[name].median if name in before else None) or "-",
+                _of_before(speed, before.get(name)) if moment is not run.first else NOTHING,
             ]
             for moment in timed
             for name, speed in moment.speed.items()
         ]
-        caption = "Median of the runs; small: the slowest and the fastest. Measured in the run, on the same object."
+        caption = (
+            "Median of the runs; small: the slowest and the fastest. Measured in the run, on the same object, each "
+            "model at its moment: what else the machine did then is in it."
+        )
         blocks.append(table(heads, rows, "llrr", caption))
     elif run.offline is not None:
         rows = [[name, number(run.offline[name]["tokens_per_second"], 3)] for name in ("before", "after")]
@@ -86,6 +91,14 @@ def speed_section(run: Run) -> Section:
     if not run.benchmarks:
         blocks += missing(run, "No benchmark", HOW_BENCHMARK)
     return Section("Speed", blocks)
+
+
+def _of_before(now: Rate, before: Rate | None) -> Cell:
+    if before is None:
+        return NOTHING
+    return Cell(
+        change(now.median, before.median) or "-", f"ranges overlap: {NO_DIFFERENCE}" if overlap(now, before) else ""
+    )
 
 
 def _benchmark(benchmark: dict[str, Any]) -> list[Block]:

@@ -18,7 +18,7 @@ from moe_lightning.reporting.report.read import Run
 from moe_lightning.reporting.report.settings import settings_section
 from moe_lightning.reporting.report.summary import HOW_QUALITY, summary_section
 
-FOOTER = f"Made by moe-lightning {__version__} from the files of the run; it holds no address of another file or place."
+FOOTER = f"Made by moe-lightning {__version__} from the files of the run."
 
 
 def report_page(run: Run) -> Page:

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 from moe_lightning.evaluation.records import END
 from moe_lightning.reporting.report.blocks import Block, Cell, Facts, Section, Table, Text
-from moe_lightning.reporting.report.columns import Column, columns_of, main_text, missing_rows, summary_table
+from moe_lightning.reporting.report.columns import (
+    TEST,
+    Column,
+    columns_of,
+    columns_of_the_run,
+    final_column,
+    main_text,
+    missing_rows,
+    shown_moments,
+    summary_table,
+    tested_model,
+    title_of,
+)
 from moe_lightning.reporting.report.read import Run
-from moe_lightning.reporting.report.words import between, data_size, number, percent
+from moe_lightning.reporting.report.speeds import speed_changes
+from moe_lightning.reporting.report.words import NOT_FINITE, between, data_size, number, percent
+from moe_lightning.reporting.run_comparison import last_moment
 
 HOW_QUALITY = (
     "add QualityEvaluation to trainer.callbacks: it measures the model before and after each compression and at the "
@@ -27,7 +43,8 @@ def summary_section(run: Run) -> Section:
     """
     columns = columns_of(run)
     blocks: list[Block] = [Text(sentence(run, columns))]
-    facts = _facts(columns)
+    blocks += [Text(told, "warning") for told in warnings_of(run)]
+    facts = _facts(run, columns)
     if facts:
         blocks.append(Facts(facts))
     if columns:
@@ -67,11 +84,33 @@ def sentence(run: Run, columns: list[Column]) -> str:
             disk = before.values["bytes_on_disk"], after.values["bytes_on_disk"]
             told += f" and from {data_size(disk[0])} to {data_size(disk[1])} on disk ({percent(disk[1] / disk[0])})"
     told += "."
-    measured = [column for column in columns if "perplexity_ratio" in column.values]
-    # A test of the model of the end says the same once more.
-    ended = any(column.title == END for column in measured)
-    said = [_ratio_in_words(run, column) for column in measured if column.title != "test" or not ended]
-    return " ".join([told, *said])
+    measured = [column for column in columns_of_the_run(run, columns) if "perplexity_ratio" in column.values]
+    return " ".join([told, *(_ratio_in_words(run, column) for column in measured)])
+
+
+def warnings_of(run: Run) -> list[str]:
+    """Return what must not be overlooked: models that give something else than numbers, a test of another model.
+
+    Args:
+        run: The run.
+    """
+    told = []
+    for moment in shown_moments(run):
+        for name, text in moment.texts.items():
+            broken = int((~text.scores.finite).sum())
+            if broken:
+                told.append(
+                    f"The model is broken ({title_of(run, moment)}, step {moment.step:,}): it gives NaN or infinity in "
+                    f"{broken:,} of {len(text.scores.tokens):,} blocks of {name!r}, so that nothing measured on that "
+                    "text is a number. Look at what was done to it before, and at the precision that it computes in."
+                )
+        ended = last_moment(run.quality)
+        if moment.name == TEST and ended is not moment and tested_model(run, moment) is not ended:
+            told.append(
+                f"The test ({moment.what}) was not of the model that the run ended with; what is said of the run is "
+                "not taken from it."
+            )
+    return told
 
 
 def _where(run: Run) -> str:
@@ -86,42 +125,45 @@ def _first_and_compressed(columns: list[Column]) -> tuple[Column | None, Column 
 
 
 def _ratio_in_words(run: Run, column: Column) -> str:
-    when = {END: "At the end", "test": "In the test"}.get(column.title, "Right after compressing")
+    when = {END: "At the end", TEST: "In the test"}.get(column.title, "Right after compressing")
     if column.ratio is None:
         ratio = column.values["perplexity_ratio"]
         return f"{when} perplexity {_where(run)}is {ratio:.4f} times that before (no interval)."
     known, ends = column.ratio, between(column.ratio, 4)
+    if not known.finite:
+        return f"{when} perplexity {_where(run)}is {NOT_FINITE}."
     told = f"{when} perplexity {_where(run)}is {known.value:.4f} {ends} times that before".replace("  ", " ")
     if not ends:
         return f"{told}."
     if known.low > 1:
-        doubt = "worse beyond the doubt of the text"
+        doubt = "worse on these documents"
     elif known.high < 1:
-        doubt = "better beyond the doubt of the text"
+        doubt = "better on these documents"
     else:
         doubt = "the interval holds 1: no difference is shown"
     return f"{told}: {doubt}."
 
 
-def _facts(columns: list[Column]) -> list[tuple[str, Cell]]:
-    """Return what the last column is in units of the first."""
-    before, after = _first_and_compressed(columns)
-    last = columns[-1] if columns else None
-    if before is None or last is None or last is before:
+def _facts(run: Run, columns: list[Column]) -> list[tuple[str, Cell]]:
+    """Return what the model that the run ended with is in units of the one before."""
+    before, _ = _first_and_compressed(columns)
+    final = final_column(run)
+    if before is None or final.title == before.title:
         return []
     facts = []
-    source = last if "perplexity_ratio" in last.values else after
-    if source is not None and "perplexity_ratio" in source.values:
-        ends = between(source.ratio, 3) if source.ratio is not None else ""
-        facts.append(("perplexity", Cell(f"x {source.values['perplexity_ratio']:.3f}", ends or "no interval")))
-    smaller = last if "parameters" in last.values else after
+    if "perplexity_ratio" in final.values:
+        value = final.values["perplexity_ratio"]
+        ends = between(final.ratio, 3) if final.ratio is not None else "no interval"
+        facts.append(("perplexity", Cell(f"x {value:.3f}", ends) if math.isfinite(value) else Cell(NOT_FINITE)))
     for key, name in (("parameters", "parameters"), ("bytes", "in memory"), ("bytes_on_disk", "on disk")):
-        if smaller is not None and before.values.get(key) and key in smaller.values:
+        if before.values.get(key) and key in final.values:
             small = f"{before.cells[key].text} before"
-            facts.append((name, Cell(percent(smaller.values[key] / before.values[key]), small)))
-    for key in ("prefill", "decode"):
-        if smaller is not None and before.values.get(key) and key in smaller.values:
-            facts.append((key, Cell(f"x {number(smaller.values[key] / before.values[key], 3)}", "tokens per second")))
+            facts.append((name, Cell(percent(final.values[key] / before.values[key]), small)))
+    changes = speed_changes(run, last_moment(run.quality))
+    facts += [(phase, changed.cell) for phase, changed in changes.items()]
+    if run.offline is not None and before.values.get("prefill") and "prefill" in final.values:
+        ratio = number(final.values["prefill"] / before.values["prefill"], 3)
+        facts.append(("prefill", Cell(f"x {ratio}", "medians of a few passes, spread not kept")))
     return facts
 
 
@@ -132,9 +174,16 @@ def _note(run: Run, columns: list[Column]) -> str:
         levels = sorted({column.ratio.level for column in columns if column.ratio is not None})
         level = percent(levels[0] if levels else 0.95, 0)
         told.append(
-            f"In brackets: {level} intervals by bootstrap over blocks of text; ratios are in pairs, on the same "
-            "blocks. Behind speeds: the slowest and the fastest run."
+            f"In brackets: {level} intervals by bootstrap over the blocks of these documents; neighbouring blocks are "
+            "alike, so that other documents move the numbers by more (docs/evaluation.md). Ratios are in pairs, on the "
+            "same blocks. Behind speeds: the slowest and the fastest run."
         )
+        changes = speed_changes(run, last_moment(run.quality))
+        if changes and not all(changed.in_turn for changed in changes.values()):
+            told.append(
+                "Speeds are of a few runs at each moment, minutes or more apart: moe-lightning benchmark times models "
+                "in turn."
+            )
         text = main_text(run)
         scores = next((moment.texts[text].scores for moment in run.moments if text in moment.texts), None)
         if scores is not None:
@@ -163,9 +212,8 @@ def summary_text(run: Run) -> str:
         run: The run.
     """
     columns = columns_of(run)
-    if not columns:
-        return sentence(run, columns)
-    return "\n".join([sentence(run, columns), text_table(summary_table(columns))])
+    told = " ".join([sentence(run, columns), *(f"WARNING: {words}" for words in warnings_of(run))])
+    return "\n".join([told, text_table(summary_table(columns))]) if columns else told
 
 
 def text_table(shown: Table) -> str:
@@ -174,7 +222,7 @@ def text_table(shown: Table) -> str:
     Args:
         shown: The table.
     """
-    cells = [[f"{cell.text} {cell.small}".strip() for cell in row] for row in (shown.head, *shown.rows)]
+    cells = [[_in_one_line(cell) for cell in row] for row in (shown.head, *shown.rows)]
     widths = [max(len(row[place]) for row in cells) for place in range(len(shown.head))]
     lines = []
     for row in cells:
@@ -184,3 +232,9 @@ def text_table(shown: Table) -> str:
         )
         lines.append("  ".join(words).rstrip())
     return "\n".join(lines)
+
+
+def _in_one_line(cell: Cell) -> str:
+    """Return a cell for a console; small words in parentheses where they are no interval."""
+    small = cell.small if cell.small.startswith("[") or not cell.text else cell.small and f"({cell.small})"
+    return f"{cell.text} {small}".strip()

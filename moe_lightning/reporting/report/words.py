@@ -12,20 +12,23 @@ from moe_lightning.reporting.report.blocks import Cell
 NOTHING = Cell("-")
 """What was not measured."""
 
+NOT_FINITE = "not finite"
+"""What was measured, and is NaN or infinity: the model is broken."""
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Write a number with so many significant digits, thousands apart, ``-`` where there is none.
+    """Write a number with so many significant digits, thousands apart; ``-`` where there is none.
 
     Args:
         value: The number.
         digits: Significant digits.
     """
-    if value is None or math.isnan(value):
+    if value is None:
         return "-"
-    if math.isinf(value):
-        return "infinite" if value > 0 else "-infinite"
+    if not math.isfinite(value):
+        return NOT_FINITE
     if value == 0:
         return "0"
     exponent = math.floor(math.log10(abs(value)))
@@ -41,8 +44,10 @@ def decimals(value: float | None, places: int) -> str:
         value: The number.
         places: Decimals.
     """
-    if value is None or math.isnan(value):
+    if value is None:
         return "-"
+    if not math.isfinite(value):
+        return NOT_FINITE
     return f"{round(value, places) + 0.0:,.{places}f}"  # + 0.0: no minus before zero
 
 
@@ -53,7 +58,9 @@ def percent(value: float | None, places: int = 1) -> str:
         value: The share, 1 for all.
         places: Decimals.
     """
-    return "-" if value is None or math.isnan(value) else f"{100 * value:,.{places}f} %"
+    if value is None:
+        return "-"
+    return f"{100 * value:,.{places}f} %" if math.isfinite(value) else NOT_FINITE
 
 
 def data_size(count: float | None) -> str:
@@ -105,7 +112,7 @@ def with_interval(interval: Interval | None, places: int) -> Cell:
         interval: The number, or None.
         places: Decimals.
     """
-    if interval is None or math.isnan(interval.value):
+    if interval is None:
         return NOTHING
     if 0 < abs(interval.value) < 5 * 10**-places:  # too small for so many decimals
         ends = between(interval, places) and f"[{number(interval.low, 2)}, {number(interval.high, 2)}]"
@@ -120,7 +127,7 @@ def share_with_interval(interval: Interval | None, places: int = 2) -> Cell:
         interval: The share, or None.
         places: Decimals.
     """
-    if interval is None or math.isnan(interval.value):
+    if interval is None:
         return NOTHING
     return Cell(percent(interval.value, places), between(interval, places, 100))
 
