@@ -167,6 +167,16 @@ class Compress(AtStep):
         """When it acts for the last time."""
         return "end" if self.at_step == "end" else self.at_step + self.acts[-1].after_steps
 
+    def more_to_come(self, module: LightningModule) -> bool:
+        """Say, in ``after_compression``, whether a later act of this schedule will change the model.
+
+        Args:
+            module: The module, as the present act has left it.
+        """
+        shape = architecture_of(language_model(module)).shape(language_model(module))
+        later = self.acts[self.acts_done + 1 :]
+        return any(act.share is None or trial_edits(shape, act.methods)[0] for act in later)
+
     @property
     def ends_the_run(self) -> bool:
         """Whether it has changed the model at the end of the run, behind which there is no more training."""

@@ -17,7 +17,7 @@ from moe_lightning.callbacks.at_step import AtTheEnd, language_model, say
 from moe_lightning.callbacks.compress import Compress
 from moe_lightning.callbacks.random_state import random_states, set_random_states
 from moe_lightning.callbacks.spending import spending
-from moe_lightning.callbacks.strategies import REFUSED
+from moe_lightning.callbacks.strategies import check_whole
 from moe_lightning.evaluation.tasks import check_tasks, harness_version, require_lm_eval, run_tasks, wanted_tasks
 from moe_lightning.files import write_atomically
 
@@ -149,11 +149,7 @@ class LMEval(AtTheEnd):
     def _check(self, trainer: Trainer, module: LightningModule) -> None:
         language_model(module)
         self._tokenizer(trainer)
-        if isinstance(trainer.strategy, REFUSED):
-            raise ValueError(
-                f"LMEval runs the model in one process, and {type(trainer.strategy).__name__} shards it: use "
-                "--trainer.strategy auto or ddp, or run 'moe-lightning test' on an exported folder"
-            )
+        check_whole(trainer, "LMEval")
         states = random_states()
         try:
             with spending(trainer, "evaluation"):

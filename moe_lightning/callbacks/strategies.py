@@ -28,6 +28,23 @@ def check_strategy(trainer: Trainer, owner: str) -> None:
         )
 
 
+def check_whole(trainer: Trainer, owner: str) -> None:
+    """Refuse strategies that shard the parameters where a process needs the whole model, to measure it by itself.
+
+    Args:
+        trainer: The trainer.
+        owner: Who asks, for the message.
+
+    Raises:
+        ValueError: The strategy is one of them.
+    """
+    if isinstance(trainer.strategy, REFUSED):
+        raise ValueError(
+            f"{owner} runs the model in one process, and {type(trainer.strategy).__name__} shards it: use "
+            "--trainer.strategy auto or ddp, or run 'moe-lightning test' on an exported folder"
+        )
+
+
 def wrap_again(trainer: Trainer, module: LightningModule) -> None:
     """Let DistributedDataParallel see the parameters that train now; without it ranks drift apart silently.
 

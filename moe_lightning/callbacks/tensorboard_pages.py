@@ -29,13 +29,13 @@ RECOVERY: Pages = {
 }
 QUALITY: Pages = {
     "quality": {
-        "perplexity": ["Multiline", ["quality/(.*/)?perplexity$"]],
+        "perplexity": ["Multiline", ["quality(_before)?/(.*/)?perplexity$"]],
         "perplexity, in units of that before": ["Multiline", ["quality/(.*/)?perplexity_ratio$"]],
         "KL from the model before": ["Multiline", ["quality/(.*/)?divergence$"]],
         "same next token as the model before": ["Multiline", ["quality/(.*/)?agreement$"]],
         "error of what leaves each block": ["Multiline", ["quality/layer_error/"]],
-        "bytes": ["Multiline", ["quality/bytes$", "quality/bytes_on_disk$"]],
-        "tokens per second": ["Multiline", ["quality/(prefill|decode)_tokens_per_second$"]],
+        "bytes": ["Multiline", ["quality(_before)?/bytes$", "quality(_before)?/bytes_on_disk$"]],
+        "tokens per second": ["Multiline", ["quality(_before)?/(prefill|decode)_tokens_per_second$"]],
     }
 }
 

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import FSDPStrategy
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import moe_lightning as ml
+from moe_lightning.callbacks import last_checkpoint
 from moe_lightning.callbacks.quality.reference import RunReference
 from moe_lightning.evaluation.quality import Text
-from moe_lightning.evaluation.records import QualityMoment
 from tests.callbacks.small_fit import fit, tiny_module
-from tests.callbacks.test_quality import HELD_OUT, compress, quality, record
+from tests.callbacks.test_quality import HELD_OUT, acts, compress, go, quality, record
+from tests.models import random_batches
 
 WORD = int(HELD_OUT[2]["input_ids"][1, 0])
 
@@ -43,8 +46,117 @@ def test_a_broken_model_does_not_read_as_a_good_one(tmp_path: Path, capsys: pyte
     assert ": perplexity not finite on test; " in line and not re.search("KL|agree|nan", line)
 
 
-def said(moments: list[QualityMoment]) -> list[tuple[str, str]]:
-    return [(moment.name, moment.what) for moment in moments]
+# ---------------------------------------------------------------- which moments there are
+
+
+def said(folder: Path) -> list[tuple[str, int]]:
+    return [(moment.name, moment.step) for moment in record(folder).moments]
+
+
+def test_a_schedule_is_measured_after_its_last_act(tmp_path: Path) -> None:
+    def acts() -> Any:
+        return compress(1, ml.Novices(ratio=ml.RatioSchedule(0, 0.5, 6, every=2)))
+
+    fit(tiny_module(), tmp_path / "last", [quality(), acts()], steps=8)
+    assert said(tmp_path / "last") == [("before", 3), ("compressed", 7), ("end", 8)]
+    fit(tiny_module(), tmp_path / "each", [quality(every_act=True), acts()], steps=8)
+    names = ["before", "compressed", "compressed-2", "compressed-3", "end"]
+    assert said(tmp_path / "each") == list(zip(names, (3, 3, 5, 7, 8), strict=True))
+    last, each = record(tmp_path / "last").moments, record(tmp_path / "each").moments
+    assert last[1].what == each[3].what == "Novices(ratio=0.5, of='original'), act 3 of 3"
+    for one, other in ((last[1], each[3]), (last[2], each[4])):
+        assert torch.equal(one.texts["test"].scores.divergence[:4], other.texts["test"].scores.divergence[:4])
+        assert (one.bytes, one.layer_errors) == (other.bytes, other.layer_errors)
+
+
+def test_of_acts_that_change_nothing_the_one_before_is_the_last(tmp_path: Path) -> None:
+    """4 of 6 experts stay at 30 % and at 40 %: the second act does not happen."""
+    method = ml.ExpertDrop(ratio=ml.RatioSchedule(0.3, 0.4, 2, every=2))
+    fit(tiny_module(), tmp_path, [quality(), compress(1, method)], steps=4)
+    assert said(tmp_path) == [("before", 1), ("compressed", 1), ("end", 4)]
+
+
+class StopAfter(Callback):
+    """Be interrupted at a step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_is_stopped_between_two_acts_has_no_stale_end(tmp_path: Path) -> None:
+    """The model before and the one at the end are not the same, though nothing was measured between them."""
+
+    class Stop(Callback):
+        def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+            trainer.should_stop = trainer.global_step == 3
+
+    module = tiny_module()
+    module.on_train_batch_start = lambda *_: -1 if module.trainer.should_stop else None  # no further batch
+    schedule = compress(3, ml.Novices(ratio=ml.RatioSchedule(0.2, 0.5, 4, every=2)))
+    fit(module, tmp_path, [quality(), schedule, Stop()], steps=9, min_steps=1)
+    before, end = record(tmp_path).moments
+    assert (before.name, before.step, end.name, end.step) == ("before", 3, "end", 3)
+    assert end.bytes < before.bytes
+
+
+def test_there_is_no_before_behind_a_compression(tmp_path: Path) -> None:
+    """This callback was added when the run was resumed."""
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        go(tmp_path, Callback(), *acts(), StopAfter(2), steps=5)
+    with pytest.warns(UserWarning, match=r"was compressed before step 2, from which the run goes on, and was not meas"):
+        go(tmp_path, quality(), *acts(), steps=5, path=last_checkpoint(tmp_path))
+    assert said(tmp_path) == [("compressed", 3), ("end", 5)]
+    assert not (tmp_path / "quality").exists()
+
+
+def test_a_model_that_was_compressed_before_the_run_is_said_to_be(tmp_path: Path) -> None:
+    module = tiny_module()
+    module.configure_model()
+    result = ml.compress(module.model, random_batches(1), ml.ExpertDrop(keep=4), progress=False)
+    module.set_plan(result.plan)
+    fit(module, tmp_path, [quality(), compress(1, ml.RTN(group_size=16))], steps=2)
+    assert [moment.what for moment in record(tmp_path).moments][:2] == [
+        "1 steps of training; the model had been compressed before this run",
+        "RTN(group_size=16)",
+    ]
+
+
+def test_strategies_that_shard_are_refused() -> None:
+    class Sharded:
+        strategy = FSDPStrategy.__new__(FSDPStrategy)
+
+    trainer: Any = Sharded()
+    for begin in (quality().on_fit_start, quality().on_test_start):
+        with pytest.raises(ValueError, match=r"QualityEvaluation runs the model in one process, and FSDPStrategy shar"):
+            begin(trainer, tiny_module())
+
+
+def test_tensorboard_tells_before_from_compressed(tmp_path: Path) -> None:
+    """Both have the same step, and of one tag TensorBoard keeps one number a step."""
+    fit(tiny_module(), tmp_path, [quality(), compress(1, ml.ExpertDrop(keep=4))], steps=2)
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    before, compressed, end = record(tmp_path).moments
+    for tag, moments in (("quality_before", [before]), ("quality", [compressed, end])):
+        logged = {event.step: event.value for event in events.Scalars(f"{tag}/perplexity")}
+        scores = {moment.step: moment.texts["test"].scores for moment in moments}
+        wanted = {step: math.exp(of.nats.sum() / of.tokens.sum()) for step, of in scores.items()}
+        assert logged == pytest.approx(wanted)
+        assert [event.value for event in events.Scalars(f"{tag}/bytes")] == [moment.bytes for moment in moments]
+    assert len(events.Scalars("quality/layer_error/layer_0")) == 2
+
+
+def test_tensorboards_page_is_there_from_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(tiny_module(), tmp_path, [quality(), compress(1, ml.ExpertDrop(keep=4)), StopAfter(0)], steps=2)
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    (page,) = events.Tensors("custom_scalars__config__")
+    layout = page.tensor_proto.string_val[0].decode(errors="replace")
+    assert "quality(_before)?/(.*/)?perplexity$" in layout
 
 
 # ---------------------------------------------------------------- the reference's size

@@ -139,7 +139,7 @@ def test_a_real_tensorboard_serves_all_that_was_logged(folder: Path) -> None:
 
 def _check_pages(server: Server, scalars: set[str]) -> None:
     pages = server.get("custom_scalars/layout")["category"]
-    assert [page["title"] for page in pages] == ["experts", "recovery", "quality"]
+    assert [page["title"] for page in pages] == ["experts", "quality", "recovery"]
     for page in pages:
         for chart in page["chart"]:
             if chart["title"] == "recovered share":

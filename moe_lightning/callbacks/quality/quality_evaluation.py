@@ -20,11 +20,14 @@ from moe_lightning.callbacks.quality.reference import REFERENCE, RunReference
 from moe_lightning.callbacks.quality.telling import tell_moment
 from moe_lightning.callbacks.quality.texts import Split, find_texts
 from moe_lightning.callbacks.random_state import random_states, set_random_states
+from moe_lightning.callbacks.strategies import check_whole
+from moe_lightning.callbacks.tensorboard_pages import QUALITY, add_pages
 from moe_lightning.evaluation.quality import Text
 from moe_lightning.evaluation.records import BEFORE, END, QualityMoment, QualityRecord
 from moe_lightning.evaluation.reference_file import ReferenceFile, ReferenceWriter
 from moe_lightning.evaluation.samples import default_prompts, prompt_ids
 from moe_lightning.statistics.batches import size_in_words
+from moe_lightning.surgery import plan_of
 
 TEST = "test"
 COMPRESSED = "compressed"
@@ -33,8 +36,9 @@ COMPRESSED = "compressed"
 class QualityEvaluation(AtTheEnd):
     """Measure what a compression cost and what it bought: quality, size and speed of the same model, moment by moment.
 
-    The moments are ``before`` (the first compression), ``compressed``, ``compressed-2``, ... (after each), ``end``
-    (when training has ended) and, in the same file, ``test`` (``moe-lightning test``). At each of them:
+    The moments are ``before`` (the first compression), ``compressed``, ``compressed-2``, ... (after each; of a schedule
+    after its last act), ``end`` (when training has ended) and, in the same file, ``test`` (``moe-lightning test``). At
+    each of them:
 
     * likelihood of the held-out split, of what each of several sources has in it, and of further domains,
     * divergence from the model before compression and top-1 agreement with it, on the first tokens of each text,
@@ -43,10 +47,11 @@ class QualityEvaluation(AtTheEnd):
     * parameters, bytes in memory and on disk, operations; speed of prefill and decoding,
     * continuations of prompts.
 
-    Every moment is a line on the console and scalars ``quality/...``; the continuations of all moments stand together
-    on TensorBoard's text page. All numbers, block by block, are in ``RUN/results/quality.json``. What the model before
-    compression predicts is kept in ``RUN/quality/reference.safetensors``, so that no second model is needed; a run that
-    is resumed goes on with it. Intervals are those of 95 %, by a bootstrap over blocks, in pairs.
+    Every moment is a line on the console and scalars ``quality/...`` (``before`` ``quality_before/...``); the
+    continuations of all moments stand together on TensorBoard's text page. All numbers, block by block, are in
+    ``RUN/results/quality.json``. What the model before compression predicts is kept in
+    ``RUN/quality/reference.safetensors``, so that no second model is needed; a run that is resumed goes on with it.
+    Intervals are those of 95 %, by a bootstrap over blocks, in pairs.
 
     The model is measured in eval mode and in the trainer's precision, and no random number is drawn from the training's
     sequence: training is the same with and without it.
@@ -64,6 +69,8 @@ class QualityEvaluation(AtTheEnd):
         speed: Whether prefill and decoding are timed.
         layer_tokens: Tokens of the first text whose hidden states are compared, in whole blocks; 0 compares none.
         max_reference_bytes: Largest size of the file of predictions, in bytes.
+        every_act: Whether a schedule that compresses more and more is measured after each of its acts, and not only
+            after the last.
         batches: Batches in the place of the split, the same in all processes (from Python only).
 
     Raises:
@@ -83,6 +90,7 @@ class QualityEvaluation(AtTheEnd):
         speed: bool = True,
         layer_tokens: int = 1024,
         max_reference_bytes: int = 2 * 2**30,
+        every_act: bool = False,
         batches: Any = None,
     ) -> None:
         super().__init__()
@@ -101,6 +109,7 @@ class QualityEvaluation(AtTheEnd):
         self.split, self.num_batches = split, num_batches
         self.domains, self.domain_blocks = dict(domains or {}), domain_blocks
         self.prompts, self.new_tokens, self.speed = prompts, new_tokens, speed
+        self.every_act = every_act
         self.reference = RunReference(divergence_tokens, layer_tokens, max_reference_bytes)
         self.batches: Iterable[Mapping[str, Any]] | None = batches
         self.moments: list[QualityMoment] = []
@@ -175,18 +184,35 @@ class QualityEvaluation(AtTheEnd):
             prompts = default_prompts(self.texts[0].batches, tokenizer)
         return Wanted(max(self.reference.divergence_tokens, 1), self.speed, prompts, self.new_tokens, tokenizer)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make sure that each process has the whole model.
+
+        Raises:
+            ValueError: The strategy shards it.
+        """
+        check_whole(trainer, "QualityEvaluation")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open all texts, and find the reference of a run that is resumed behind its first compression.
 
         Raises:
             ValueError: A text cannot be opened, or what the model predicts would take too much room.
         """
+        add_pages(trainer, QUALITY)
         # Not before: the trainer knows its own validation batches only now.
         self._prepare(trainer, pl_module)
         of_texts = ", ".join(f"{text.name} ({text.num_blocks} blocks)" for text in self.texts)
         kept = ""
         if self.before is not None:
             self._go_on(trainer, self.before)
+        elif _acted(trainer):
+            warnings.warn(
+                f"QualityEvaluation: the model was compressed before step {trainer.global_step}, from which the run "
+                "goes on, and was not measured before that: there will be no moment before, so no ratio, divergence "
+                "and agreement. To have them start anew, or from a checkpoint of before the first compression, with "
+                "QualityEvaluation among the callbacks",
+                stacklevel=2,
+            )
         elif any(not callback.done for callback in _compressions(trainer)):
             model = language_model(pl_module)
             self.reference.check(self.texts, model, trainer.default_root_dir)
@@ -215,18 +241,26 @@ class QualityEvaluation(AtTheEnd):
     def before_compression(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure the model before its first compression, and keep what it predicts."""
         self._results = {id(callback): callback.result for callback in _compressions(trainer)}
-        if self.before is not None:
+        # A checkpoint from before this callback was there knows of compressions that lie behind it.
+        if self.before is not None or _acted(trainer):
             return
-        folder = trainer.default_root_dir
-        writer = self.reference.writer(self.texts, language_model(module), folder)
-        self._measure(trainer, module, BEFORE, self._since(trainer), writer if trainer.is_global_zero else None)
+        folder, model = trainer.default_root_dir, language_model(module)
+        writer = self.reference.writer(self.texts, model, folder)
+        what = self._since(trainer)
+        if plan_of(model):
+            what += "; the model had been compressed before this run"
+        self._measure(trainer, module, BEFORE, what, writer if trainer.is_global_zero else None)
         if trainer.is_global_zero and self.reference.path(folder).is_file():
             self.reference.open(self.texts, folder)
 
     def after_compression(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure what is left."""
         acting = [item for item in _compressions(trainer) if item.result is not self._results.get(id(item))]
+        if not self.every_act and any(item.more_to_come(module) for item in acting):
+            self._unchanged = False
+            return
         methods = [str(method) for item in acting[:1] for method in item.acts[item.acts_done].methods]
+        methods += [f"act {item.acts_done + 1} of {len(item.acts)}" for item in acting[:1] if len(item.acts) > 1]
         number = sum(moment.name.startswith(COMPRESSED) for moment in self.moments) + 1
         name = COMPRESSED if number == 1 else f"{COMPRESSED}-{number}"
         self._measure(trainer, module, name, ", ".join(methods) or "compression", self.reference.file)
@@ -310,8 +344,10 @@ class QualityEvaluation(AtTheEnd):
         """Open all texts, and what the run in the same folder has measured.
 
         Raises:
-            ValueError: A text cannot be opened, or the file of the results cannot be read.
+            ValueError: A text cannot be opened, the file of the results cannot be read, or the strategy shards the
+                model.
         """
+        check_whole(trainer, "QualityEvaluation")
         self._prepare(trainer, pl_module)
         path = self.path(trainer)
         record = QualityRecord.load(path) if path.is_file() else QualityRecord([], {})
@@ -340,6 +376,11 @@ class QualityEvaluation(AtTheEnd):
 
 def _compressions(trainer: Trainer) -> list[Compress]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Compress)]  # type: ignore[attr-defined]
+
+
+def _acted(trainer: Trainer) -> bool:
+    """Say whether a compression of this run has changed the model, in an earlier part of it perhaps."""
+    return any(item.changed for item in _compressions(trainer))
 
 
 def _step_of(trainer: Trainer) -> int:

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from moe_lightning.callbacks.at_step import say
 from moe_lightning.evaluation.intervals import Interval, paired_intervals
-from moe_lightning.evaluation.records import QualityMoment
+from moe_lightning.evaluation.records import BEFORE, QualityMoment
 
 MIB = 2**20
 
@@ -35,7 +35,7 @@ def tell_moment(trainer: Trainer, moments: Sequence[QualityMoment]) -> None:
         moments: All moments of the run up to it.
     """
     moment = moments[-1]
-    before = next((item for item in moments[:-1] if item.name == "before"), None)
+    before = next((item for item in moments[:-1] if item.name == BEFORE), None)
     intervals = intervals_of(moment, before)
     say(trainer, in_words(moment, before, intervals))
     if not trainer.is_global_zero:
@@ -129,24 +129,26 @@ def scalars(moment: QualityMoment, intervals: Mapping[str, Mapping[str, Interval
         ``quality/perplexity``, ``bits_per_byte``, ``perplexity_ratio``, ``divergence``, ``agreement`` of the first
         text, ``quality/TEXT/...`` of the others, ``quality/parameters``, ``bytes``, ``bytes_on_disk``, ``flops``,
         ``prefill_tokens_per_second``, ``decode_tokens_per_second``, ``quality/novice_mass`` and
-        ``quality/layer_error/layer_NUMBER``; those that are known.
+        ``quality/layer_error/layer_NUMBER``; those that are known. Of the moment before all of them begin with
+        ``quality_before``: TensorBoard shows one number of a tag and step, and the first compression has its step.
     """
+    root = "quality_before" if moment.name == BEFORE else "quality"
     found: dict[str, float] = {}
     for place, (text, numbers) in enumerate(intervals.items()):
-        prefix = "quality" if place == 0 else f"quality/{text}"
+        prefix = root if place == 0 else f"{root}/{text}"
         found |= {f"{prefix}/{name}": interval.value for name, interval in numbers.items()}
     for name in ("parameters", "bytes", "bytes_on_disk", "flops"):
-        found[f"quality/{name}"] = float(getattr(moment, name))
+        found[f"{root}/{name}"] = float(getattr(moment, name))
     for name, rate in moment.speed.items():
-        found[f"quality/{name}_tokens_per_second"] = rate.median
+        found[f"{root}/{name}_tokens_per_second"] = rate.median
     routing = moment.routing
     if routing is not None and any(routing.novices):
         masses = [
             sum(mass[expert] or 0.0 for expert in novices)
             for mass, novices in zip(routing.mass, routing.novices, strict=True)
         ]
-        found["quality/novice_mass"] = sum(masses) / len(masses)
-    found |= {f"quality/layer_error/layer_{number}": error for number, error in moment.layer_errors.items()}
+        found[f"{root}/novice_mass"] = sum(masses) / len(masses)
+    found |= {f"{root}/layer_error/layer_{number}": error for number, error in moment.layer_errors.items()}
     return found
 
 
