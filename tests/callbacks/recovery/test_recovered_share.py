@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional
 
 import moe_lightning as ml
-from moe_lightning.callbacks import Compress, LastCheckpoint, RandomState, RecoveredShare, last_checkpoint
-from moe_lightning.cli.run_callbacks import recovered_share
+from moe_lightning.callbacks import Compress, LastCheckpoint, RandomState, RecoveredShare, TimeSpent, last_checkpoint
+from moe_lightning.cli.run_callbacks import usual_measurements
 from tests.callbacks.recovery.stage_runs import compressed_module, stage, state_of
 from tests.callbacks.small_fit import batches, fit, loader, tiny_module
 from tests.models import random_batches
@@ -182,9 +182,10 @@ def test_without_validation_data_it_says_so(tmp_path: Path) -> None:
 def test_a_fit_that_compresses_has_one() -> None:
     own = RecoveredShare(2)
     cutting = compress(1, ml.ExpertDrop(keep=4))
-    assert [type(item) for item in recovered_share([cutting], 0.05)] == [RecoveredShare]
+    assert [type(item) for item in usual_measurements([cutting], 0.05)] == [TimeSpent, RecoveredShare]
     for given, validation in (([cutting], 0), ([], 0.05), ([cutting, own], 0.05)):
-        assert recovered_share(given, validation) == []
+        assert [type(item) for item in usual_measurements(given, validation)] == [TimeSpent]
+    assert usual_measurements([cutting, own, TimeSpent()], 0.05) == []
 
 
 class Measured(RecoveredShare):
