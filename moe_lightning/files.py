@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -112,3 +112,21 @@ def written_folder(
             os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def distinct_names(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Return the shortest ends of paths that tell folders apart: ``a/run`` and ``b/run``, or ``one`` and ``two``.
+
+    Args:
+        folders: The folders.
+
+    Returns:
+        A name for each; equal ones only where the folders are.
+    """
+    paths = [Path(folder).resolve().parts for folder in folders]
+    deepest = max(map(len, paths), default=0)
+    for depth in range(1, deepest + 1):
+        names = ["/".join(parts[-depth:]) for parts in paths]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return ["/".join(parts) for parts in paths]

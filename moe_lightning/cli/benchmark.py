@@ -30,7 +30,7 @@ from moe_lightning.evaluation.benchmark import (
     run_benchmark,
 )
 from moe_lightning.evaluation.benchmark_rows import BenchmarkRecord, Settings, told_context
-from moe_lightning.files import check_writable
+from moe_lightning.files import check_writable, distinct_names
 
 USUAL_CONTEXTS = (128, 512)
 TEXT = "python-stdlib"
@@ -153,11 +153,7 @@ def _labels(folders: Sequence[str]) -> dict[str, str]:
     if len(set(paths)) < len(paths):
         twice = next(folder for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1)
         raise ValueError(f"{twice} is named twice: --model and --against name each model once")
-    for length in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-length:]) for path in paths]
-        if len(set(names)) == len(names):
-            break
-    return dict(zip(names, folders, strict=True))
+    return dict(zip(distinct_names(folders), folders, strict=True))
 
 
 def _numbers(option: str, value: str | int | list[int]) -> tuple[int, ...]:

@@ -147,7 +147,7 @@ def test_models_that_were_timed_in_turn_count_more(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     path = folder / "results" / "benchmark.json"
     values = json.loads(path.read_text())
-    assert "timed in turn" not in facts(read_run(folder))["prefill"][1]  # there is one model only
+    assert "in turn" not in facts(read_run(folder))["prefill"][1]  # there is one model only
     sizes = {"small": (600_000, 2_400_000), "big": (1_000_000, 4_000_900)}
     values["models"] = {name: {"parameters": count, "bytes_on_disk": disk} for name, (count, disk) in sizes.items()}
     row = values["rows"][0]
@@ -159,8 +159,9 @@ def test_models_that_were_timed_in_turn_count_more(tmp_path: Path) -> None:
     path.write_text(json.dumps({**values, "rows": rows}))
     found = facts(read_run(folder))
     assert found["prefill"][0] == "x 3.00"  # batch 8 and context 256, as in the run
-    assert "timed in turn, batch 8, context 256 (benchmark of small and big)" in found["prefill"][1]
-    assert "timed in turn" not in found["decode"][1]
+    assert found["prefill"][1].endswith("; in turn") and "in turn" not in found["decode"][1]
+    note = str(summary_section(read_run(folder)).blocks[-1])
+    assert "both models were timed by benchmark of small and big (batch 8, context 256)" in note
 
 
 # ---------------------------------------------------------------- what is no number

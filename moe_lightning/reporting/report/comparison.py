@@ -13,6 +13,7 @@ import yaml
 
 from moe_lightning.evaluation.intervals import paired_differences
 from moe_lightning.evaluation.records import QualityMoment
+from moe_lightning.files import distinct_names
 from moe_lightning.reporting.report.blocks import Block, Cell, Page, Section, Table, Text, table, transposed
 from moe_lightning.reporting.report.columns import (
     ROWS,
@@ -24,7 +25,7 @@ from moe_lightning.reporting.report.columns import (
 )
 from moe_lightning.reporting.report.figures import drawn_comparison
 from moe_lightning.reporting.report.page import FOOTER
-from moe_lightning.reporting.report.read import Run, distinct_names
+from moe_lightning.reporting.report.read import Run
 from moe_lightning.reporting.report.settings import circumstances
 from moe_lightning.reporting.report.summary import text_table
 from moe_lightning.reporting.report.words import NOTHING, share_with_interval, with_interval

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,24 +149,6 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     if not any(found):
         raise FileNotFoundError(f"there are no results in {path}: name {EXPECTED}")
     return run
-
-
-def distinct_names(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Return the shortest ends of paths that tell folders apart: ``a/run`` and ``b/run``, or ``one`` and ``two``.
-
-    Args:
-        folders: The folders.
-
-    Returns:
-        A name for each; equal ones only where the folders are.
-    """
-    paths = [Path(folder).resolve().parts for folder in folders]
-    deepest = max(map(len, paths), default=0)
-    for depth in range(1, deepest + 1):
-        names = ["/".join(parts[-depth:]) for parts in paths]
-        if len(set(names)) == len(set(paths)):
-            return names
-    return ["/".join(parts) for parts in paths]
 
 
 def _text(path: Path) -> str:

@@ -40,10 +40,9 @@ class SpeedChange:
 
     @property
     def cell(self) -> Cell:
-        """The ratio where it is shown, and what was timed below it."""
+        """The ratio where it is shown, and below it what was timed."""
         told = f"{_spread(self.now)} tokens/s; before {_spread(self.before)}"
-        if self.in_turn:
-            told += f"; timed in turn, batch {self.now.batch}, context {self.now.context} ({self.in_turn})"
+        told += "; in turn" if self.in_turn else ""
         ratio = f"x {number(self.now.median / self.before.median, 3)}"
         return Cell(ratio if self.shown else NO_DIFFERENCE, told)
 

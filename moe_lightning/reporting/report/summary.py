@@ -179,6 +179,13 @@ def _note(run: Run, columns: list[Column]) -> str:
             "same blocks. Behind speeds: the slowest and the fastest run."
         )
         changes = speed_changes(run, last_moment(run.quality))
+        in_turn = {
+            f"{changed.in_turn} (batch {changed.now.batch}, context {changed.now.context})"
+            for changed in changes.values()
+            if changed.in_turn
+        }
+        if in_turn:
+            told.append(f"In turn: both models were timed by {', '.join(sorted(in_turn))}, not at their moments.")
         if changes and not all(changed.in_turn for changed in changes.values()):
             told.append(
                 "Speeds are of a few runs at each moment, minutes or more apart: moe-lightning benchmark times models "
