@@ -38,7 +38,7 @@ from moe_lightning.evaluation.benchmark import (
     entrants_of,
     run_benchmark,
 )
-from moe_lightning.evaluation.benchmark_rows import BenchmarkRecord, Row, Settings, told_context
+from moe_lightning.evaluation.benchmark_rows import BenchmarkRecord, Settings, TimedRow, told_context
 from moe_lightning.experts import Int4
 from moe_lightning.experts.kernel_path import use_kernels
 from moe_lightning.files import write_atomically
@@ -176,7 +176,7 @@ def table(record: BenchmarkRecord) -> str:
     cells = sorted({(row.phase != "prefill", row.batch, row.context, row.phase) for row in record.rows})
     header = ["model", "weights GB", "GiB", "peak GB", "GiB", "paper GB"]
     header += [f"{phase} {batch} x {context}: tokens/s, x eager, x grouped_mm" for _, batch, context, phase in cells]
-    by_cell: dict[tuple[Any, ...], Row] = {
+    by_cell: dict[tuple[Any, ...], TimedRow] = {
         (row.model, row.implementation, row.phase, row.batch, row.context): row for row in record.rows
     }
     lines = []
@@ -191,7 +191,7 @@ def table(record: BenchmarkRecord) -> str:
     return "\n".join([f"| {' | '.join(header)} |", f"|{rules}", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def _memory(rows: Sequence[Row], model: str) -> list[str]:
+def _memory(rows: Sequence[TimedRow], model: str) -> list[str]:
     weights = rows[0].weight_bytes
     peaks = [row.peak_bytes for row in rows if row.peak_bytes is not None and row.phase == "prefill"]
     peak = [f"{max(peaks) / unit:.3g}" if peaks else "-" for unit in (1e9, 2**30)]
@@ -199,7 +199,7 @@ def _memory(rows: Sequence[Row], model: str) -> list[str]:
     return [f"{weights / 1e9:.3g}", f"{weights / 2**30:.3g}", *peak, paper]
 
 
-def _speed(row: Row, by_cell: dict[tuple[Any, ...], Row]) -> str:
+def _speed(row: TimedRow, by_cell: dict[tuple[Any, ...], TimedRow]) -> str:
     if row.tokens_per_second is None:
         return "refused"
     told = [f"{row.tokens_per_second['median']:,.0f}"]
@@ -259,7 +259,7 @@ def _rows(
     settings: Sequence[Settings],
     ids: Tensor,
     record: BenchmarkRecord,
-) -> list[Row]:
+) -> list[TimedRow]:
     device = torch.device(record.context["where"])
     kind = getattr(torch, record.context["dtype"])
     models: dict[str, nn.Module] = {}

@@ -27,8 +27,8 @@ from moe_lightning.evaluation.benchmark_floors import (
     routed_shares,
     tensor_bytes,
 )
-from moe_lightning.evaluation.benchmark_machine import device_named, machine, versions
-from moe_lightning.evaluation.benchmark_rows import Row, Settings, spread
+from moe_lightning.evaluation.benchmark_machine import device_in_words, machine, versions
+from moe_lightning.evaluation.benchmark_rows import Settings, TimedRow, spread
 from moe_lightning.evaluation.speed import Work, rate_of, seconds_of
 from moe_lightning.experts import implementation as kernels_implementation
 from moe_lightning.experts.kernel_path import current_use
@@ -127,7 +127,7 @@ def run_benchmark(
     settings: Settings,
     ceilings: dict[str, Ceilings] | None = None,
     progress: Callable[[str], None] = lambda _: None,
-) -> list[Row]:
+) -> list[TimedRow]:
     """Compare and time models.
 
     Args:
@@ -149,7 +149,7 @@ def run_benchmark(
             f"{list(ids.shape)} token ids are too few for {max(settings.batch_sizes)} sequences of {settings.length}"
         )
     ceilings = ceilings_of(entrants) if ceilings is None else ceilings
-    rows: list[Row] = []
+    rows: list[TimedRow] = []
     for context in settings.contexts:
         for batch in settings.batch_sizes:
             tokens = ids[:batch, : context + settings.new_tokens]
@@ -215,7 +215,7 @@ def _too_many(limit: int) -> str:
     return f"batched_mm copies the weights of each token's experts: timed up to {limit} tokens a pass"
 
 
-def _timed(turns: Sequence[_Turn], phase: Phase, batch: int, context: int, settings: Settings) -> list[Row]:
+def _timed(turns: Sequence[_Turn], phase: Phase, batch: int, context: int, settings: Settings) -> list[TimedRow]:
     """Time a phase of a cell, entrants in turn, and return the rows."""
     timed: list[tuple[_Turn, CheckedModel]] = []
     for turn in turns:
@@ -280,7 +280,7 @@ def _peak_bytes(model: Any, work: Work) -> int:
     return peak + tensor_bytes(model)
 
 
-def _row(turn: _Turn, phase: Phase, batch: int, context: int) -> Row:
+def _row(turn: _Turn, phase: Phase, batch: int, context: int) -> TimedRow:
     entrant = turn.entrant
     names = (entrant.label, entrant.implementation, phase, batch, context, turn.weight_bytes)
     comparison = turn.checked.comparisons.get(phase) if turn.checked else None
@@ -290,11 +290,11 @@ def _row(turn: _Turn, phase: Phase, batch: int, context: int) -> Row:
     if turn.checked is not None and phase not in turn.checked.works:
         refused, failed = _too_many(BATCHED_TOKENS[next(entrant.model.parameters()).device.type]), False
     if refused or turn.checked is None:
-        return Row(*names, relative_error=error, agreement=agreement, refused=refused, failed=failed)
+        return TimedRow(*names, relative_error=error, agreement=agreement, refused=refused, failed=failed)
     work = turn.checked.works[phase]
     rate = rate_of(work, turn.seconds)
     passes = [1e3 * seconds / work.steps for seconds in turn.seconds]
-    return Row(
+    return TimedRow(
         *names,
         tokens_per_second={"median": rate.median, "low": rate.low, "high": rate.high},
         milliseconds=spread(passes, statistics.median(passes)),
@@ -351,7 +351,7 @@ def described_run(device: torch.device, dtypes: Sequence[str], tokens: str, sett
         settings: Of the benchmark.
     """
     return {
-        "device": device_named(device),
+        "device": device_in_words(device),
         "threads": torch.get_num_threads(),
         "dtype": ", ".join(dict.fromkeys(dtypes)),
         "versions": versions(),

@@ -48,7 +48,7 @@ class Mismatch(ValueError):
 
 
 @dataclass(frozen=True)
-class Comparison:
+class OutputCheck:
     """A model against the slow computation, in one phase.
 
     Attributes:
@@ -77,7 +77,7 @@ class CheckedModel:
     """
 
     def __init__(
-        self, proof: object, model: Any, works: dict[Phase, Work], comparisons: dict[Phase, Comparison]
+        self, proof: object, model: Any, works: dict[Phase, Work], comparisons: dict[Phase, OutputCheck]
     ) -> None:
         """Refuse.
 
@@ -140,7 +140,7 @@ def checked(
     if tolerance is None:
         tolerance = TOLERANCES.get(kind, TOLERANCES[torch.float32])
     rows = sorted({0, len(ids) - 1})
-    comparisons: dict[Phase, Comparison] = {}
+    comparisons: dict[Phase, OutputCheck] = {}
     with evaluation_mode(model):
         for phase, work in works.items():
             with _watched(model, rows) as seen:
@@ -201,7 +201,7 @@ def _watched(model: Any, rows: Sequence[int]) -> Iterator[_Seen]:
             handle.remove()
 
 
-def _compare(model: Any, ids: Tensor, seen: _Seen, tolerance: float, kind: torch.dtype) -> Comparison:
+def _compare(model: Any, ids: Tensor, seen: _Seen, tolerance: float, kind: torch.dtype) -> OutputCheck:
     reference = Reference(model)
     if reference.num_layers != len(seen.entering):
         raise Mismatch(f"it has {len(seen.entering)} decoder layers, its plan leaves {reference.num_layers}")
@@ -225,7 +225,7 @@ def _compare(model: Any, ids: Tensor, seen: _Seen, tolerance: float, kind: torch
     want_logits = reference.logits(before[:, places])
     worst = max(worst, _check_tokens(_error(got, want_logits, want_logits.norm(dim=-1)), tolerance, 0.0, "the logits"))
     agreement = float((got.argmax(-1) == want_logits.argmax(-1)).double().mean())
-    return Comparison(worst, agreement, ids.numel())
+    return OutputCheck(worst, agreement, ids.numel())
 
 
 def _error(got: Tensor, want: Tensor, scale: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def device_named(device: torch.device) -> str:
+def device_in_words(device: torch.device) -> str:
     """Say what a device is: the GPU's name, or ``cpu``.
 
     Args:

@@ -57,7 +57,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Row:
+class TimedRow:
     """One measurement, or why there is none.
 
     Attributes:
@@ -115,10 +115,10 @@ class BenchmarkRecord:
 
     context: dict[str, Any]
     models: dict[str, dict[str, Any]]
-    rows: list[Row]
+    rows: list[TimedRow]
 
     @property
-    def failures(self) -> list[Row]:
+    def failures(self) -> list[TimedRow]:
         """Rows that failed."""
         return [row for row in self.rows if row.failed]
 
@@ -136,7 +136,7 @@ class BenchmarkRecord:
         write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
         write_atomically(path.with_suffix(".md"), self.markdown())
 
-    def baseline(self, row: Row) -> Row | None:
+    def baseline(self, row: TimedRow) -> TimedRow | None:
         """Return what a row is compared with in tables: eager experts in the same cell, or else the last model's first.
 
         Args:
@@ -158,7 +158,7 @@ class BenchmarkRecord:
         header += ["floor ms", "of floor", "peak GiB", "weights GiB", "error"]
         return [header, *(self._line(row) for row in self.rows)]
 
-    def _line(self, row: Row) -> list[str]:
+    def _line(self, row: TimedRow) -> list[str]:
         cells = [row.model, row.implementation, row.phase, str(row.batch), str(row.context)]
         weights = _gib(row.weight_bytes)
         rate, took = row.tokens_per_second, row.milliseconds

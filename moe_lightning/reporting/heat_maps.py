@@ -130,7 +130,8 @@ def heat_map(
     axes.set_xlabel(column_label, fontsize=FONT_POINTS)
     axes.set_ylabel("layer", fontsize=FONT_POINTS)
 
-    bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.06)
+    # As high as the map, however high that is.
+    bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.06, aspect=max(20.0, 7.0 * height))
     bar.set_label(axis_label(value_label, unit), fontsize=FONT_POINTS)
     bar.ax.tick_params(labelsize=SMALL_POINTS)
     if logarithmic:

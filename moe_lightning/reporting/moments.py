@@ -58,14 +58,17 @@ def drawn_moments(quality: QualityRecord) -> list[QualityMoment]:
 
 
 def moments_left_out(quality: QualityRecord) -> str:
-    """Return what :func:`drawn_moments` leaves out, as a sentence of a caption; empty where that is nothing.
+    """Return what :func:`drawn_moments` leaves out, in sentences of a caption; empty where that is nothing.
 
     Args:
         quality: The record.
     """
     drawn = {moment.name for moment in drawn_moments(quality)}
     names = list(dict.fromkeys(moment.name for moment in quality.moments if moment.name not in {*drawn, TEST}))
-    return left_out("between the first two compressions and the last", names)
+    notes = [left_out("between the first two compressions and the last", names)]
+    if TEST not in drawn and quality.moment(TEST) is not None:
+        notes.append(left_out("the same model on the same blocks as another moment", [TEST]))
+    return " ".join(note for note in notes if note)
 
 
 def left_out(why: str, names: list[str]) -> str:

@@ -34,7 +34,7 @@ from moe_lightning.evaluation.benchmark_floors import (
     routed_shares,
     tensor_bytes,
 )
-from moe_lightning.evaluation.benchmark_rows import BenchmarkRecord, Row, Settings
+from moe_lightning.evaluation.benchmark_rows import BenchmarkRecord, Settings, TimedRow
 from moe_lightning.evaluation.speed import Decoding, Prefill
 from moe_lightning.plan import DropBlock, NoviceExperts, Quantize
 from tests.models import tiny_mixtral
@@ -287,7 +287,7 @@ def small_settings(**changes: Any) -> Settings:
     return Settings(**{"batch_sizes": (2,), "contexts": (6,), "new_tokens": 2, "repeats": 1, "warmup": 0, **changes})
 
 
-def rows_of(entrants: list[Entrant], settings: Settings | None = None) -> list[Row]:
+def rows_of(entrants: list[Entrant], settings: Settings | None = None) -> list[TimedRow]:
     ceilings = dict.fromkeys([entrant.label for entrant in entrants], CEILINGS)
     return run_benchmark(entrants, tokens(), settings or small_settings(), ceilings)
 

@@ -103,6 +103,8 @@ def test_a_test_of_the_same_model_is_no_point_of_its_own(quality: QualityRecord)
     end = quality.moments[-1]
     test = dataclasses.replace(end, name="test")
     assert [moment.name for moment in drawn_moments(QualityRecord([*quality.moments, test], {}))][-1] == "end"
+    figures = run_figures(QualityRecord([*quality.moments, test], {}), [])
+    assert "Not drawn (the same model on the same blocks as another moment): test." in figures["layer_errors"].caption
     text = next(iter(end.texts))
     scores = end.texts[text].scores
     worse = dataclasses.replace(scores, nats=scores.nats * 1.01)
