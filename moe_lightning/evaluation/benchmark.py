@@ -20,7 +20,6 @@ from moe_lightning.architectures.modes import evaluation_mode
 from moe_lightning.evaluation.benchmark_check import PHASES, CheckedModel, Mismatch, Phase, checked
 from moe_lightning.evaluation.benchmark_floors import (
     Ceilings,
-    copied_bytes,
     copy_speed,
     floor_seconds,
     product_speed,
@@ -191,8 +190,7 @@ def ceilings_of(entrants: Sequence[Entrant]) -> dict[str, Ceilings]:
             place = (weight.device, weight.dtype)
             if place not in products:
                 products[place] = product_speed(*place)
-            copied = copied_bytes(weight.device, tensor_bytes(entrant.model))
-            found[entrant.label] = Ceilings(products[place], copy_speed(weight.device, copied))
+            found[entrant.label] = Ceilings(products[place], copy_speed(weight.device, tensor_bytes(entrant.model)))
     return found
 
 

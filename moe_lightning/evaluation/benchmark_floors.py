@@ -83,60 +83,39 @@ class RoutedShares:
     words: float
 
 
-def product_speed(
-    device: torch.device,
-    dtype: torch.dtype,
-    size: int | None = None,
-    seconds: Callable[[Callable[[], object], torch.device], float] | None = None,
-) -> float:
+def product_speed(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the FLOPs a second of a large product: the fastest of several.
 
     Args:
         device: Where.
         dtype: Type of the weights. Where a CPU emulates it, implementations compute in fp32: measured, too.
-        size: Rows and columns of the factors; None for what is large enough on such a device.
-        seconds: Says how long something takes there; None for the fastest of several runs.
 
     Cost:
         Half a second.
     """
-    size = size or _PRODUCT.get(device.type, _PRODUCT["cpu"])
+    size = _PRODUCT.get(device.type, _PRODUCT["cpu"])
     fastest = float("inf")
     for kind in dict.fromkeys((dtype, torch.float32)):
         left, right = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
         result = torch.empty_like(left)
-        fastest = min(fastest, (seconds or _least_seconds)(partial(torch.mm, left, right, out=result), device))
+        fastest = min(fastest, _least_seconds(partial(torch.mm, left, right, out=result), device))
     return 2 * size**3 / fastest
 
 
-def copy_speed(
-    device: torch.device,
-    copied: int,
-    seconds: Callable[[Callable[[], object], torch.device], float] | None = None,
-) -> float:
+def copy_speed(device: torch.device, weight_bytes: int) -> float:
     """Measure the bytes a second that a copy reads and writes: the fastest of several.
 
     Args:
         device: Where.
-        copied: Bytes that are copied; see :func:`copied_bytes`.
-        seconds: Says how long something takes there; None for the fastest of several runs.
+        weight_bytes: Bytes of the model whose floors are wanted: on a CPU the copy is as large.
 
     Cost:
         Half a second.
     """
+    copied = min(max(weight_bytes, _SMALLEST_COPY), _LARGEST_COPY) if device.type == "cpu" else _LARGEST_COPY
     source = torch.randint(0, 256, (copied,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * copied / (seconds or _least_seconds)(lambda: target.copy_(source), device)
-
-
-def copied_bytes(device: torch.device, weight_bytes: int) -> int:
-    """Return how much is copied to measure what a machine reads and writes.
-
-    Args:
-        device: Where.
-        weight_bytes: Bytes of the model whose floors are wanted: on a CPU the copy is as large.
-    """
-    return min(max(weight_bytes, _SMALLEST_COPY), _LARGEST_COPY) if device.type == "cpu" else _LARGEST_COPY
+    return 2 * copied / _least_seconds(lambda: target.copy_(source), device)
 
 
 def _least_seconds(run: Callable[[], object], device: torch.device) -> float:
