@@ -74,6 +74,14 @@ class Routing:
     mass: list[list[float | None]]
     novices: list[list[int]]
 
+    @property
+    def novice_shares(self) -> list[float]:
+        """Share of the routed pairs that novices get, of each layer."""
+        return [
+            min(1.0, sum(load[expert] or 0.0 for expert in novices))
+            for load, novices in zip(self.load, self.novices, strict=True)
+        ]
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -100,7 +108,9 @@ class QualityMoment:
         parameters: Parameters.
         bytes: Bytes of the weights in memory.
         bytes_on_disk: Bytes of the weights as they are written.
-        flops: Floating-point operations of a forward pass over one sequence.
+        flops: Floating-point operations of a forward pass over one sequence as long as a block of the first text: on
+            this text, with the share of the routed pairs that ``routing`` says really go to novices, which cost next
+            to nothing. Where the routing was not measured an upper bound: as if every token picked real experts.
         speed: ``prefill`` and ``decode``; empty where they were not timed.
         routing: None where it was not measured, or no MoE layer is left.
         layer_errors: Squared error of what leaves each block, in units of its squares before compression, by the

@@ -119,7 +119,7 @@ def assert_measured(moment: QualityMoment, model: Any, before: Any) -> None:
     assert moment.layer_errors == pytest.approx(errors_by_hand(model, before), rel=1e-4, abs=1e-10)
     assert (moment.parameters, moment.bytes) == (ml.measure(model).parameters, ml.measure(model).bytes)
     assert moment.bytes_on_disk == architecture_of(model).shape(model).bytes
-    assert moment.flops == ml.measure(model, 16).flops
+    assert moment.flops <= ml.measure(model, 16).flops
 
 
 def test_equals_measuring_by_hand_with_two_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +159,8 @@ def test_equals_measuring_by_hand_with_two_models(tmp_path: Path, capsys: pytest
         sum(by_hand(keep.models["end"], keep.models["before"])["nats"]) / 78
         - sum(by_hand(keep.models["before"], keep.models["before"])["nats"]) / 78
     )
-    assert f" on test, {ratio:.4g} [" in lines[3] and "times that before, KL " in lines[3]
+    assert f" on test, {ratio:.3f} [" in lines[3] and "times that before, KL " in lines[3]
+    assert all(" tokens/s; " in line and "tokens/s (" not in line for line in lines)
     events = EventAccumulator(str(tmp_path / "logs")).Reload()
     logged = [event.value for event in events.Scalars("quality/perplexity_ratio")]
     assert len(logged) == 3 and logged[-1] == pytest.approx(ratio, rel=1e-5)
@@ -187,7 +188,7 @@ def test_a_compression_that_changes_nothing(tmp_path: Path, capsys: pytest.Captu
     assert text.divergence[:4].tolist() == [0.0] * 4 and torch.equal(text.agreement[:4], text.tokens[:4].double())
     assert compressed.layer_errors == {0: 0.0, 1: 0.0, 2: 0.0}
     line = next(line for line in capsys.readouterr().out.splitlines() if "quality compressed" in line)
-    assert ", 1 [1, 1] times that before, KL 0 nats a token, 100.0% agree" in line
+    assert ", 1.000 [1.000, 1.000] times that before, KL 0 nats a token, 100.0% agree" in line
 
 
 def test_training_is_not_disturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,12 +14,13 @@ from lightning.pytorch.strategies import FSDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import moe_lightning as ml
+from moe_lightning.architectures import architecture_of
 from moe_lightning.callbacks import last_checkpoint
 from moe_lightning.callbacks.quality.reference import RunReference
 from moe_lightning.evaluation.quality import Text
 from tests.callbacks.small_fit import fit, tiny_module
 from tests.callbacks.test_quality import HELD_OUT, acts, compress, go, quality, record
-from tests.models import random_batches
+from tests.models import SIZES, random_batches
 
 WORD = int(HELD_OUT[2]["input_ids"][1, 0])
 
@@ -44,6 +45,47 @@ def test_a_broken_model_does_not_read_as_a_good_one(tmp_path: Path, capsys: pyte
     assert before.texts["test"].scores.finite.all()
     line = next(line for line in capsys.readouterr().out.splitlines() if "quality compressed" in line)
     assert ": perplexity not finite on test; " in line and not re.search("KL|agree|nan", line)
+
+
+# ---------------------------------------------------------------- operations
+
+
+class Favour(Callback):
+    """Let one kind of experts win every token: of two opposite rows of a router one is above those that are zero."""
+
+    def __init__(self, novices: bool) -> None:
+        super().__init__()
+        self.novices = novices
+
+    def after_compression(self, trainer: Any, module: Any) -> None:
+        architecture = architecture_of(module.model)
+        shape = architecture.shape(module.model)
+        for layer, layout in zip(architecture.moe_layers(module.model), shape.layouts, strict=True):
+            real = [expert for expert in range(6) if expert not in layout.novices]
+            one, other = layout.novices if self.novices else real[:2]
+            with torch.no_grad():
+                rows = layer.router.weight
+                row = rows[0].clone()
+                rows.zero_()
+                rows[one], rows[other] = row, -row
+
+
+@pytest.mark.parametrize(("top_k", "novices", "picks"), [(1, True, 0), (1, False, 1), (2, True, 1)])
+def test_operations_are_those_of_the_experts_that_are_picked(
+    top_k: int, novices: bool, picks: int, tmp_path: Path
+) -> None:
+    """By hand, for 16 tokens through 3 layers with hidden size 32, 4 heads of 8 (2 for keys), experts of 48."""
+    module = ml.MixtralModule(model={**SIZES, "num_experts_per_tok": top_k}, warmup_steps=1)
+    method = ml.Novices(keep=4, novice="zero")
+    fit(module, tmp_path, [Favour(novices), quality(divergence_tokens=96), compress("end", method)], steps=1)
+    before, compressed, end = record(tmp_path).moments
+    attention, router, expert, head = 2 * 32 * 32 + 2 * 32 * 16, 6 * 32, 3 * 32 * 48, 64 * 32
+
+    def by_hand(picked: int, vectors: int) -> int:
+        return 2 * 16 * (3 * (attention + router + vectors + picked * expert) + head) + 3 * 4 * 16 * 16 * 32
+
+    assert before.flops == by_hand(top_k, 0)
+    assert compressed.flops == end.flops == by_hand(picks, 2 * 32)
 
 
 # ---------------------------------------------------------------- which moments there are

@@ -128,7 +128,8 @@ def _measure(
         routing = _routing(model, texts[0], wanted.routing_tokens, rank, processes)
         moment = None
         if trainer.is_global_zero:
-            size = measure(model, texts[0].sizes[0][1])
+            # What a token costs depends on whether it goes to novices: so does the text.
+            size = measure(model, texts[0].sizes[0][1], None if routing is None else routing.novice_shares)
             bar.set_postfix_str("speed")
             speed = _speed(model, texts[0]) if wanted.speed else {}
             bar.set_postfix_str("samples")

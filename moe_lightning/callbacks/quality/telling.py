@@ -85,10 +85,8 @@ def in_words(
     parts.append(size + (f" ({before.bytes_on_disk / MIB:,.1f} before)" if before is not None else ""))
     for name, words in (("prefill", "prefill"), ("decode", "decoding")):
         if name in moment.speed:
-            rate = f"{words} {moment.speed[name].median:,.0f} tokens/s"
-            if before is not None and name in before.speed:
-                rate += f" ({before.speed[name].median:,.0f} before)"
-            parts.append(rate)
+            # Not beside that before: it was timed minutes ago, and a machine drifts more than a model gains.
+            parts.append(f"{words} {moment.speed[name].median:,.0f} tokens/s")
     return f"step {moment.step}: quality {moment.name}: {'; '.join(parts)}"
 
 
@@ -99,9 +97,9 @@ def _text_in_words(name: str, numbers: Mapping[str, Interval], with_perplexity: 
     if ratio is None:
         words = f"perplexity {_with_ends(perplexity)} on {name}"
     elif with_perplexity:
-        words = f"perplexity {_value(perplexity)} on {name}, {_with_ends(ratio)} times that before"
+        words = f"perplexity {_value(perplexity)} on {name}, {_times(ratio)} times that before"
     else:
-        words = f"{_with_ends(ratio)} times on {name}"
+        words = f"{_times(ratio)} times on {name}"
     if ratio is not None and with_perplexity and "divergence" in numbers:
         divergence, agreement = numbers["divergence"], numbers["agreement"]
         words += f", KL {divergence.value:.4g} nats a token" if divergence.finite else ", KL not finite"
@@ -112,6 +110,14 @@ def _text_in_words(name: str, numbers: Mapping[str, Interval], with_perplexity: 
 def _with_ends(interval: Interval) -> str:
     value = _value(interval)
     return value if math.isnan(interval.low) else f"{value} [{interval.low:.4g}, {interval.high:.4g}]"
+
+
+def _times(ratio: Interval) -> str:
+    """Return a ratio with decimals enough to tell it from 1, as many in its value as in its ends."""
+    if not ratio.finite:
+        return "not finite"
+    ends = "" if math.isnan(ratio.low) else f" [{ratio.low:,.3f}, {ratio.high:,.3f}]"
+    return f"{ratio.value:,.3f}{ends}"
 
 
 def _value(interval: Interval) -> str:
