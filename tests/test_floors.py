@@ -10,7 +10,7 @@ PACKAGE = ROOT / "moe_lightning"
 
 # Bottom first. Names on one line must not import each other.
 FLOORS = [
-    {"plan", "files", "schedules", "moe_kernels"},
+    {"plan", "files", "hub", "schedules", "moe_kernels"},
     {"experts"},
     {"architectures"},
     # sizes holds `measure`: a module of that name would hide the function ml.measure.

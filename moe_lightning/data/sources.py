@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lightning.data.python_texts import PYTHON_STDLIB, PYTHON_TOPICS, python_stdlib_files, python_topics
+from moe_lightning.hub import hub_within_reach
 
 DEFAULT_TEXT_FIELD = "text"
 HUB_PREFIX = "hub:"
@@ -313,9 +314,17 @@ def _open_hub(name: str, text_field: str, hub_split: str) -> Table:
     dataset, _, configuration = name.removeprefix(HUB_PREFIX).partition(":")
     if not dataset:
         raise ValueError(f"--data.sources {name}: write hub:NAME or hub:NAME:CONFIG")
+    reached = True
     try:
-        rows = datasets.load_dataset(dataset, configuration or None, split=hub_split)
+        with hub_within_reach() as reached:
+            rows = datasets.load_dataset(dataset, configuration or None, split=hub_split)
     except Exception as error:  # network, name, configuration, split: the library has a dozen types for these
+        if isinstance(error, ConnectionError) and not reached:
+            raise FileNotFoundError(
+                f"--data.sources {name}: the hub data set {dataset!r} is not in the cache, and the Hugging Face hub "
+                "cannot be reached (no network, or HF_HUB_OFFLINE is set). Fetch it where there is a network and bring "
+                f"that HF_HOME here, or use local files or {PYTHON_STDLIB}"
+            ) from error
         raise FileNotFoundError(
             f"--data.sources {name}: cannot load the split {hub_split!r} of the hub data set {dataset!r} "
             f"({type(error).__name__}: {error}). Check the name, --data.hub_split and the network; without a network "

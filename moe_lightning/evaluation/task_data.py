@@ -1,8 +1,6 @@
 """Finding lm-eval's tasks and their data before anything is run on them.
 
-Loading a task loads its data set. Where the Hugging Face hub cannot be reached, ``datasets`` asks for each one six
-times, in 23 seconds. One look whether it can be reached goes ahead, and where not, both libraries work offline for the
-while: what is in the cache is found as ever, and what is not is missing within milliseconds.
+Loading a task loads its data set; see :mod:`moe_lightning.hub` for where the Hugging Face hub cannot be reached.
 """
 
 from __future__ import annotations
@@ -18,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lightning.evaluation.task_names import WantedTask, wanted_tasks
-
-SECONDS_TO_ANSWER = 5.0
-"""How long the hub may take to say anything at all."""
+from moe_lightning.hub import hub_within_reach
 
 FILE_READERS = ("arrow", "csv", "json", "parquet", "text")
 """Data sets of ``datasets`` that are files of the user's."""
@@ -135,7 +131,7 @@ class Tasks:
         """
         known = [task.name for task in self.wanted if task.name in self.index]
         needed = any(self.needs_hub(leaf) for name in known for leaf in self.leaves(name))
-        with _hub(needed) as reached:
+        with hub_within_reach(needed) as reached:
             yield reached
 
 
@@ -280,33 +276,3 @@ def _short(found: Tasks, leaves: list[str]) -> str:
             left = [name for name in left if name not in parts]
     words += left if len(left) <= 4 else [*left[:3], f"{len(left) - 3} more"]
     return ", ".join(words)
-
-
-@contextmanager
-def _hub(needed: bool) -> Iterator[bool]:
-    import datasets
-    from huggingface_hub import constants
-
-    if not needed:
-        yield True
-        return
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    reached = not any(before) and _hub_answers()
-    if not reached:
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield reached
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-
-
-def _hub_answers() -> bool:
-    """Say whether the hub (or the mirror that HF_ENDPOINT names) answers, through a proxy where one is set."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=SECONDS_TO_ANSWER)
-    except Exception:  # the errors of httpx or requests, whichever the library uses
-        return False
-    return True

@@ -1,21 +1,17 @@
 """Tasks of lm-eval on a model in memory, and what is found before they run. No network, and no data but local ones."""
 
-import http.server
 import importlib.util
 import json
 import logging
 import random
-import threading
 from pathlib import Path
 from typing import Any
 
-import datasets
 import lm_eval
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
 
@@ -136,38 +132,6 @@ def test_a_group_whose_data_are_missing_is_named_once(tmp_path: Path) -> None:
     (tmp_path / "group.yaml").write_text("group: exam\ntask: [subjects]\naggregate_metric_list: [{metric: acc}]\n")
     with pytest.raises(ValueError, match=r"exam \(all 6 of its tasks\): the data set nobody/subjects is not in"):
         check_tasks("exam", str(tmp_path))
-
-
-class Answer(http.server.BaseHTTPRequestHandler):
-    def do_HEAD(self) -> None:
-        self.send_response(404)
-        self.end_headers()
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
-def test_the_hub_is_asked_once_whether_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    server = http.server.HTTPServer(("127.0.0.1", 0), Answer)
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        with task_data._hub(True) as reached:
-            assert reached and not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-    # Nobody answers there now.
-    with task_data._hub(True) as reached:
-        assert not reached and constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
-    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
-    monkeypatch.setattr(task_data, "_hub_answers", lambda: pytest.fail("asked without need"))
-    with task_data._hub(False) as reached:
-        assert reached and not constants.HF_HUB_OFFLINE
 
 
 # ---------------------------------------------------------------- the run
