@@ -57,7 +57,7 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert rows["run"] == names
     assert rows["methods"] == ["Novices", "Novices", "Novices"]
     assert rows["parameters"] == ["600,00060.0 %"] * 3
-    assert rows["perplexity, ratio to before"][2] == "1.1000"
+    assert rows["perplexity, ratio to before"][2] == "1.1000 (B)"  # of what text was not written down
     assert [cell != "-" for cell in rows["ratio right after compressing"]] == [True, True, False]
     assert page.images and (tmp_path / "comparison-figures").is_dir()
     markdown = (tmp_path / "comparison.md").read_text()
@@ -111,3 +111,24 @@ def test_the_console_has_a_column_for_each_run(tmp_path: Path) -> None:
     assert lines[0].split() == ["run", "one/run", "two/run"]
     assert any(line.startswith("perplexity, ratio to before") and line.count("[") == 2 for line in lines)
     torch.testing.assert_close(runs[0].moments[0].texts["test"].scores.tokens, torch.full((12,), 15))
+
+
+def test_numbers_of_different_texts_are_marked(tmp_path: Path, undrawn: None) -> None:
+    """Two runs on the same blocks, one on others, one with another tokenizer and the same split."""
+    folders = [write_run(tmp_path / name) for name in ("one", "two")]
+    folders.append(write_run(tmp_path / "three", fingerprint="others"))
+    page = Page(write_comparison([read_run(folder) for folder in folders[:2]], tmp_path / "same.html").read_text())
+    assert "must not be compared" not in page.text and "(A)" not in page.text
+    runs = [read_run(folder) for folder in folders]
+    page = Page(write_comparison(runs, tmp_path / "comparison.html").read_text())
+    assert page.text.index("must not be compared") < page.text.index("ratio right after compressing")
+    rows = {row[0]: row[1:] for row in page.tables[0].rows}
+    for name in ("perplexity", "perplexity, ratio to before", "bits per byte", "ratio right after compressing"):
+        assert [cell.count("(A)") + 2 * cell.count("(B)") for cell in rows[name]] == [1, 1, 2], name
+    assert "(" not in "".join(rows["parameters"])
+    assert "tokenizers differ" not in page.text
+    assert "WARNING: These runs were not measured on the same text" in comparison_text(runs)
+    for run, tokenizer in zip(runs, "xyz", strict=True):
+        assert run.quality is not None
+        run.quality.context["data"]["tokenizer"] = tokenizer
+    assert "Bits per byte do, but only where the text is the same" in comparison_text(runs)

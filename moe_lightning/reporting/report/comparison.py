@@ -28,6 +28,7 @@ from moe_lightning.reporting.report.page import FOOTER
 from moe_lightning.reporting.report.read import Run
 from moe_lightning.reporting.report.settings import circumstances
 from moe_lightning.reporting.report.summary import text_table
+from moe_lightning.reporting.report.texts import ON_A_TEXT, differ, marked, texts_of, told_texts
 from moe_lightning.reporting.report.words import NOTHING, share_with_interval, with_interval
 from moe_lightning.reporting.report.write import write_page
 from moe_lightning.reporting.run_comparison import last_moment
@@ -83,7 +84,9 @@ def comparison_text(runs: Sequence[Run]) -> str:
         runs: The runs.
     """
     named = dict(zip(distinct_names([run.folder for run in runs]), runs, strict=True))
-    return text_table(transposed(_overview(named)))
+    texts = texts_of(named)
+    told = [f"WARNING: {told_texts(texts)}"] if differ(texts) else []
+    return "\n".join([*told, text_table(transposed(_overview(named)))])
 
 
 def methods_of(run: Run) -> str:
@@ -103,17 +106,18 @@ def _overview(named: dict[str, Run]) -> Table:
     keys = [key for key in ROWS if any(key in column.cells for column in finals.values())]
     first = {name: _right_after(run) for name, run in named.items()}
     shown = any(first.values())
+    texts = texts_of(named)
+    apart = differ(texts)
     rows = []
     for name, run in named.items():
         after = first[name]
-        rows.append(
-            [
-                Cell(name),
-                Cell(_short(run)),
-                *([after.cells["perplexity_ratio"] if after is not None else NOTHING] if shown else []),
-                *(finals[name].cells.get(key, NOTHING) for key in keys),
-            ]
-        )
+        cells = {key: finals[name].cells.get(key, NOTHING) for key in keys}
+        right_after = after.cells["perplexity_ratio"] if after is not None else NOTHING
+        if apart and name in texts:
+            letter, _ = texts[name]
+            cells |= {key: marked(cells[key], letter) for key in keys if key in ON_A_TEXT}
+            right_after = marked(right_after, letter)
+        rows.append([Cell(name), Cell(_short(run)), *([right_after] if shown else []), *cells.values()])
     heads = ["run", "methods", *(["ratio right after compressing"] if shown else []), *(ROWS[key] for key in keys)]
     return table(heads, rows, "llr")
 
@@ -133,7 +137,9 @@ def _right_after(run: Run) -> Column | None:
 
 def _runs(named: dict[str, Run]) -> list[Block]:
     overview = _overview(named)
-    blocks: list[Block] = [transposed(overview) if len(named) <= MOST_COLUMNS else overview]
+    measured = texts_of(named)
+    blocks: list[Block] = [Text(told_texts(measured), "warning")] if differ(measured) else []
+    blocks.append(transposed(overview) if len(named) <= MOST_COLUMNS else overview)
     texts = {name: main_text(run) for name, run in named.items() if main_text(run)}
     told = "Each model is the one that its run gives back: at its end, or after its last compression."
     if texts:
