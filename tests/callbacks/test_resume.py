@@ -218,7 +218,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
 def checkpoint(run: Path) -> dict[str, Any]:
     """Return what a run would go on with, but for the seconds that it took."""
     content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    assert set(content["callbacks"].pop("TimeSpent")) == {"seconds"}
+    content["callbacks"].pop("TimeSpent", None)
     return content
 
 
