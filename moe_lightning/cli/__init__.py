@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 from moe_lightning import __version__
 
@@ -27,6 +30,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sweep": ("moe_lightning.cli.sweep", "compare methods on one model at equal budgets, with intervals and figures"),
 }
 """Name of each command: the module whose ``main(arguments)`` runs it, and what it does."""
+
+INTERRUPTED, UNREAD = 130, 141
+"""Exit status after Ctrl-C, and where nobody reads on: 128 and the number of the signal."""
 
 EXAMPLES = """\
 examples:
@@ -74,9 +80,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command and options; those of the process when None.
 
     Returns:
-        Exit status: 0 when all went well, 2 for a mistake in the arguments.
+        Exit status: 0 when all went well, 2 for a mistake in the arguments; 130 after Ctrl-C and 141 where nobody reads
+        on (``| head``), as the shell says of programs that such a signal ends.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            return _run(given)
+        finally:
+            # Now, while a pipe that nobody reads can be told from other errors.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except KeyboardInterrupt as error:
+        # Also while a command's module is imported.
+        return after_interrupt(" ".join(given[:1]), error)
+    except BrokenPipeError:
+        closed = [stream for stream in (sys.stdout, sys.stderr) if _nobody_reads(stream)]
+        if not closed:
+            raise  # the pipe is one of the command's own
+        for stream in closed:
+            # Or the interpreter would complain when it flushes at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return UNREAD
+
+
+def after_interrupt(command: str, error: KeyboardInterrupt) -> int:
+    """Say in one line that a command was interrupted, inside the block that caught it.
+
+    Args:
+        command: Its name.
+        error: What was caught. Its message, if there is one, says what is lost and what was saved.
+
+    Returns:
+        Exit status.
+    """
+    if os.environ.get("MOE_LIGHTNING_TRACEBACK"):
+        raise error
+    print(f"moe-lightning {command}: {str(error) or 'interrupted'}", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _nobody_reads(stream: TextIO | None) -> bool:
+    """Ask the system, without a word, whether a stream is a pipe whose reader is gone."""
+    try:
+        watch = select.poll()
+        watch.register(stream.fileno(), 0)  # type: ignore[union-attr]
+    except (AttributeError, OSError, ValueError):
+        return False  # no such call in Windows; no stream, or one that is no file
+    return any(event & select.POLLERR for _, event in watch.poll(0))
+
+
+def _run(given: list[str]) -> int:
+    """Run a command; see :func:`main`."""
     if not given or given[0] in ("-h", "--help", "help"):
         print(help_text(), end="")
         return 0

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from moe_lightning.architectures import architecture_named
 from moe_lightning.checkpoints import check_checkpoint, has_weights, read_config, stored_dtype
+from moe_lightning.cli import after_interrupt
 from moe_lightning.cli.arguments import with_bare_flags, with_replaced_lists
 from moe_lightning.cli.config_files import resolve_configs
 from moe_lightning.cli.errors import TRACEBACK_VARIABLE, OneLineErrors, in_one_line
@@ -71,7 +72,7 @@ def run_command(
         lists: Options that hold lists of objects.
 
     Returns:
-        Exit status: 0; 1 where part of the work failed; 2 where the options do not fit.
+        Exit status: 0; 1 where part of the work failed; 2 where the options do not fit; 130 after Ctrl-C.
     """
     try:
         resolved, _ = resolve_configs(arguments)
@@ -90,6 +91,10 @@ def run_command(
     except WorkFailed as error:
         print(f"moe-lightning {name}: {for_the_command(str(error), name)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as error:
+        return after_interrupt(name, error)
+    except BrokenPipeError:
+        raise  # no mistake in the options: nobody reads what is printed, see moe_lightning.cli.main
     except (ValueError, TypeError, OSError) as error:
         if _BEGUN in getattr(error, "__notes__", ()) or os.environ.get(TRACEBACK_VARIABLE):
             raise

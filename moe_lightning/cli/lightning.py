@@ -323,6 +323,10 @@ class MoELightningCLI(LightningCLI):
                 told = for_the_command(str(error), subcommand)
                 print(f"moe-lightning {subcommand}: {where}: {told}{hint}", file=sys.stderr)
             raise SystemExit(1) from error
+        except BrokenPipeError:
+            # No mistake in the options: nobody reads what is printed, see moe_lightning.cli.main.
+            self._undo()
+            raise
         except (ValueError, OSError, MisconfigurationException) as error:
             # What Lightning or we find wrong with the options once data and model meet. Later errors keep their
             # traceback.

@@ -100,6 +100,8 @@ def main(arguments: Sequence[str]) -> int:
     given = _parser().parse_args(list(arguments))
     try:
         report(given.folders, given.output)
+    except BrokenPipeError:
+        raise  # nobody reads what is printed, see moe_lightning.cli.main
     except (ValueError, OSError) as error:
         if os.environ.get("MOE_LIGHTNING_TRACEBACK"):
             raise

@@ -179,7 +179,8 @@ def sweep_model(
         try:
             failures = _work(prepared, todo)
         except KeyboardInterrupt:
-            raise WorkFailed("interrupted; the finished cells are kept, and the same command does the rest") from None
+            told = "interrupted; the finished cells are kept, and the same command does the rest"
+            raise KeyboardInterrupt(told) from None
         _report(prepared, baseline or Baseline(), level, resamples)
     if failures:
         told = "; ".join(f"{name}: {reason}" for name, reason in list(failures.items())[:3])

@@ -298,7 +298,7 @@ def test_an_interrupt_keeps_what_is_done(
         return measure(self, cell)
 
     monkeypatch.setattr(Bench, "measure", interrupt)
-    assert sweep(place, tmp_path / "out", "--grids", json.dumps(GRIDS[2:3])) == 1
+    assert sweep(place, tmp_path / "out", "--grids", json.dumps(GRIDS[2:3])) == 130
     assert "interrupted; the finished cells are kept" in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"cells", "statistics.safetensors", "sweep.json"}
     assert len(list((tmp_path / "out" / "cells").iterdir())) == 2  # the uncompressed model and one cell
