@@ -51,7 +51,7 @@ def report(folders: Sequence[str], output: str | None = None) -> Path:
 
     Raises:
         FileNotFoundError: A folder is not there or holds no results.
-        ValueError: A file in it is damaged, a folder stands there twice, or the output has another ending.
+        ValueError: Nothing in it can be read, a folder stands there twice, or the output has another ending.
     """
     path = None if output is None else Path(output)
     if path is not None and path.suffix != ".html":
@@ -66,6 +66,7 @@ def report(folders: Sequence[str], output: str | None = None) -> Path:
     from moe_lightning.files import check_writable
     from moe_lightning.reporting.report import (
         comparison_text,
+        damage_of,
         read_run,
         summary_text,
         write_comparison,
@@ -75,17 +76,25 @@ def report(folders: Sequence[str], output: str | None = None) -> Path:
     if len(folders) == 1:
         target = path or Path(folders[0]) / "report.html"
         run = read_run(folders[0])
+        _warn(damage_of(run))
         check_writable(target)
         written = write_report(run, target.parent, target.name)
         print(summary_text(run))
     else:
         target = path or Path(COMPARISON)
         runs = [read_run(folder) for folder in folders]
+        for run in runs:
+            _warn(damage_of(run))
         check_writable(target)
         written = write_comparison(runs, target)
         print(comparison_text(runs))
     print(f"wrote {written} and {written.with_suffix('.md').name}")
     return written
+
+
+def _warn(told: Sequence[str]) -> None:
+    for words in told:
+        print(f"moe-lightning report: warning: {words}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str]) -> int:

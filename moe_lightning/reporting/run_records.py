@@ -110,7 +110,9 @@ def read_compressions(folder: str | Path) -> list[CompressionRecord]:
     return recorded_compressions(folder).records
 
 
-def recorded_compressions(folder: str | Path, quality: QualityRecord | None = None) -> RecordedCompressions:
+def recorded_compressions(
+    folder: str | Path, quality: QualityRecord | None = None, damaged: dict[str, str] | None = None
+) -> RecordedCompressions:
     """Read the compressions of a run, and say which records in its folder are of another branch of it.
 
     Args:
@@ -118,24 +120,30 @@ def recorded_compressions(folder: str | Path, quality: QualityRecord | None = No
         quality: What was measured in the run. It travels in checkpoints, so that it is of the model that the run ended
             with: where there are several branches, the one that it agrees with counts. Without it, or where it agrees
             with several, the one that was written last does.
+        damaged: Where damaged files go to, each with what is wrong with it; what they hold is left out.
 
     Returns:
         The records; empty where there is none. One whose plan was not written any more (the process was killed in
         between) is left out: a resumed run does it again.
 
     Raises:
-        ValueError: A file is damaged.
+        ValueError: A file is damaged, and nothing is given to put that into.
     """
     folder, found = Path(folder), []
     if (folder / "plan.json").is_file() and (folder / "compression.json").is_file():
-        files = [folder / name for name in ("compression.json", "plan.json", "statistics.safetensors")]
-        found.append(_read("compression", *files))
+        numbers, plan, statistics = (
+            folder / name for name in ("compression.json", "plan.json", "statistics.safetensors")
+        )
+        offline = _read_or_note("compression", numbers, plan, statistics, damaged)
+        found += [] if offline is None else [offline]
     results = folder / "results"
     plans = plan_files(results)
-    records = {
-        name: _read(name, results / f"{name}.json", path, results / f"{name}.statistics.safetensors")
-        for name, path in sorted(plans.items(), key=lambda item: _order(item[0]))
-    }
+    records: dict[str, CompressionRecord] = {}
+    for name, path in sorted(plans.items(), key=lambda item: _order(item[0])):
+        statistics = results / f"{name}.statistics.safetensors"
+        record = _read_or_note(name, results / f"{name}.json", path, statistics, damaged)
+        if record is not None:
+            records[name] = record
     if not records:
         return RecordedCompressions(_with_shapes(found), [])
     order = list(records)
@@ -195,22 +203,57 @@ def _order(name: str) -> tuple[float, int]:
     return math.inf if place[1] == "end" else int(place[1]), int(place[2] or 1)
 
 
-def _read(name: str, numbers: Path, plan: Path, statistics: Path) -> CompressionRecord:
+class _Damaged(ValueError):
+    """A file that cannot be read.
+
+    Attributes:
+        path: The file.
+        why: What is wrong with it.
+    """
+
+    def __init__(self, path: Path, why: str, told: str = "is damaged") -> None:
+        super().__init__(f"{path} {told}: {why}")
+        self.path, self.why = path, why
+
+
+def _read_or_note(
+    name: str, numbers: Path, plan: Path, statistics: Path, damaged: dict[str, str] | None
+) -> CompressionRecord | None:
+    """Read a compression; note damaged files and go on without what they hold, where there is something to note in."""
+    if damaged is None:
+        return _read(name, numbers, plan, _statistics(statistics))
+    try:
+        measured = _statistics(statistics)
+    except _Damaged as error:
+        damaged[str(error.path)], measured = error.why, None
+    try:
+        return _read(name, numbers, plan, measured)
+    except _Damaged as error:
+        damaged[str(error.path)] = error.why
+        return None
+
+
+def _statistics(path: Path) -> Statistics | None:
+    try:
+        return Statistics.load(path) if path.is_file() else None
+    except Exception as error:
+        # Statistics of a run cannot be collected again, so that the advice of the reader does not fit.
+        why = told_damage(error).partition(": collect")[0].removeprefix(f"{path}: ").removeprefix(f"{path} is ")
+        raise _Damaged(path, why, "holds no statistics") from None
+
+
+def _read(name: str, numbers: Path, plan: Path, measured: Statistics | None) -> CompressionRecord:
     try:
         summary = json.loads(numbers.read_text(encoding="utf-8")) if numbers.is_file() else {}
         # The command writes the numbers of the compression under a name of their own.
         summary = {**summary, **summary.pop("compression", {})}
         shapes = [_shape(summary.get(key)) for key in ("shape_before", "shape_after")]
     except Exception as error:
-        raise ValueError(f"{numbers} is no record of a compression: {_told(error)}") from None
+        raise _Damaged(numbers, told_damage(error), "is no record of a compression") from None
     try:
         decided = CompressionPlan.from_json(plan.read_text(encoding="utf-8"))
     except Exception as error:
-        raise ValueError(f"{plan}: {_told(error)}") from None
-    try:
-        measured = Statistics.load(statistics) if statistics.is_file() else None
-    except Exception as error:
-        raise ValueError(f"{statistics} holds no statistics: {_told(error)}") from None
+        raise _Damaged(plan, told_damage(error)) from None
     before = shapes[0] or (None if measured is None else measured.shape)
     record = CompressionRecord(name, _step(name, summary, decided), summary, decided, measured, before, shapes[1])
     try:
@@ -219,11 +262,20 @@ def _read(name: str, numbers: Path, plan: Path, statistics: Path) -> Compression
         for key in ("touched_parameters", "claimed_parameters", "parameters_before", "parameters_after"):
             int(summary.get(key) or 0)
     except Exception as error:
-        raise ValueError(f"{numbers} is no record of a compression: {_told(error)}") from None
+        raise _Damaged(numbers, told_damage(error), "is no record of a compression") from None
     return record
 
 
-def _told(error: Exception) -> str:
+def told_damage(error: Exception) -> str:
+    """Say what is wrong with a file.
+
+    Args:
+        error: What was raised when it was read.
+    """
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is no JSON, or cut off ({error})"
+    if isinstance(error, TypeError | AttributeError):
+        return f"a value has another JSON type than it should have ({error})"
     return f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
 
 

@@ -27,7 +27,7 @@ from moe_lightning.reporting.report.figures import drawn_comparison
 from moe_lightning.reporting.report.page import FOOTER
 from moe_lightning.reporting.report.read import Run
 from moe_lightning.reporting.report.settings import circumstances
-from moe_lightning.reporting.report.summary import text_table
+from moe_lightning.reporting.report.summary import damage_of, text_table
 from moe_lightning.reporting.report.texts import ON_A_TEXT, differ, marked, texts_of, told_texts
 from moe_lightning.reporting.report.words import NOTHING, share_with_interval, with_interval
 from moe_lightning.reporting.report.write import write_page
@@ -85,7 +85,7 @@ def comparison_text(runs: Sequence[Run]) -> str:
     """
     named = dict(zip(distinct_names([run.folder for run in runs]), runs, strict=True))
     texts = texts_of(named)
-    told = [f"WARNING: {told_texts(texts)}"] if differ(texts) else []
+    told = [f"WARNING: {words}" for words in [*_unfinished(named), *([told_texts(texts)] if differ(texts) else [])]]
     return "\n".join([*told, text_table(transposed(_overview(named)))])
 
 
@@ -138,7 +138,9 @@ def _right_after(run: Run) -> Column | None:
 def _runs(named: dict[str, Run]) -> list[Block]:
     overview = _overview(named)
     measured = texts_of(named)
-    blocks: list[Block] = [Text(told_texts(measured), "warning")] if differ(measured) else []
+    blocks: list[Block] = [Text(told, "warning") for told in _unfinished(named)]
+    blocks += [Text(told, "warning") for run in named.values() for told in damage_of(run)]
+    blocks += [Text(told_texts(measured), "warning")] if differ(measured) else []
     blocks.append(transposed(overview) if len(named) <= MOST_COLUMNS else overview)
     texts = {name: main_text(run) for name, run in named.items() if main_text(run)}
     told = "Each model is the one that its run gives back: at its end, or after its last compression."
@@ -154,6 +156,10 @@ def _runs(named: dict[str, Run]) -> list[Block]:
             )
         )
     return blocks
+
+
+def _unfinished(named: dict[str, Run]) -> list[str]:
+    return [f"{name} is not finished: {run.stopped}." for name, run in named.items() if run.stopped]
 
 
 def _done(named: dict[str, Run]) -> Block:
@@ -276,9 +282,8 @@ def options_of(run: Run) -> dict[str, str]:
         return {}
     try:
         values = yaml.safe_load(run.configs[command])
-    except yaml.YAMLError as error:
-        told = " ".join(str(error).split())
-        raise ValueError(f"{run.folder / f'config.{command}.yaml'} is damaged: {told}") from None
+    except yaml.YAMLError:
+        return {}  # it stands among the damaged files of the run
     found: dict[str, str] = {}
     _flatten("", values, found)
     return {name: value for name, value in found.items() if name not in _OF_A_RUN}

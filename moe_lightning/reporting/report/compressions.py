@@ -32,6 +32,8 @@ def done_section(run: Run) -> Section:
         run: The run.
     """
     title = "What was done"
+    if not run.compressions and run.compressions_damaged:
+        return Section(title, [Text("Files of compressions are damaged: see the summary.", "warning")])
     if not run.compressions:
         return Section(
             title, missing(run, "Nothing was compressed", "add Compress with methods and a step to trainer.callbacks")

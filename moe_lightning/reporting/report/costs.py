@@ -75,13 +75,15 @@ def speed_section(run: Run) -> Section:
             for name, speed in moment.speed.items()
         ]
         caption = (
-            "Median of the runs; small: the slowest and the fastest. Measured in the run, on the same object, each "
-            "model at its moment: what else the machine did then is in it."
+            "Median of three runs right after one another; small: the slowest and the fastest. Each model was timed at "
+            "its own moment: what else the machine did then is in it. To compare, use moe-lightning benchmark, which "
+            "times models in turn."
         )
         blocks.append(table(heads, rows, "llrr", caption))
     elif run.offline is not None:
         rows = [[name, number(run.offline[name]["tokens_per_second"], 3)] for name in ("before", "after")]
-        blocks.append(table(["model", "prefill [tokens/s]"], rows, "lr", "Median of a few passes of one batch."))
+        caption = "Median of a few passes of one batch, each model at its own time; compare by moe-lightning benchmark."
+        blocks.append(table(["model", "prefill [tokens/s]"], rows, "lr", caption))
     else:
         how = "leave speed of QualityEvaluation on" if run.moments else "add QualityEvaluation to trainer.callbacks"
         blocks += missing(run, "Speed was not measured in the run", how)

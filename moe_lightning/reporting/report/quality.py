@@ -82,6 +82,11 @@ def quality_section(run: Run) -> Section:
         if logged:
             told = ", ".join(f"{name} {number(value, 5)}" for name, value in logged.items())
             blocks.append(Text(f"What the command {command} logged last: {told}.", "note"))
+    for name in run.stale:
+        command = name.removesuffix(".json")
+        blocks.append(
+            Text(f"results/{name} is left out: it is older than what the last fit wrote; {command} again.", "note")
+        )
     return Section(title, blocks)
 
 

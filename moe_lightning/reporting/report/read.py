@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from moe_lightning.evaluation.intervals import Interval, paired_intervals
 from moe_lightning.evaluation.records import BEFORE, QualityMoment, QualityRecord
 from moe_lightning.reporting.captions import RunFigure, captioned
 from moe_lightning.reporting.run_figures import compression_time, run_figures
-from moe_lightning.reporting.run_records import CompressionRecord, recorded_compressions
+from moe_lightning.reporting.run_records import CompressionRecord, recorded_compressions, told_damage
 
 EXPECTED = (
     "a run directory (config.fit.yaml, results/quality.json, results/compression-STEP.json, ...) or the output folder "
@@ -26,7 +28,10 @@ MOST_DRAWN = 3
 """Compressions that are all drawn."""
 
 VERSION = 1
-"""Of lm_eval.json and benchmark.json."""
+"""Of quality.json, lm_eval.json and benchmark.json."""
+
+COPIED_SECONDS = 1.0
+"""Difference in age of files that may come from copying them."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Run:
         benchmarks: Contents of ``benchmark*.json``, by name.
         configs: YAML of the options, by command.
         offline: ``compression.json`` of ``moe-lightning compress``.
+        damaged: Files that could not be read, each with what is wrong with it; what they hold is None or empty here.
+        stale: Names of files of logged numbers that are older than what the last fit wrote; they are left out.
     """
 
     folder: Path
@@ -63,6 +70,23 @@ class Run:
     benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
     configs: dict[str, str] = field(default_factory=dict)
     offline: dict[str, Any] | None = None
+    damaged: dict[str, str] = field(default_factory=dict)
+    stale: list[str] = field(default_factory=list)
+
+    @property
+    def compressions_damaged(self) -> bool:
+        """Whether files of compressions could not be read, so that what was done is not known."""
+        names = [Path(path).name for path in self.damaged]
+        return any(name.startswith(("compression", "plan")) and name.endswith(".json") for name in names)
+
+    @property
+    def stopped(self) -> str:
+        """Where the run was stopped before its end, in words; empty where it was not, or it is not known."""
+        known = self.time or {}
+        if known.get("ended") is not False or known.get("step") is None:
+            return ""
+        steps = f" of {known['steps']:,}" if known.get("steps") is not None else ""
+        return f"stopped at step {known['step']:,}{steps}; go on with --ckpt_path last"
 
     @property
     def moments(self) -> list[QualityMoment]:
@@ -115,77 +139,126 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         folder: A run directory, or the output folder of ``moe-lightning compress``.
 
     Returns:
-        The run; files that are not there are None.
+        The run; files that are not there or damaged are None.
 
     Raises:
         FileNotFoundError: There is no such folder, or nothing of a run in it.
-        ValueError: A file is damaged; the message names it.
+        ValueError: Files are damaged, and nothing else is there; the message names them.
     """
     path = Path(folder)
     if not path.is_dir():
         kind = "is a file" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {kind}: name {EXPECTED}")
     results = path / "results"
-    quality = results / "quality.json"
-    offline = path / "compression.json"
-    measured = _quality(quality) if quality.is_file() else None
-    recorded = recorded_compressions(path, measured)
+    reader = _Reader()
+    measured = reader.read(results / "quality.json", _quality)
+    recorded = recorded_compressions(path, measured, reader.damaged)
+    stale = [name for name in ("test.json", "validate.json") if _is_stale(results / name)]
+    benchmarks = {file.stem: reader.read(file, _benchmark) for file in sorted(results.glob("benchmark*.json"))}
     run = Run(
         folder=path,
         name=path.resolve().name,
         quality=measured,
         compressions=recorded.records,
         left_out=recorded.left_out,
-        tasks=_read(results / "lm_eval.json", _tasks),
-        time=_read(results / "time.json", _time),
-        recovery=_read(results / "recovery.json", _recovery),
-        tested=_read(results / "test.json", _numbers),
-        validated=_read(results / "validate.json", _numbers),
-        benchmarks={file.stem: _read(file, _benchmark) for file in sorted(results.glob("benchmark*.json"))},
-        configs={file.name.split(".")[1]: _text(file) for file in sorted(path.glob("config.*.yaml"))},
-        offline=_read(offline, _offline) if (path / "plan.json").is_file() else None,
+        tasks=reader.read(results / "lm_eval.json", _tasks),
+        time=reader.read(results / "time.json", _time),
+        recovery=reader.read(results / "recovery.json", _recovery),
+        tested=None if "test.json" in stale else reader.read(results / "test.json", _numbers),
+        validated=None if "validate.json" in stale else reader.read(results / "validate.json", _numbers),
+        benchmarks={name: values for name, values in benchmarks.items() if values is not None},
+        configs=reader.configs(path),
+        offline=reader.read(path / "compression.json", _offline) if (path / "plan.json").is_file() else None,
+        damaged=reader.damaged,
+        stale=stale,
     )
-    found = (getattr(run, name) for name in run.__dataclass_fields__ if name not in ("folder", "name"))
-    if not any(found):
-        raise FileNotFoundError(f"there are no results in {path}: name {EXPECTED}")
+    held = [name for name in run.__dataclass_fields__ if name not in ("folder", "name", "damaged", "stale")]
+    if run.damaged and not any(getattr(run, name) for name in held if name != "configs"):
+        told = "; ".join(f"{file} is damaged: {why}" for file, why in run.damaged.items())
+        raise ValueError(f"nothing is left to report in {path}: {told}: write it anew, or remove it")
+    if not any(getattr(run, name) for name in held):
+        raise FileNotFoundError(f"there are no results in {path}: {_instead(path)}")
     return run
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}: write it anew, or remove it") from None
+class _Reader:
+    """Reads files, and notes those that it cannot read.
+
+    Attributes:
+        damaged: Those, each with what is wrong with it.
+    """
+
+    def __init__(self) -> None:
+        self.damaged: dict[str, str] = {}
+
+    def read(self, path: Path, checked: Callable[[Any], Any]) -> Any:
+        """Read a JSON file; None where there is none, or it is damaged."""
+        if not path.is_file():
+            return None
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise ValueError(f"it holds a JSON {_KINDS.get(type(values), 'value')}, not an object with names")
+            return checked(values)
+        except Exception as error:
+            self.damaged[str(path)] = " ".join(told_damage(error).split())
+            return None
+
+    def configs(self, folder: Path) -> dict[str, str]:
+        """Return the options by command; of what is no YAML the text alone."""
+        found = {}
+        for path in sorted(folder.glob("config.*.yaml")):
+            try:
+                text = path.read_text(encoding="utf-8")
+                found[path.name.split(".")[1]] = text
+                if not isinstance(yaml.safe_load(text) or {}, dict):
+                    raise ValueError("it holds no options")
+            except (ValueError, yaml.YAMLError) as error:
+                self.damaged[str(path)] = " ".join(str(error).split())
+        return found
 
 
-def _read(path: Path, checked: Callable[[Any], Any]) -> Any:
-    """Read a JSON file, or return None where there is none."""
-    if not path.is_file():
-        return None
-    try:
-        return checked(json.loads(path.read_text(encoding="utf-8")))
-    except Exception as error:
-        why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path} is damaged: {why}: write it anew, or remove it") from error
+_KINDS = {list: "list", str: "string", int: "number", float: "number", bool: "truth value", type(None): "null"}
 
 
-def _quality(path: Path) -> QualityRecord:
-    record = QualityRecord.load(path)
-    try:
-        for moment in record.moments:
-            str(moment.name), int(moment.step)
-            for name in ("parameters", "bytes", "bytes_on_disk", "flops"):
-                int(getattr(moment, name))
-            for speed in moment.speed.values():
-                float(speed.median), float(speed.low), float(speed.high), int(speed.batch), int(speed.context)
-            for error in moment.layer_errors.values():
-                float(error)
-            for text in moment.texts.values():
-                lengths = {len(text.scores.tokens), len(text.scores.nats), len(text.scores.bytes)}
-                if len(lengths) > 1 or not min(lengths):
-                    raise ValueError(f"{moment.name}: the sums are not of the same blocks")
-    except Exception as error:
-        raise ValueError(f"{path} is damaged: {error}: write it anew, or remove it") from error
+def _is_stale(logged: Path) -> bool:
+    """Say whether a fit wrote something after numbers were logged: then they are of an earlier model.
+
+    Files that were copied together are about as old as each other, in any order.
+    """
+    fits = [logged.with_name("time.json"), logged.with_name("recovery.json"), *logged.parent.glob("*.plan.json")]
+    written = max((path.stat().st_mtime for path in fits if path.is_file()), default=0.0)
+    return logged.is_file() and logged.stat().st_mtime < written - COPIED_SECONDS
+
+
+def _instead(path: Path) -> str:
+    """Say what to do with a folder that holds nothing that a report is written of."""
+    if (path / "compression.json").is_file():
+        return "compression.json is there, but the plan.json that moe-lightning compress wrote beside it is not"
+    swept = [name for name in ("results.md", "results.csv") if (path / name).is_file()]
+    if swept:
+        return f"it is a folder of moe-lightning sweep, whose results stand in {' and '.join(swept)} there"
+    above = path.resolve().parent
+    if above.name == "models" and (above.parent / "results").is_dir():
+        return f"it is a model of a run; name the run, {above.parent}"
+    return f"name {EXPECTED}"
+
+
+def _quality(values: dict[str, Any]) -> QualityRecord:
+    _check_version(values)
+    record = QualityRecord([QualityMoment.from_dict(moment) for moment in values["moments"]], values["context"])
+    for moment in record.moments:
+        str(moment.name), int(moment.step)
+        for name in ("parameters", "bytes", "bytes_on_disk", "flops"):
+            int(getattr(moment, name))
+        for speed in moment.speed.values():
+            float(speed.median), float(speed.low), float(speed.high), int(speed.batch), int(speed.context)
+        for error in moment.layer_errors.values():
+            float(error)
+        for text in moment.texts.values():
+            lengths = {len(text.scores.tokens), len(text.scores.nats), len(text.scores.bytes)}
+            if len(lengths) > 1 or not min(lengths):
+                raise ValueError(f"{moment.name}: the sums are not of the same blocks")
     return record
 
 
@@ -207,7 +280,8 @@ def _tasks(values: Any) -> dict[str, Any]:
 
 def _time(values: Any) -> dict[str, Any]:
     parts = {str(name): float(seconds) for name, seconds in values["parts"].items()}
-    return {"total_seconds": float(values["total_seconds"]), "parts": parts}
+    known = {name: None if values.get(name) is None else int(values[name]) for name in ("step", "steps")}
+    return {"total_seconds": float(values["total_seconds"]), "parts": parts, **known, "ended": values.get("ended")}
 
 
 def _recovery(values: Any) -> dict[str, Any]:

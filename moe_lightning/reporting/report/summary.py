@@ -21,7 +21,7 @@ from moe_lightning.reporting.report.columns import (
 )
 from moe_lightning.reporting.report.read import Run
 from moe_lightning.reporting.report.speeds import speed_changes
-from moe_lightning.reporting.report.words import NOT_FINITE, between, data_size, number, percent
+from moe_lightning.reporting.report.words import NOT_FINITE, between, data_size, percent
 from moe_lightning.reporting.run_comparison import last_moment
 
 HOW_QUALITY = (
@@ -42,8 +42,8 @@ def summary_section(run: Run) -> Section:
         run: The run.
     """
     columns = columns_of(run)
-    blocks: list[Block] = [Text(sentence(run, columns))]
-    blocks += [Text(told, "warning") for told in warnings_of(run)]
+    blocks: list[Block] = [Text(told, "warning") for told in [*damage_of(run), *warnings_of(run)]]
+    blocks.append(Text(sentence(run, columns)))
     facts = _facts(run, columns)
     if facts:
         blocks.append(Facts(facts))
@@ -63,7 +63,7 @@ def sentence(run: Run, columns: list[Column]) -> str:
         columns: Its columns.
     """
     if not run.compressions:
-        told = "Nothing was compressed."
+        told = "What was compressed is not known." if run.compressions_damaged else "Nothing was compressed."
         last = columns[-1] if columns else None
         if last is not None and "perplexity" in last.values:
             told += f" Perplexity {_where(run)}is {last.cells['perplexity'].text}."
@@ -88,13 +88,22 @@ def sentence(run: Run, columns: list[Column]) -> str:
     return " ".join([told, *(_ratio_in_words(run, column) for column in measured)])
 
 
-def warnings_of(run: Run) -> list[str]:
-    """Return what must not be overlooked: models that give something else than numbers, a test of another model.
+def damage_of(run: Run) -> list[str]:
+    """Return which files could not be read.
 
     Args:
         run: The run.
     """
-    told = []
+    return [f"{path} is damaged ({why}): what it holds is left out." for path, why in run.damaged.items()]
+
+
+def warnings_of(run: Run) -> list[str]:
+    """Return what must not be overlooked: a run that was stopped, models that give no numbers, tests of other models.
+
+    Args:
+        run: The run.
+    """
+    told = [f"This run is not finished: {run.stopped}."] if run.stopped else []
     for moment in shown_moments(run):
         for name, text in moment.texts.items():
             broken = int((~text.scores.finite).sum())
@@ -160,11 +169,8 @@ def _facts(run: Run, columns: list[Column]) -> list[tuple[str, Cell]]:
             small = f"{before.cells[key].text} before"
             facts.append((name, Cell(percent(final.values[key] / before.values[key]), small)))
     changes = speed_changes(run, last_moment(run.quality))
-    facts += [(phase, changed.cell) for phase, changed in changes.items()]
-    if run.offline is not None and before.values.get("prefill") and "prefill" in final.values:
-        ratio = number(final.values["prefill"] / before.values["prefill"], 3)
-        facts.append(("prefill", Cell(f"x {ratio}", "medians of a few passes, spread not kept")))
-    return facts
+    # Three runs right after one another, minutes before or after those of the other model, are no headline.
+    return [*facts, *((phase, changed.cell) for phase, changed in changes.items() if changed.in_turn)]
 
 
 def _note(run: Run, columns: list[Column]) -> str:
@@ -188,8 +194,8 @@ def _note(run: Run, columns: list[Column]) -> str:
             told.append(f"In turn: both models were timed by {', '.join(sorted(in_turn))}, not at their moments.")
         if changes and not all(changed.in_turn for changed in changes.values()):
             told.append(
-                "Speeds are of a few runs at each moment, minutes or more apart: moe-lightning benchmark times models "
-                "in turn."
+                "Speeds are of three runs right after one another, at different times for each model: do not compare "
+                "them, use moe-lightning benchmark, which times models in turn."
             )
         text = main_text(run)
         scores = next((moment.texts[text].scores for moment in run.moments if text in moment.texts), None)
