@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Timer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import moe_lightning as ml
@@ -48,7 +49,9 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return found
 
 
-def train(folder: Path, callbacks: list[Any], steps: int, ckpt_path: Path | None = None) -> dict[str, Any]:
+def train(
+    folder: Path, callbacks: list[Any], steps: int, ckpt_path: Path | None = None, **options: Any
+) -> dict[str, Any]:
     """Train with a validation of 2 batches after each second step, and return what the file says."""
     trainer = Trainer(
         max_steps=steps,
@@ -59,7 +62,7 @@ def train(folder: Path, callbacks: list[Any], steps: int, ckpt_path: Path | None
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=1,
-        val_check_interval=2,
+        **{"val_check_interval": 2, **options},
     )
     trainer.fit(
         tiny_module(),
@@ -94,6 +97,71 @@ def test_a_resumed_run_adds_up(tmp_path: Path, now: list[float]) -> None:
     assert numbers["parts"]["evaluation"] == 1_000_000
     assert numbers["parts"]["other"] == 20_000_000
     assert numbers["total_seconds"] == now[0] - 5
+
+
+# ---------------------------------------------------------------- how far it got
+
+
+class Note(Callback):
+    """Note what the file says when a batch begins."""
+
+    def __init__(self, stop: BaseException | None = None, at: int = 3) -> None:
+        self.stop, self.at, self.found = stop, at, []  # type: ignore[var-annotated]
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        self.found.append(progress(Path(trainer.default_root_dir)))
+        if self.stop is not None and trainer.global_step == self.at:
+            raise self.stop
+
+
+def progress(folder: Path) -> tuple[int, int | None, bool]:
+    numbers = json.loads((folder / "results" / "time.json").read_text())
+    return numbers["step"], numbers["steps"], numbers["ended"]
+
+
+def test_a_run_that_is_killed_has_not_ended(tmp_path: Path) -> None:
+    """Checkpoints are written at steps 2 and 4: a kill -9 leaves the file as it stands there."""
+    note = Note()
+    train(tmp_path, [TimeSpent(), note, LastCheckpoint(2)], 5, limit_val_batches=0)
+    assert note.found == [(step, 5, False) for step in (0, 0, 2, 2, 4)]
+    assert progress(tmp_path) == (5, 5, True)
+    # The same folder again, with more steps: open again, until they are done.
+    note = Note()
+    train(tmp_path, [TimeSpent(), note, LastCheckpoint(9)], 7, last_checkpoint(tmp_path))
+    assert note.found[0] == (5, 7, False) and progress(tmp_path) == (7, 7, True)
+    # Nothing is left to train.
+    train(tmp_path, [TimeSpent(), LastCheckpoint(9)], 7, last_checkpoint(tmp_path))
+    assert progress(tmp_path) == (7, 7, True)
+
+
+def test_a_run_that_fails_or_runs_out_of_time_has_not_ended(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no more"):
+        fit(tiny_module(), tmp_path, [TimeSpent(), Note(RuntimeError("no more"))], 5)
+    assert progress(tmp_path) == (3, 5, False)
+
+    class TimeIsUp(Timer):
+        """Of a clock that shows steps."""
+
+        def time_elapsed(self, *args: Any) -> float:
+            return 10.0 if saved.is_file() else 0.0
+
+    saved = last_checkpoint(tmp_path)
+    for _ in range(2):  # the second time there is none from the beginning
+        path = saved if saved.is_file() else None
+        train(tmp_path, [TimeSpent(), LastCheckpoint(2), TimeIsUp({"seconds": 9})], 5, path, limit_val_batches=0)
+        assert progress(tmp_path) == (3, 5, False)
+
+
+def test_a_run_without_a_last_step_can_end(tmp_path: Path) -> None:
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            trainer.should_stop = trainer.global_step == 2
+
+    note, module = Note(), tiny_module()
+    # Its own schedule needs an end.
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)  # type: ignore[method-assign]
+    fit(module, tmp_path, [TimeSpent(), note, Stop()], -1, batches(2), max_epochs=-1)
+    assert note.found[0] == (0, None, False) and progress(tmp_path) == (2, None, True)
 
 
 def test_our_callbacks_say_what_they_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
