@@ -14,6 +14,10 @@ from moe_lightning import hub
 from moe_lightning.data.sources import open_sources
 
 
+def offline() -> tuple[bool, bool]:
+    return constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+
+
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.send_response(404)
@@ -32,18 +36,18 @@ def test_the_hub_is_asked_once_whether_it_is_there(monkeypatch: pytest.MonkeyPat
     thread.start()
     try:
         with hub.hub_within_reach() as reached:
-            assert reached and not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
+            assert (reached, *offline()) == (True, False, False)
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
     # Nobody answers there now.
     with hub.hub_within_reach() as reached:
-        assert not reached and constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
-    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
+        assert (reached, *offline()) == (False, True, True)
+    assert offline() == (False, False)
     monkeypatch.setattr(hub, "_answers", lambda: pytest.fail("asked without need"))
     with hub.hub_within_reach(needed=False) as reached:
-        assert reached and not constants.HF_HUB_OFFLINE
+        assert (reached, *offline()) == (True, False, False)
 
 
 def test_a_source_on_a_hub_that_is_not_there_is_missing_at_once(
@@ -65,4 +69,4 @@ def test_a_source_on_a_hub_that_is_not_there_is_missing_at_once(
     with pytest.raises(FileNotFoundError, match=told + r"hub cannot be reached.*python-stdlib$"):
         open_sources("hub:some/data:en")
     assert not caplog.records
-    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
+    assert offline() == (False, False)

@@ -183,7 +183,10 @@ def _random_states() -> Iterator[None]:
 
 @contextmanager
 def _bars(progress: bool) -> Iterator[None]:
-    """Let lm-eval's bars, one or two for each task, vanish when they are full, and show on a terminal only."""
+    """Let lm-eval's bars, one or two for each task, vanish when they are full, and show on a terminal only.
+
+    What else it says and asks for the sake of its own files is left out.
+    """
     import lm_eval.api.model
     import lm_eval.api.task
     import lm_eval.evaluator
@@ -195,13 +198,14 @@ def _bars(progress: bool) -> Iterator[None]:
         return tqdm(*arguments, **{**options, "disable": disable, "leave": False})
 
     def nothing(*arguments: Any) -> None:
-        """Stand in for a look at the whole machine that takes seconds and that nobody reads here."""
+        """Stand in for what nobody reads here: a look at the whole machine, of seconds, and git, which complains."""
 
     places: list[tuple[Any, str, Any]] = [
         (lm_eval.api.model, "tqdm", bar),
         (lm_eval.api.task, "tqdm", bar),
         (lm_eval.models.huggingface, "tqdm", bar),
         (lm_eval.evaluator, "add_env_info", nothing),
+        (lm_eval.evaluator, "get_git_commit_hash", nothing),
     ]
     places = [place for place in places if hasattr(*place[:2])]
     before = [getattr(module, name) for module, name, _ in places]

@@ -138,8 +138,14 @@ def test_a_group_whose_data_are_missing_is_named_once(tmp_path: Path) -> None:
 
 
 def test_results_are_plain_and_those_of_the_model(
-    place: str, model: Any, tokenizer: PreTrainedTokenizerFast, capfd: pytest.CaptureFixture[str]
+    place: str,
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # not below a folder of git's, which lm-eval asks for one
     found = run_tasks(model, tokenizer, "endings:acc,likelihood,next_word", include_path=place, batch_size=3)
     assert json.loads(json.dumps(found)) == found and found["mean"] is None
     # Counted here anew: the four ends of a sentence by their likelihood.
