@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from moe_lightning.checkpoints import from_pretrained
+from moe_lightning.checkpoints import from_pretrained, stored_bytes
 from moe_lightning.cli.collect import words
 from moe_lightning.cli.commands import WorkFailed, begun, device_named, dtype_named, inspected, run_command
 from moe_lightning.data import holds_tokenizer
@@ -29,7 +30,7 @@ from moe_lightning.evaluation.benchmark import (
     num_steps,
     run_benchmark,
 )
-from moe_lightning.evaluation.benchmark_rows import BenchmarkRecord, Settings, told_context
+from moe_lightning.evaluation.benchmark_rows import BenchmarkRecord, Settings, TimedRow, data_size, told_context
 from moe_lightning.files import check_writable, distinct_names
 
 USUAL_CONTEXTS = (128, 512)
@@ -78,11 +79,15 @@ def benchmark_models(
         markdown: Print the table in Markdown.
         overwrite: Replace files that are there.
 
+    Ctrl-C ends it with status 130; the phases of a batch size and context that were done are printed and written, with
+    ``"interrupted": true`` in the context.
+
     Raises:
         ValueError: Something does not fit; found before a model is loaded.
         FileNotFoundError: A model is not there.
         FileExistsError: The output is there.
         WorkFailed: A model was not timed.
+        KeyboardInterrupt: Ctrl-C; the message says what was kept.
     """
     target = _checked_output(output, overwrite)
     folders = _labels([model, *(words(against) or [])])
@@ -107,27 +112,39 @@ def benchmark_models(
         shape, plan = shapes[label]
         kind = str(kinds[label]).removeprefix("torch.")
         what = "compressed" if plan else "uncompressed"
-        size = shape.bytes * kinds[label].itemsize / shape.weight_bytes
-        print(f"model    {label}: {folder}, {what}, {kind}, {size / 2**20:,.1f} MiB")
+        # Codes, scales and bits of packed weights take as much in every type.
+        size = replace(shape, weight_bytes=kinds[label].itemsize).bytes
+        print(f"model    {label}: {folder}, {what}, {kind}, {data_size(size)}")
     print(f"text     {source}", flush=True)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
         with begun():
             record = _measured(folders, kinds, wanted, where, ids, source, settings)
-            if target is not None:
+            if target is not None and record.rows:
                 record.save(target)
     finally:
         torch.set_num_threads(before)
-    print(record.markdown() if markdown else f"{told_context(record.context)}\n\n{record.text()}")
-    if target is not None:
-        print(f"wrote {target} and {target.with_suffix('.md').name}")
+    if record.rows:
+        print(record.markdown() if markdown else f"{told_context(record.context)}\n\n{record.text()}")
+        if target is not None:
+            print(f"wrote {target} and {target.with_suffix('.md').name}", flush=True)
+    if record.interrupted:
+        raise KeyboardInterrupt(_told_interrupt(record, target))
     if record.failures:
         first = record.failures[0]
         raise WorkFailed(
             f"{len(record.failures)} of {len(record.rows)} measurements were refused; the first is {first.name}: "
             f"{first.refused}"
         )
+
+
+def _told_interrupt(record: BenchmarkRecord, target: Path | None) -> str:
+    done, wanted = len(record.rows), record.context["measurements"]
+    if not done:
+        return "interrupted before the first measurement was done: there is nothing to write"
+    kept = f"in {target}, marked as interrupted" if target else "printed above, and nowhere else: --output writes them"
+    return f"interrupted after {done} of {wanted} measurements, which are {kept}; the one that ran is lost"
 
 
 def _checked_output(output: str | None, overwrite: bool) -> Path | None:
@@ -259,18 +276,23 @@ def _measured(
     context = described_run(device, [str(kind).removeprefix("torch.") for kind in kinds.values()], source, settings)
     ceilings = ceilings_of(entrants)
     described: dict[str, dict[str, Any]] = {
-        label: described_model(model, folders[label], settings, ceilings[label]) for label, model in models.items()
+        label: described_model(model, folders[label], settings, ceilings[label], ids) for label, model in models.items()
     }
     for label, folder in folders.items():
-        described[label]["bytes_on_disk"] = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+        described[label]["bytes_on_disk"] = stored_bytes(folder)
     bar = tqdm(total=num_steps(entrants, settings), desc="benchmark", unit="step", disable=None, leave=False)
 
     def progress(what: str) -> None:
         bar.set_postfix_str(what)
         bar.update()
 
-    with bar:
-        rows = run_benchmark(entrants, ids, settings, ceilings, progress)
+    context["measurements"] = settings.num_rows(len(entrants))
+    rows: list[TimedRow] = []
+    try:
+        with bar:
+            run_benchmark(entrants, ids, settings, ceilings, progress, rows)
+    except KeyboardInterrupt:
+        context["interrupted"] = True
     return BenchmarkRecord(context, described, rows)
 
 

@@ -16,19 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_lightning.architectures import architecture_of
 from moe_lightning.architectures.modes import evaluation_mode
 from moe_lightning.evaluation.benchmark_check import PHASES, CheckedModel, Mismatch, Phase, checked
 from moe_lightning.evaluation.benchmark_floors import (
     Ceilings,
     copy_speed,
     floor_seconds,
+    pass_flops,
     product_speed,
     routed_shares,
     tensor_bytes,
 )
 from moe_lightning.evaluation.benchmark_machine import device_in_words, machine, versions
 from moe_lightning.evaluation.benchmark_rows import Settings, TimedRow, spread
-from moe_lightning.evaluation.speed import Work, rate_of, seconds_of
+from moe_lightning.evaluation.speed import Prefill, Work, rate_of, seconds_of
 from moe_lightning.experts import implementation as kernels_implementation
 from moe_lightning.experts.kernel_path import current_use
 from moe_lightning.sizes import measure
@@ -92,6 +94,7 @@ class _Turn:
     refused: str | None = None
     failed: bool = False
     seconds: list[float] = field(default_factory=list)
+    flops: float | None = None
     floor: float | None = None
     peak: int | None = None
 
@@ -126,6 +129,7 @@ def run_benchmark(
     settings: Settings,
     ceilings: dict[str, Ceilings] | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    rows: list[TimedRow] | None = None,
 ) -> list[TimedRow]:
     """Compare and time models.
 
@@ -136,9 +140,10 @@ def run_benchmark(
         settings: What is timed.
         ceilings: What the machine allows, by label; measured where None.
         progress: Called with what comes next, :func:`num_steps` times.
+        rows: Where rows go as soon as they are there: after Ctrl-C it holds what was done. A new list where None.
 
     Returns:
-        A row for each entrant, phase, batch size and context.
+        The rows: one for each entrant, phase, batch size and context.
 
     Raises:
         ValueError: Too few tokens, or a model of another family.
@@ -148,14 +153,14 @@ def run_benchmark(
             f"{list(ids.shape)} token ids are too few for {max(settings.batch_sizes)} sequences of {settings.length}"
         )
     ceilings = ceilings_of(entrants) if ceilings is None else ceilings
-    rows: list[TimedRow] = []
+    rows = [] if rows is None else rows
     for context in settings.contexts:
         for batch in settings.batch_sizes:
             tokens = ids[:batch, : context + settings.new_tokens]
             turns = []
             for entrant in entrants:
                 progress(f"comparing {entrant.label}, {entrant.implementation}, {batch} x {context}")
-                turn = _Turn(entrant, ceilings[entrant.label], measure(entrant.model, 1).bytes)
+                turn = _Turn(entrant, ceilings[entrant.label], _weight_bytes(entrant.model))
                 turn.attempt(lambda turn=turn, tokens=tokens: _check(turn, tokens, settings))  # type: ignore[misc]
                 turns.append(turn)
             for phase in settings.phases:
@@ -217,7 +222,7 @@ def _timed(turns: Sequence[_Turn], phase: Phase, batch: int, context: int, setti
     """Time a phase of a cell, entrants in turn, and return the rows."""
     timed: list[tuple[_Turn, CheckedModel]] = []
     for turn in turns:
-        turn.seconds, turn.floor, turn.peak = [], None, None
+        turn.seconds, turn.flops, turn.floor, turn.peak = [], None, None, None
         if turn.checked is not None and not turn.refused and phase in turn.checked.works:
             turn.attempt(lambda turn=turn: _prepare(turn, phase))  # type: ignore[misc]
             timed.append((turn, turn.checked))
@@ -253,6 +258,7 @@ def _prepare(turn: _Turn, phase: Phase) -> None:
     work = model.works[phase]
     model.activate()
     shares = routed_shares(model.model, work)
+    turn.flops = pass_flops(model.model, phase, work, shares)
     turn.floor = floor_seconds(model.model, phase, work, shares, turn.ceilings)
     work.forget()
     if work.device.type == "cuda":
@@ -296,6 +302,7 @@ def _row(turn: _Turn, phase: Phase, batch: int, context: int) -> TimedRow:
         *names,
         tokens_per_second={"median": rate.median, "low": rate.low, "high": rate.high},
         milliseconds=spread(passes, statistics.median(passes)),
+        flops=turn.flops,
         floor_milliseconds=None if turn.floor is None else 1e3 * turn.floor,
         peak_bytes=turn.peak,
         relative_error=error,
@@ -311,7 +318,9 @@ def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def described_model(model: Any, folder: str, settings: Settings, ceilings: Ceilings) -> dict[str, Any]:
+def described_model(
+    model: Any, folder: str, settings: Settings, ceilings: Ceilings, ids: Tensor | None = None
+) -> dict[str, Any]:
     """Return what a record says of a model.
 
     Args:
@@ -319,24 +328,44 @@ def described_model(model: Any, folder: str, settings: Settings, ceilings: Ceili
         folder: Where it comes from.
         settings: Of the benchmark.
         ceilings: What the machine allows for it.
+        ids: Token ids [batch, tokens] of the benchmark; the first sequence of the longest context goes through the
+            model once, not timed, to count which experts its tokens pick. Nothing is counted where None.
 
     Returns:
         Folder, parameters, bytes in memory and of the weights on disk (None where there is no folder), FLOPs of one
-        sequence of the longest context, type of the weights, ceilings.
+        sequence of the longest context, type of the weights, ceilings. Of the FLOPs there are two: ``flops`` is the
+        upper bound where every token picks real experts, ``routed_flops`` counts the picks of these tokens (None where
+        that failed, or without tokens).
     """
     length = max(settings.contexts)
     size = measure(model, length)
     return {
         "folder": folder,
         "parameters": size.parameters,
-        "bytes": size.bytes,
+        "bytes": _weight_bytes(model),
         "bytes_on_disk": None,
         "flops": size.flops,
+        "routed_flops": None if ids is None else _routed_flops(model, ids[:1, :length]),
         "sequence_length": length,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "flops_per_second": ceilings.flops_per_second,
         "bytes_per_second": ceilings.bytes_per_second,
     }
+
+
+def _weight_bytes(model: Any) -> int:
+    """Count the bytes of the weights in the form that a checkpoint holds, whatever form they work in just now."""
+    return architecture_of(model).shape(model).bytes
+
+
+def _routed_flops(model: Any, ids: Tensor) -> int | None:
+    """Count the FLOPs of a pass by where its tokens are routed, None where the model cannot run it."""
+    work = Prefill(model, ids)
+    try:
+        shares = routed_shares(model, work)
+    except (RuntimeError, MemoryError, ValueError, NotImplementedError):
+        return None  # the row of the same cell says why
+    return measure(model, ids.shape[1], [1 - share for share in shares.real]).flops
 
 
 def described_run(device: torch.device, dtypes: Sequence[str], tokens: str, settings: Settings) -> dict[str, Any]:

@@ -55,6 +55,14 @@ class Settings:
         """Tokens of the longest sequence, with what is decoded."""
         return max(self.contexts) + self.new_tokens
 
+    def num_rows(self, entrants: int) -> int:
+        """Say how many rows a benchmark has when nothing interrupts it.
+
+        Args:
+            entrants: Models with their implementations.
+        """
+        return len(self.contexts) * len(self.batch_sizes) * len(self.phases) * entrants
+
 
 @dataclass(frozen=True)
 class TimedRow:
@@ -66,10 +74,12 @@ class TimedRow:
         phase: Prefill or decoding.
         batch: Sequences.
         context: Tokens of each that go in, or are there before.
-        weight_bytes: Bytes of the weights in memory.
+        weight_bytes: Bytes of the weights in memory, in the form that a checkpoint holds: some packed weights take a
+            few percent more in the form in which they work on a CPU.
         tokens_per_second: Of all sequences: ``median``, ``low`` (slowest run) and ``high``.
         milliseconds: Of a pass, which is the whole prefill or a step of decoding: ``median``, ``low`` (fastest run) and
             ``high``.
+        flops: FLOPs of a pass that the floor counts: with the experts and novices that its tokens picked in this run.
         floor_milliseconds: The least that the machine allows.
         peak_bytes: Largest memory on a GPU, the model's own weights included and those of others not; None on a CPU.
         relative_error: Of the comparison.
@@ -86,6 +96,7 @@ class TimedRow:
     weight_bytes: int
     tokens_per_second: dict[str, float] | None = None
     milliseconds: dict[str, float] | None = None
+    flops: float | None = None
     floor_milliseconds: float | None = None
     peak_bytes: int | None = None
     relative_error: float | None = None
@@ -116,6 +127,11 @@ class BenchmarkRecord:
     context: dict[str, Any]
     models: dict[str, dict[str, Any]]
     rows: list[TimedRow]
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended it before all was measured."""
+        return bool(self.context.get("interrupted"))
 
     @property
     def failures(self) -> list[TimedRow]:
@@ -153,24 +169,31 @@ class BenchmarkRecord:
         return next(iter([*eager, *last]), None)
 
     def table(self) -> list[list[str]]:
-        """Return the header and the lines of the table."""
+        """Return the header and the lines of the table, without columns in which nothing was measured."""
         header = ["model", "experts", "phase", "batch", "context", "tokens/s", "slowest-fastest", "x base", "ms"]
-        header += ["floor ms", "of floor", "peak GiB", "weights GiB", "error"]
-        return [header, *(self._line(row) for row in self.rows)]
+        header += ["floor ms", "of floor", "GFLOP", "peak", "weights", "error"]
+        left_out = set()
+        if self.context.get("repeats") == 1:
+            left_out.add("slowest-fastest")
+        if all(row.peak_bytes is None for row in self.rows):
+            left_out.add("peak")  # as on a CPU
+        kept = [column for column, name in enumerate(header) if name not in left_out]
+        return [[line[column] for column in kept] for line in (header, *map(self._line, self.rows))]
 
     def _line(self, row: TimedRow) -> list[str]:
         cells = [row.model, row.implementation, row.phase, str(row.batch), str(row.context)]
-        weights = _gib(row.weight_bytes)
+        weights = data_size(row.weight_bytes)
         rate, took = row.tokens_per_second, row.milliseconds
         if rate is None or took is None:
-            return [*cells, "refused", *("-" for _ in range(6)), weights, "-"]
+            return [*cells, "refused", *("-" for _ in range(7)), weights, "-"]
         base = self.baseline(row)
         times = "-" if base is None or base.tokens_per_second is None else _times(rate, base.tokens_per_second)
         floor = row.floor_milliseconds
         cells += [_number(rate["median"]), f"{_number(rate['low'])}-{_number(rate['high'])}", times]
         cells += [_number(took["median"]), "-" if floor is None else _number(floor)]
-        cells += ["-" if floor is None else f"{floor / took['median']:.0%}"]
-        cells += ["-" if row.peak_bytes is None else _gib(row.peak_bytes), weights]
+        cells += ["-" if floor is None else f"{floor / took['median']:.1%}"]
+        cells += ["-" if row.flops is None else _number(row.flops / 1e9)]
+        cells += ["-" if row.peak_bytes is None else data_size(row.peak_bytes), weights]
         return [*cells, "-" if row.relative_error is None else f"{row.relative_error:.0e}"]
 
     def text(self) -> str:
@@ -217,11 +240,16 @@ def told_context(context: dict[str, Any]) -> str:
     where = machine.get("gpu") if context["device"] != "cpu" else machine["cpu"]
     threads = context["threads"]
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    repeats = f"{context['repeats']} repeats in turn" if context["repeats"] > 1 else "1 repeat"
+    stopped = "Interrupted, so not everything was measured. " if context.get("interrupted") else ""
     return (
-        f"{where}, {context['dtype']}, {threads} CPU thread{'' if threads == 1 else 's'} of {machine['cores']} cores, "
-        f"load {machine['load']} before; {packages}. {context['repeats']} repeats in turn after {context['warmup']} to "
+        f"{stopped}{where}, {context['dtype']}, {threads} CPU thread{'' if threads == 1 else 's'} of "
+        f"{machine['cores']} cores, load {machine['load']} before; {packages}. {repeats} after {context['warmup']} to "
         f"warm up, {context['new_tokens']} tokens decoded in each. Text: {context['tokens']}. x base: tokens a second "
-        "over those of transformers' eager experts in the same cell, of the last model where there are none."
+        "over those of transformers' eager experts in the same cell, of the last model where there are none. "
+        "GFLOP: of a pass (a step of decoding), with the experts and novices that these tokens picked; the floor is "
+        "the least time for them and for the bytes that must be read, by what the machine did in the same run. "
+        "Weights: in the form in which a checkpoint holds them."
     )
 
 
@@ -233,8 +261,13 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _gib(value: int) -> str:
-    return f"{value / 2**30:.2f}" if value >= 2**30 / 10 else f"{value / 2**30:.4f}"
+def data_size(count: int) -> str:
+    """Write a number of bytes in the unit that suits it.
+
+    Args:
+        count: Bytes.
+    """
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
 def spread(values: Sequence[float], median: float) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """``moe-lightning benchmark``: what it writes, and its errors of one line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 import moe_lightning as ml
 from moe_lightning.cli import benchmark as command
 from moe_lightning.cli import main
-from moe_lightning.evaluation import benchmark_floors
+from moe_lightning.cli.commands import inspected
+from moe_lightning.evaluation import benchmark, benchmark_floors
+from moe_lightning.evaluation.speed import Decoding
 from moe_lightning.plan import DropBlock, NoviceExperts, Quantize
 from tests.models import tiny_mixtral
 from tests.packed import apply_filled, everywhere
@@ -26,6 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for edit in (*everywhere(NoviceExperts(0, (1, 4))), *everywhere(Quantize(0, group_size=16)), DropBlock(1)):
         apply_filled(model, [edit])
     ml.save_pretrained(model, folder / "small", tokenizer=folder / "hub")
+    (folder / "small" / "statistics.safetensors").write_bytes(bytes(100))
     tiny_mixtral(vocab_size=80, max_position_embeddings=16).save_pretrained(folder / "other")
     tiny_mixtral(vocab_size=80).save_pretrained(folder / "other2")
     return {name: str(folder / name) for name in ("hub", "small", "other", "other2")}
@@ -52,6 +56,7 @@ def test_a_compressed_model_against_the_original(
     assert list(written["models"]) == ["small", "hub"]
     assert written["models"]["small"]["folder"] == folders["small"]
     weights = Path(folders["small"]) / "model.safetensors"
+    assert (weights.parent / "statistics.safetensors").is_file()  # beside them, and no weights
     assert written["models"]["small"]["bytes_on_disk"] == weights.stat().st_size
     assert written["context"]["device"] == "cpu" and written["context"]["threads"] == 1
     assert written["context"]["tokens"] == f"python-stdlib in the tokens of {folders['small']}"
@@ -106,6 +111,63 @@ def test_a_wrong_model_ends_with_status_1(
     rows = json.loads(output.read_text())["rows"]
     assert [bool(row["refused"]) for row in rows] == [True, False] * 2
     assert "refused: small, moe_lightning: it does not compute what its weights say: decode is wrong" in captured.out
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_an_interrupt_keeps_what_was_timed(
+    writes: bool,
+    folders: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seconds_of = benchmark.seconds_of
+
+    def stop(work: Any) -> float:
+        if isinstance(work, Decoding):
+            raise KeyboardInterrupt
+        return seconds_of(work)
+
+    monkeypatch.setattr(benchmark, "seconds_of", stop)
+    output = tmp_path / "benchmark.json"
+    options = ["--model", folders["small"], *QUICK, *(["--output", str(output)] if writes else [])]
+    assert main(["benchmark", *options]) == 130
+    captured = capsys.readouterr()
+    (line,) = [line for line in captured.err.splitlines() if "interrupted" in line]
+    kept = f"in {output}, marked as interrupted" if writes else "printed above, and nowhere else"
+    assert line.startswith(f"moe-lightning benchmark: interrupted after 1 of 2 measurements, which are {kept}")
+    assert "Traceback" not in captured.err and "Interrupted, so not everything was measured." in captured.out
+    assert output.exists() == writes
+    if writes:
+        written = json.loads(output.read_text())
+        assert written["context"]["interrupted"] is True and written["context"]["measurements"] == 2
+        assert [row["phase"] for row in written["rows"]] == ["prefill"]
+
+
+def test_an_interrupt_before_anything_was_timed(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    output = tmp_path / "benchmark.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark, "checked", stop)
+        assert main(["benchmark", "--model", folders["small"], *QUICK, "--output", str(output)]) == 130
+    assert "there is nothing to write" in capsys.readouterr().err and not output.exists()
+
+
+def test_the_size_of_packed_weights_in_a_type_they_were_not_saved_in(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "benchmark.json"
+    given = ["--model", folders["small"], *QUICK, "--dtype", "bfloat16", "--output", str(output)]
+    assert main(["benchmark", *given]) == 0
+    told = capsys.readouterr().out.splitlines()
+    written = json.loads(output.read_text())
+    shape = inspected(folders["small"])[0]
+    assert written["models"]["small"]["bytes"] == replace(shape, weight_bytes=2).bytes != shape.bytes // 2
+    assert told[0].endswith(f", {written['models']['small']['bytes'] / 2**20:.1f} MiB")
 
 
 def test_models_that_do_not_fit_together(

@@ -32,7 +32,7 @@ from moe_lightning.evaluation.benchmark_floors import (
     routed_shares,
     tensor_bytes,
 )
-from moe_lightning.evaluation.benchmark_rows import BenchmarkRecord, Settings, TimedRow
+from moe_lightning.evaluation.benchmark_rows import BenchmarkRecord, Settings, TimedRow, data_size
 from moe_lightning.evaluation.speed import Decoding, Prefill
 from moe_lightning.plan import DropBlock, NoviceExperts, Quantize
 from tests.models import tiny_mixtral
@@ -235,7 +235,7 @@ def test_every_row_is_there_and_complete(record: BenchmarkRecord, tmp_path: Path
     for row in written["rows"]:
         assert row.keys() == {
             *("model", "implementation", "phase", "batch", "context", "tokens_per_second", "milliseconds"),
-            *("floor_milliseconds", "peak_bytes", "weight_bytes", "relative_error", "agreement", "refused"),
+            *("flops", "floor_milliseconds", "peak_bytes", "weight_bytes", "relative_error", "agreement", "refused"),
         }
         assert row["peak_bytes"] is None  # there is no such number on a CPU
         assert row["weight_bytes"] == written["models"][row["model"]]["bytes"]
@@ -262,6 +262,9 @@ def test_batched_mm_is_left_out_where_it_would_copy_too_much(record: BenchmarkRe
 def test_the_table(record: BenchmarkRecord) -> None:
     lines = record.table()
     assert {len(line) for line in lines} == {14}
+    assert "peak" not in lines[0]  # nothing is measured on a CPU
+    shares = [line[lines[0].index("of floor")] for line in lines[1:] if "refused" not in line]
+    assert all(share.endswith("%") and share[-3] == "." for share in shares)
     eager = [line for line in lines if line[1] == "eager"]
     assert len(eager) == 8 and {line[7] for line in eager} == {"1.00"}  # what the others are compared with
     text = record.text().splitlines()
@@ -275,6 +278,64 @@ def test_the_table(record: BenchmarkRecord) -> None:
     table = [line for line in markdown if line.startswith("|")]
     assert len(table) == 2 + len(record.rows) and {line.count("|") for line in table} == {15}
     assert markdown[-1].startswith("* refused:")
+
+
+def test_columns_that_say_nothing_are_left_out(record: BenchmarkRecord) -> None:
+    once = BenchmarkRecord({**record.context, "repeats": 1}, record.models, record.rows)
+    assert "slowest-fastest" not in once.table()[0] and {len(line) for line in once.table()} == {13}
+    assert "1 repeat after" in once.markdown() and "2 repeats in turn after" in record.markdown()
+    first, *rest = record.rows
+    on_gpu = BenchmarkRecord(record.context, record.models, [replace(first, peak_bytes=3 << 20), *rest])
+    place = on_gpu.table()[0].index("peak")
+    assert [line[place] for line in on_gpu.table()[1:3]] == ["3.0 MiB", "-"]
+
+
+def test_sizes_in_the_unit_that_suits() -> None:
+    assert [data_size(count) for count in (1 << 19, 9471504, (1 << 30) - 1, 5 << 28)] == [
+        *("0.5 MiB", "9.0 MiB", "1,024.0 MiB", "1.25 GiB"),
+    ]
+
+
+def test_operations_by_the_routing_that_was_counted() -> None:
+    """The picks that novices got cost no expert; the upper bound stays beside it."""
+    model, ids = tiny_mixtral(), tokens(1, 9)
+    for edit in everywhere(NoviceExperts(0, (1, 4))):
+        apply_filled(model, [edit])
+    settings = small_settings(contexts=(9,))
+    real = routed_shares(model, Prefill(model, ids)).real
+    described = described_model(model, "", settings, CEILINGS, ids)
+    none = described_model(model, "", settings, CEILINGS)
+    assert none["routed_flops"] is None and none["flops"] == described["flops"]
+    lost = 2 * 9 * TOP_K * EXPERT * sum(1 - share for share in real)
+    assert sum(real) < LAYERS and described["routed_flops"] == pytest.approx(described["flops"] - lost, abs=1)
+    (row,) = rows_of([Entrant("a", model, "moe_lightning")], small_settings(phases=("prefill",)))
+    work = Prefill(model, tokens()[:2, :6])
+    assert row.flops == pass_flops(model, "prefill", work, routed_shares(model, work))
+
+
+def test_weights_are_told_in_one_form() -> None:
+    """Packed weights that have worked on a CPU are held in another one."""
+    model = compressed().bfloat16()
+    before = described_model(model, "", small_settings(), CEILINGS)["bytes"]
+    rows = rows_of(entrants_of("small", model), small_settings(batch_sizes=(1, 2)))
+    assert not any(row.refused for row in rows)
+    assert {row.weight_bytes for row in rows} == {before}
+    assert before == described_model(model, "", small_settings(), CEILINGS, tokens())["bytes"]
+
+
+def test_rows_that_were_done_stay_after_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds_of, rows = benchmark.seconds_of, list[TimedRow]()
+
+    def stop(work: Any) -> float:
+        if isinstance(work, Decoding):
+            raise KeyboardInterrupt
+        return seconds_of(work)
+
+    monkeypatch.setattr(benchmark, "seconds_of", stop)
+    entrants = entrants_of("a", tiny_mixtral(), ["eager"])
+    with pytest.raises(KeyboardInterrupt):
+        run_benchmark(entrants, tokens(), small_settings(), {"a": CEILINGS}, rows=rows)
+    assert [row.phase for row in rows] == ["prefill"] and small_settings().num_rows(1) == 2
 
 
 def small_settings(**changes: Any) -> Settings:
