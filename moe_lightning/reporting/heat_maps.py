@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy
-from matplotlib import patheffects
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -121,7 +120,8 @@ def heat_map(
         form = number_format or _number_format(shown_LE)
         for row, column in numpy.argwhere(~shown_LE.mask):
             text = format(float(values_LE[row, column]), form)
-            _write_number(axes, image, column, row, float(coloured_LE[row, column]), text)
+            hatched = bool(novices_LE[row, column])
+            _write_number(axes, image, column, row, float(coloured_LE[row, column]), text, hatched)
     if marked_LE.any():
         _mark_corners(axes, numpy.argwhere(marked_LE), 0.55 if numbered else 0.16)
     _cell_borders(axes, num_layers, num_experts)
@@ -223,7 +223,8 @@ def _contrast(image: Any, value: Any) -> str:
     return "white" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.45 else "black"
 
 
-def _write_number(axes: Any, image: Any, column: int, row: int, value: float, number: str) -> None:
+def _write_number(axes: Any, image: Any, column: int, row: int, value: float, number: str, hatched: bool) -> None:
+    colour = image.cmap(image.norm(value))
     text = axes.text(
         column,
         row,
@@ -233,8 +234,9 @@ def _write_number(axes: Any, image: Any, column: int, row: int, value: float, nu
         fontsize=SMALL_POINTS,
         color=_contrast(image, value),
     )
-    # A rim in the colour of the cell keeps the hatch of a novice away from the digits.
-    text.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground=image.cmap(image.norm(value)))])
+    if hatched:
+        # The hatch of a novice stays at the edge of its cell: through digits it makes them unreadable.
+        text.set_bbox({"facecolor": colour, "edgecolor": "none", "boxstyle": "square,pad=0.25"})
 
 
 def _number_format(shown_LE: Any) -> str:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from moe_lightning.evaluation.intervals import paired_differences
-from moe_lightning.reporting.report import comparison_text, figures, read_run, write_comparison
+from moe_lightning.reporting.report import comparison, comparison_text, figures, read_run, write_comparison
+from moe_lightning.reporting.report.blocks import Text
 from tests.reporting.pages import Page
 from tests.reporting.report_runs import write_compressed_folder, write_run
 
@@ -132,3 +133,15 @@ def test_numbers_of_different_texts_are_marked(tmp_path: Path, undrawn: None) ->
         assert run.quality is not None
         run.quality.context["data"]["tokenizer"] = tokenizer
     assert "Bits per byte do, but only where the text is the same" in comparison_text(runs)
+
+
+def test_folders_of_compress_are_told_with_options_and_why_they_are_not_drawn(
+    tmp_path: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [read_run(folder) for folder in three_runs(tmp_path)]
+    monkeypatch.setattr(comparison, "drawn_comparison", lambda named: [Text("drawn")])
+    page = Page(write_comparison(runs, tmp_path / "comparison.html").read_text())
+    rows = page.table_with("run", "methods", "folder").rows[1:]
+    assert [row[1] for row in rows] == ["Novices(ratio=0.5, criterion='mone')"] * 3
+    (told,) = [line for line in page.text.splitlines() if "Not in figures of quality:" in line] or [page.text]
+    assert "Not in figures of quality: " in told and "three, where it was not measured" in told

@@ -81,3 +81,16 @@ def test_plan_table() -> None:
     assert "| 0 | 0 2 3 | - | 1 4 5 |" in rows
     assert "| 1 | 0 2 3 5 | 1 4 | - |" in rows
     assert "| 2 | 0 1 2 3 4 5 | - | - |" in rows
+
+
+def test_numbers_of_novices_are_not_hatched_through() -> None:
+    """Behind each number of a hatched cell lies a box in the colour of the cell, without a hatch."""
+    novices = [[True, False], [False, True]]
+    figure = heat_map([[1.0, 2.0], [3.0, 4.0]], title="t", value_label="v", novices=novices)
+    boxes = {text.get_text(): text.get_bbox_patch() for text in figure.axes[0].texts}
+    assert [boxes[name] is not None for name in ("1", "2", "3", "4")] == [True, False, False, True]
+    image = figure.axes[0].images[0]
+    for name in ("1", "4"):
+        box = boxes[name]
+        assert box.get_facecolor() == image.cmap(image.norm(float(name)))
+        assert not box.get_hatch() and box.get_alpha() in (None, 1.0)

@@ -12,7 +12,7 @@ import pytest
 
 from moe_lightning.evaluation.intervals import Interval, perplexity_ratio_interval
 from moe_lightning.evaluation.records import QualityRecord
-from moe_lightning.reporting.report import distinct_names, read, read_run, summary_text, write_report
+from moe_lightning.reporting.report import damage_of, distinct_names, read, read_run, summary_text, write_report
 from moe_lightning.reporting.report.blocks import Cell, Table
 from moe_lightning.reporting.report.words import data_size, duration, number, with_interval
 from moe_lightning.reporting.report.write import markdown_words
@@ -260,9 +260,11 @@ def test_claims_that_do_not_hold_are_a_warning(tmp_path: Path, undrawn: None) ->
 @pytest.mark.parametrize("content", ["{", "[1, 2]"])
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: str) -> None:
     folder = write_run(tmp_path / "run")
-    (folder / "results" / f"{name}.json").write_text(content)
-    with pytest.raises(ValueError, match=re.escape(f"{name}.json")):
-        read_run(folder)
+    path = folder / "results" / f"{name}.json"
+    path.write_text(content)
+    run = read_run(folder)
+    assert list(run.damaged) == [str(path)]
+    assert f"{path} is damaged" in damage_of(run)[0]
 
 
 def test_folders_without_results_say_what_is_expected(tmp_path: Path) -> None:

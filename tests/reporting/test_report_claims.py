@@ -115,6 +115,70 @@ def test_only_the_page_that_loads_nothing_says_so(tmp_path: Path) -> None:
     assert "from the files of the run." in markdown
 
 
+def test_the_worst_text_and_agreement_are_headlines(tmp_path: Path) -> None:
+    """Two thirds of a nat more on the second text, by hand; where it is the only one nothing is worst."""
+    extra = math.log(1.5)
+
+    def worse(found: dict[str, QualityMoment]) -> list[QualityMoment]:
+        end = found["end"]
+        text = found["before"].texts["python-topics"]
+        scores = dataclasses.replace(text.scores, nats=text.scores.nats + extra * text.scores.tokens)
+        texts = {**end.texts, "python-topics": dataclasses.replace(text, scores=scores)}
+        return [found["before"], found["compressed"], dataclasses.replace(end, texts=texts)]
+
+    run = with_moments(tmp_path / "run", worse)
+    shown = facts(run)
+    assert shown["perplexity, worst text"] == ("x 1.500", "'python-topics' (not calibrated on) [1.500, 1.500]")
+    assert shown["same next token as before"] == (
+        final_column(run).cells["agreement"].text,
+        final_column(run).cells["agreement"].small,
+    )
+    assert "it is worst on 'python-topics' (not calibrated on): 1.5000" in summary_text(run)
+    alone = with_moments(
+        tmp_path / "alone",
+        lambda found: [dataclasses.replace(item, texts={"test": item.texts["test"]}) for item in found.values()],
+    )
+    assert "perplexity, worst text" not in facts(alone) and "worst on" not in summary_text(alone)
+
+
+def test_operations_are_those_of_the_text_or_an_upper_bound(tmp_path: Path) -> None:
+    """Novices get another share at each moment: the same count at both was made without their picks."""
+
+    def routed(found: dict[str, QualityMoment], flops: tuple[int, int]) -> list[QualityMoment]:
+        compressed, end = found["compressed"], found["end"]
+        assert end.routing is not None
+        load = [[2 * value for value in row] for row in end.routing.mass]  # type: ignore[operator]
+        routing = dataclasses.replace(end.routing, load=load)
+        return [
+            found["before"],
+            dataclasses.replace(compressed, flops=flops[0]),
+            dataclasses.replace(end, flops=flops[1], routing=routing),
+        ]
+
+    for name, flops, bound in (("old", (10**9, 10**9), True), ("new", (10**9, 9 * 10**8), False)):
+        page = Page(write_report(with_moments(tmp_path / name, lambda found, f=flops: routed(found, f))).read_text())
+        row = next(row for row in page.table_with("", "before").rows if row[0] == "GFLOP per sequence, on this text")
+        assert ["upper bound" in cell for cell in row[1:]] == [False, bound, bound]
+        assert [("upper bound" in row[-1]) for row in page.table_with("moment", "parameters").rows[1:]] == [
+            False,
+            bound,
+            bound,
+        ]
+    plain = with_moments(
+        tmp_path / "plain", lambda found: [dataclasses.replace(item, routing=None) for item in found.values()]
+    )
+    assert final_column(plain).cells["flops"].small == "60.0 %, upper bound"
+
+
+def test_long_prompts_are_cut_and_folded(tmp_path: Path) -> None:
+    long = "".join(f"line {place}\n" for place in range(40))
+    page = write_report(read_run(write_run(tmp_path / "run", prompt=long))).read_text()
+    table = Page(page).table_with("prompt", "before")
+    (cell,) = [row[0] for row in table.rows if "line 39" in row[0]]
+    assert cell.startswith("[...] ") and "line 34" in cell and "line 33" not in cell
+    assert page.count("line 3\n") == 1 and "Whole prompts: 1 of 2 were cut" in page
+
+
 # ---------------------------------------------------------------- speed
 
 

@@ -40,7 +40,7 @@ ROWS = {
     "parameters": "parameters",
     "bytes": "weights in memory",
     "bytes_on_disk": "weights on disk",
-    "flops": "GFLOP per sequence",
+    "flops": "GFLOP per sequence, on this text",
     "prefill": "prefill [tokens/s]",
     "decode": "decode [tokens/s]",
 }
@@ -217,7 +217,7 @@ def _of_quality(run: Run) -> list[Column]:
             column = _with_text(column, run.intervals(moment, text))
         sizes = {name: getattr(moment, name) for name in ("parameters", "bytes", "bytes_on_disk", "flops")}
         theirs = {name: getattr(first, name) for name in sizes} if first is not None and first is not moment else {}
-        _add_sizes(column, sizes, theirs)
+        _add_sizes(column, sizes, theirs, is_bound(run, moment))
         for name in ("prefill", "decode"):
             if name in moment.speed:
                 column.cells[name], column.values[name] = rate(moment.speed[name]), moment.speed[name].median
@@ -238,10 +238,55 @@ def _with_text(column: Column, known: dict[str, Interval]) -> Column:
     return Column(column.title, column.small, column.cells, column.values, known.get("perplexity_ratio"))
 
 
-def _add_sizes(column: Column, sizes: dict[str, float], before: dict[str, float]) -> None:
+UPPER_BOUND = "upper bound"
+"""Beside floating-point operations that were counted as if every token picked real experts."""
+
+
+def is_bound(run: Run, moment: QualityMoment) -> bool:
+    """Say whether the operations of a moment are an upper bound: no picks of novices were counted.
+
+    Args:
+        run: The run.
+        moment: The moment.
+
+    Returns:
+        Also True where the routing was measured and not used, as earlier releases did: then models whose novices get
+        other shares need the same number of operations.
+    """
+    if moment is run.first:
+        return False
+    if moment.routing is None:
+        return bool(run.compressions)
+    if not any(moment.routing.novices):
+        return False
+    same = [
+        other
+        for other in run.moments
+        if other.routing is not None
+        and (other.parameters, other.routing.novices) == (moment.parameters, moment.routing.novices)
+    ]
+    return (
+        len({str(other.routing and other.routing.load) for other in same}) > len({other.flops for other in same}) == 1
+    )
+
+
+def flops_cell(value: float, before: float | None, bound: bool) -> Cell:
+    """Return a cell of floating-point operations.
+
+    Args:
+        value: The number.
+        before: That of the model before.
+        bound: Whether it is an upper bound.
+    """
+    small = [change(value, before), UPPER_BOUND if bound else ""]
+    return Cell(number(value / 1e9), ", ".join(words for words in small if words))
+
+
+def _add_sizes(column: Column, sizes: dict[str, float], before: dict[str, float], bound: bool = False) -> None:
     for name, value in sizes.items():
-        words = {"parameters": f"{value:,}", "flops": number(value / 1e9)}.get(name) or data_size(value)
-        column.cells[name] = Cell(words, change(value, before.get(name)))
+        words = f"{value:,}" if name == "parameters" else data_size(value)
+        cell = Cell(words, change(value, before.get(name)))
+        column.cells[name] = flops_cell(value, before.get(name), bound) if name == "flops" else cell
         column.values[name] = float(value)
 
 
@@ -269,7 +314,7 @@ def _of_rows(offline: dict[str, Any]) -> list[Column]:
             column.cells["perplexity_ratio"] = Cell(f"{ratio:.4f}")
             column.values["perplexity_ratio"] = ratio
         sizes = {key: row[key] for key in ("parameters", "bytes", "bytes_on_disk", "flops") if key in row}
-        _add_sizes(column, sizes, first if name == "after" else {})
+        _add_sizes(column, sizes, first if name == "after" else {}, name == "after")
         column.cells["prefill"] = Cell(number(row["tokens_per_second"], 3))
         column.values["prefill"] = float(row["tokens_per_second"])
         columns.append(column)
@@ -288,7 +333,7 @@ def _of_compressions(run: Run) -> list[Column]:
             ("compressed" if count == 1 else f"compressed, {count} of {count}", last.step, after, before),
         ):
             column = Column(title, "" if step is None else f"step {step:,}")
-            _add_sizes(column, sizes, theirs)
+            _add_sizes(column, sizes, theirs, bool(theirs))
             columns.append(column)
     logged = run.tested or run.validated
     if logged:

@@ -23,6 +23,7 @@ from moe_lightning.reporting.report.columns import (
     final_column,
     main_text,
 )
+from moe_lightning.reporting.report.compressions import methods_with_options
 from moe_lightning.reporting.report.figures import drawn_comparison
 from moe_lightning.reporting.report.page import FOOTER
 from moe_lightning.reporting.report.read import Run
@@ -90,12 +91,12 @@ def comparison_text(runs: Sequence[Run]) -> str:
 
 
 def methods_of(run: Run) -> str:
-    """Return the methods of a run in a few words.
+    """Return the methods of a run with their options.
 
     Args:
         run: The run.
     """
-    names = [method for record in run.compressions for method in record.methods]
+    names = [f"{name}({options})" for record in run.compressions for name, options in methods_with_options(record)]
     counted = Counter(names)
     told = (name if count == 1 else f"{name} ({count} times)" for name, count in counted.items())
     return "; ".join(told) or "nothing compressed"
@@ -233,7 +234,14 @@ def _pair_rows(one: str, mine: QualityMoment, other: str, theirs: QualityMoment)
 def _figures(named: dict[str, Run]) -> list[Block]:
     how = "add QualityEvaluation to trainer.callbacks of each run"
     nothing = f"Quality against size and speed takes two runs in which both were measured: {how}."
-    return drawn_comparison(named) or [Text(nothing, "note")]
+    drawn = drawn_comparison(named)
+    without = [name for name, run in named.items() if not run.moments]
+    if drawn and without:
+        drawn = [
+            *drawn,
+            Text(f"Not in figures of quality: {', '.join(without)}, where it was not measured: {how}.", "note"),
+        ]
+    return drawn or [Text(nothing, "note")]
 
 
 def _settings(named: dict[str, Run]) -> list[Block]:

@@ -89,7 +89,7 @@ def _one(record: CompressionRecord) -> list[Block]:
     blocks: list[Block] = []
     methods = record.methods
     if methods:
-        rows = [[f"{place}", name, words] for place, (name, words) in enumerate(_methods(record), start=1)]
+        rows = [[f"{place}", name, words] for place, (name, words) in enumerate(methods_with_options(record), start=1)]
         blocks.append(
             table(["", "method", "options"], rows, "lll", "Methods, in the order in which they were applied.")
         )
@@ -108,8 +108,12 @@ def _one(record: CompressionRecord) -> list[Block]:
     return blocks
 
 
-def _methods(record: CompressionRecord) -> list[tuple[str, str]]:
-    """Return name and options of each method: as it was written, or as the plan's history has it."""
+def methods_with_options(record: CompressionRecord) -> list[tuple[str, str]]:
+    """Return name and options of each method: as it was written, or as the plan's history has it.
+
+    Args:
+        record: The compression.
+    """
     history = [step for step in record.plan.origin.get("history", []) if isinstance(step, dict)]
     history = history[-len(record.methods) :]
     found = []

@@ -6,7 +6,7 @@ from typing import Any
 
 from moe_lightning.evaluation.records import Rate
 from moe_lightning.reporting.report.blocks import Block, Cell, Part, Section, Text, table
-from moe_lightning.reporting.report.columns import columns_of, title_of
+from moe_lightning.reporting.report.columns import columns_of, flops_cell, is_bound, title_of
 from moe_lightning.reporting.report.compressions import compression_seconds, seconds_of, title_of_compression
 from moe_lightning.reporting.report.quality import missing
 from moe_lightning.reporting.report.read import Run
@@ -26,8 +26,12 @@ def size_section(run: Run) -> Section:
         run: The run.
     """
     title = "Size"
-    heads = ["moment", "parameters", "in memory", "on disk", "GFLOP per sequence"]
-    caption = "Small: in percent of the model before compression. Zeros take memory like other weights, on disk not."
+    heads = ["moment", "parameters", "in memory", "on disk", "GFLOP per sequence, on this text"]
+    caption = (
+        "Small: in percent of the model before compression. Zeros take memory like other weights, on disk not. GFLOP: "
+        "with the picks of the tokens of the first text, where novices cost next to nothing; upper bound: as if every "
+        "token picked real experts."
+    )
     if run.moments:
         first = run.first or run.moments[0]
         rows = [
@@ -36,7 +40,7 @@ def size_section(run: Run) -> Section:
                 Cell(f"{moment.parameters:,}", change(moment.parameters, first.parameters)),
                 Cell(data_size(moment.bytes), change(moment.bytes, first.bytes)),
                 Cell(data_size(moment.bytes_on_disk), change(moment.bytes_on_disk, first.bytes_on_disk)),
-                Cell(number(moment.flops / 1e9), change(moment.flops, first.flops)),
+                flops_cell(moment.flops, first.flops, is_bound(run, moment)),
             ]
             for moment in run.moments
         ]

@@ -6,7 +6,7 @@ from typing import Any
 
 from moe_lightning.evaluation.records import QualityMoment
 from moe_lightning.evaluation.task_names import is_accuracy
-from moe_lightning.reporting.report.blocks import Block, Cell, Details, Section, Text, table
+from moe_lightning.reporting.report.blocks import Block, Cell, Code, Details, Section, Text, table
 from moe_lightning.reporting.report.columns import shown_moments, title_of
 from moe_lightning.reporting.report.read import Run
 from moe_lightning.reporting.report.summary import HOW_OFFLINE, HOW_QUALITY
@@ -19,6 +19,9 @@ from moe_lightning.reporting.report.words import (
     share_with_interval,
     with_interval,
 )
+
+PROMPT_LINES, PROMPT_LETTERS = 6, 300
+"""As much of a prompt stands beside its continuations, from its end."""
 
 
 def missing(run: Run, what: str, in_a_run: str, offline: str = "") -> list[Block]:
@@ -256,7 +259,18 @@ def samples_section(run: Run) -> Section:
             next((sample.continuation for sample in moment.samples if sample.prompt == prompt), "")
             for moment in moments
         ]
-        rows.append([prompt, *said])
+        rows.append([_end_of(prompt), *said])
     heads = ["prompt", *(title_of(run, moment) for moment in moments)]
     caption = "Greedy continuations: the most likely token each time."
-    return Section(title, [table(heads, rows, "t", caption)])
+    blocks: list[Block] = [table(heads, rows, "t", caption)]
+    cut = [prompt for prompt in prompts if _end_of(prompt) != prompt]
+    if cut:
+        blocks.append(Details(f"Whole prompts: {len(cut)} of {len(prompts)} were cut", [Code(text) for text in cut]))
+    return Section(title, blocks)
+
+
+def _end_of(prompt: str) -> str:
+    """Return the end of a prompt, which what follows goes on from."""
+    lines = prompt.splitlines(keepends=True)
+    end = "".join(lines[-PROMPT_LINES:])[-PROMPT_LETTERS:]
+    return prompt if end == prompt else f"[...] {end}"

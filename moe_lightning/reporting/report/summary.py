@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from moe_lightning.evaluation.intervals import Interval
 from moe_lightning.evaluation.records import END
 from moe_lightning.reporting.report.blocks import Block, Cell, Facts, Section, Table, Text
 from moe_lightning.reporting.report.columns import (
@@ -85,7 +86,40 @@ def sentence(run: Run, columns: list[Column]) -> str:
             told += f" and from {data_size(disk[0])} to {data_size(disk[1])} on disk ({percent(disk[1] / disk[0])})"
     told += "."
     measured = [column for column in columns_of_the_run(run, columns) if "perplexity_ratio" in column.values]
-    return " ".join([told, *(_ratio_in_words(run, column) for column in measured)])
+    told = " ".join([told, *(_ratio_in_words(run, column) for column in measured)])
+    worst = worst_text(run)
+    if worst is not None:
+        name, ratio = worst
+        told += (
+            f" Of the texts it is worst on {_with_calibration(run, name)}: {ratio.value:.4f} {between(ratio, 4)}"
+        ).rstrip() + " times that before."
+    return told
+
+
+def worst_text(run: Run) -> tuple[str, Interval] | None:
+    """Return the text on which perplexity rose most in the model that the run ended with, and its ratio to before.
+
+    Args:
+        run: The run.
+
+    Returns:
+        None where fewer than two texts were measured before and at the end.
+    """
+    end = last_moment(run.quality)
+    if end is None or end is run.first:
+        return None
+    ratios = {name: run.intervals(end, name).get("perplexity_ratio") for name in end.texts}
+    known = {name: ratio for name, ratio in ratios.items() if ratio is not None and ratio.finite}
+    if len(known) < 2:
+        return None
+    name = max(known, key=lambda name: known[name].value)
+    return name, known[name]
+
+
+def _with_calibration(run: Run, name: str) -> str:
+    end = last_moment(run.quality)
+    seen = None if end is None else end.texts[name].calibrated
+    return repr(name) + {None: "", True: " (calibrated on)", False: " (not calibrated on)"}[seen]
 
 
 def damage_of(run: Run) -> list[str]:
@@ -149,7 +183,7 @@ def _ratio_in_words(run: Run, column: Column) -> str:
     elif known.high < 1:
         doubt = "better on these documents"
     else:
-        doubt = "the interval holds 1: no difference is shown"
+        doubt = "the interval holds 1: no difference is shown, which is not to say that they are equal"
     return f"{told}: {doubt}."
 
 
@@ -164,6 +198,13 @@ def _facts(run: Run, columns: list[Column]) -> list[tuple[str, Cell]]:
         value = final.values["perplexity_ratio"]
         ends = between(final.ratio, 3) if final.ratio is not None else "no interval"
         facts.append(("perplexity", Cell(f"x {value:.3f}", ends) if math.isfinite(value) else Cell(NOT_FINITE)))
+    worst = worst_text(run)
+    if worst is not None:
+        text, ratio = worst
+        small = " ".join([_with_calibration(run, text), between(ratio, 3)])
+        facts.append(("perplexity, worst text", Cell(f"x {ratio.value:.3f}", small)))
+    if "agreement" in final.cells:
+        facts.append(("same next token as before", final.cells["agreement"]))
     for key, name in (("parameters", "parameters"), ("bytes", "in memory"), ("bytes_on_disk", "on disk")):
         if before.values.get(key) and key in final.values:
             small = f"{before.cells[key].text} before"
