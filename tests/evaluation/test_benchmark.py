@@ -315,7 +315,10 @@ def test_operations_by_the_routing_that_was_counted() -> None:
 
 def test_weights_are_told_in_one_form() -> None:
     """Packed weights that have worked on a CPU are held in another one."""
-    model = compressed().bfloat16()
+    model = tiny_mixtral(hidden_size=64, intermediate_size=64, head_dim=16)
+    for edit in everywhere(Quantize(0, group_size=32)):
+        apply_filled(model, [edit])
+    model.bfloat16()
     before = described_model(model, "", small_settings(), CEILINGS)["bytes"]
     rows = rows_of(entrants_of("small", model), small_settings(batch_sizes=(1, 2)))
     assert not any(row.refused for row in rows)
