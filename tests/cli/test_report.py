@@ -96,6 +96,16 @@ def test_damaged_files_are_named_and_the_rest_is_written(tmp_path: Path, capsys:
         assert line.startswith("moe-lightning report: warning: ") and words in line
         assert Path(name).name + " is damaged" in page.replace("\\", "")
     assert "collect" not in said.err
+    html = (folder / "report.html").read_text()
+    for advice in (
+        "add QualityEvaluation",
+        "give the data a validation split",
+        "add TimeSpent",
+        "moe-lightning benchmark --",
+    ):
+        assert advice not in html, advice  # it is there, and damaged
+    for name in list(contents)[:-1]:
+        assert f"Not known: {folder / name} is damaged, see the summary." in html
     assert "Novices" in page and "arc_easy" in page.replace("\\", "") and "Nothing was compressed" not in page
     (folder / "results" / "compression-600.plan.json").write_text("{")
     assert main(["report", str(folder)]) == 0

@@ -90,12 +90,12 @@ def speed_section(run: Run) -> Section:
         blocks.append(table(["model", "prefill [tokens/s]"], rows, "lr", caption))
     else:
         how = "leave speed of QualityEvaluation on" if run.moments else "add QualityEvaluation to trainer.callbacks"
-        blocks += missing(run, "Speed was not measured in the run", how)
+        blocks += missing(run, "Speed was not measured in the run", how, file="quality.json")
     for name, benchmark in run.benchmarks.items():
         inside = _benchmark(benchmark)
         blocks += [Part(name, inside)]
     if not run.benchmarks:
-        blocks += missing(run, "No benchmark", HOW_BENCHMARK)
+        blocks += missing(run, "No benchmark", HOW_BENCHMARK, file="benchmark*.json")
     return Section("Speed", blocks)
 
 
@@ -190,7 +190,12 @@ def time_section(run: Run) -> Section:
         rows.append(["in all", duration(total), ""])
         blocks.append(table(["part", "time", "share"], rows, "lrr", "The run, with all its resumed parts."))
     elif run.offline is None:
-        blocks += missing(run, "Where the time of the run went was not measured", "add TimeSpent to trainer.callbacks")
+        blocks += missing(
+            run,
+            "Where the time of the run went was not measured",
+            "add TimeSpent to trainer.callbacks",
+            file="time.json",
+        )
     timed = [record for record in run.compressions if seconds_of(record)]
     names = list(dict.fromkeys(name for record in timed for name, _ in seconds_of(record)))
     if timed:

@@ -51,10 +51,15 @@ def report_page(run: Run) -> Page:
 
 def _decision_section(run: Run, drawn: bool) -> Section:
     how = "methods that measure the model leave them" if run.compressions else "nothing was compressed"
-    return Section("What the decision saw", [] if drawn else missing(run, "There are no statistics to draw", how))
+    return Section(
+        "What the decision saw",
+        [] if drawn else missing(run, "There are no statistics to draw", how, file="*statistics.safetensors"),
+    )
 
 
 def _routing_section(run: Run, drawn: bool) -> Section:
     how = "moe-lightning collect measures it" if run.offline is not None else HOW_QUALITY
     title = "Where the tokens go"
-    return Section(title, [] if drawn else missing(run, "Routing on held-out text was not measured", how))
+    return Section(
+        title, [] if drawn else missing(run, "Routing on held-out text was not measured", how, file="quality.json")
+    )

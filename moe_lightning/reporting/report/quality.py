@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from moe_lightning.evaluation.records import QualityMoment
@@ -24,7 +25,7 @@ PROMPT_LINES, PROMPT_LETTERS = 6, 300
 """As much of a prompt stands beside its continuations, from its end."""
 
 
-def missing(run: Run, what: str, in_a_run: str, offline: str = "") -> list[Block]:
+def missing(run: Run, what: str, in_a_run: str, offline: str = "", file: str = "") -> list[Block]:
     """Return the line that says how to get what is not there.
 
     Args:
@@ -32,7 +33,11 @@ def missing(run: Run, what: str, in_a_run: str, offline: str = "") -> list[Block
         what: What is not there, e.g. ``lm-eval tasks were not measured``.
         in_a_run: How a run gets it.
         offline: The same for a folder of ``moe-lightning compress``, where that differs.
+        file: Pattern of the file that it would stand in, where there is one: it may be damaged.
     """
+    damaged = [path for path in run.damaged if file and Path(path).match(file)]
+    if damaged:
+        return [Text(f"Not known: {', '.join(damaged)} is damaged, see the summary.", "warning")]
     how = offline if run.offline is not None and offline else in_a_run
     return [Text(f"{what}: {how}.", "note")]
 
@@ -45,7 +50,9 @@ def quality_section(run: Run) -> Section:
     """
     title = "Quality by text"
     if not any(moment.texts for moment in run.moments):
-        return Section(title, missing(run, "Quality was not measured by text", HOW_QUALITY, HOW_OFFLINE))
+        return Section(
+            title, missing(run, "Quality was not measured by text", HOW_QUALITY, HOW_OFFLINE, file="quality.json")
+        )
     places = places_of(
         [
             float((text.scores.nats.sum() / text.scores.tokens.sum()).exp())
@@ -142,6 +149,7 @@ def tasks_section(run: Run) -> Section:
                 "lm-eval tasks were not measured",
                 "add LMEval to trainer.callbacks (see configs/evaluate)",
                 "run lm_eval on the folder, or compress in a run with LMEval among the callbacks",
+                file="lm_eval.json",
             ),
         )
     names = list(dict.fromkeys(name for moment in moments for name in moment["tasks"]))
@@ -205,6 +213,7 @@ def recovery_section(run: Run) -> Section:
                 "give the data a validation split (--data.validation), and RecoveredShare measures on it in every fit "
                 "that compresses",
                 "moe-lightning compress trains nothing; moe-lightning fit -c recover/... with --model.checkpoint does",
+                file="recovery.json",
             ),
         )
     found = run.recovery
@@ -250,6 +259,7 @@ def samples_section(run: Run) -> Section:
                 "No continuations of prompts were kept",
                 "add QualityEvaluation to trainer.callbacks, whose option prompts names them",
                 "run moe-lightning predict on both folders",
+                file="quality.json",
             ),
         )
     prompts = list(dict.fromkeys(sample.prompt for moment in moments for sample in moment.samples))

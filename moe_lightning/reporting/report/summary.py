@@ -51,7 +51,7 @@ def summary_section(run: Run) -> Section:
     if columns:
         blocks.append(summary_table(columns))
         blocks.append(Text(_note(run, columns), "note"))
-    elif run.offline is None:
+    elif run.offline is None and not run.damaged:
         blocks.append(Text(f"Nothing was measured: {HOW_QUALITY}.", "note"))
     return Section("Summary", blocks)
 
@@ -249,7 +249,7 @@ def _note(run: Run, columns: list[Column]) -> str:
             )
     elif run.offline is not None:
         told.append(HOW_OFFLINE[0].upper() + HOW_OFFLINE[1:] + ".")
-    else:
+    elif not run.damaged:
         told.append(f"For quality before and after: {HOW_QUALITY}.")
     lacking = [name for name in missing_rows(columns) if not name.startswith("lm-eval")]
     if run.moments and lacking:
