@@ -132,6 +132,9 @@ def test_a_run_that_was_stopped_says_so(tmp_path: Path, capsys: pytest.CaptureFi
     path.write_text(json.dumps({**values, "step": 20, "steps": None, "ended": False}))
     assert main(["report", str(folder)]) == 0
     assert "stopped at step 20; go on" in capsys.readouterr().out
+    path.write_text(json.dumps({**values, "step": 0, "steps": 2000, "ended": False}))
+    assert main(["report", str(folder)]) == 0
+    assert "not finished: it was begun, and has not ended." in capsys.readouterr().out
 
 
 def test_what_was_logged_before_the_last_fit_is_left_out(tmp_path: Path) -> None:

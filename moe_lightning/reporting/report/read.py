@@ -85,6 +85,8 @@ class Run:
         known = self.time or {}
         if known.get("ended") is not False or known.get("step") is None:
             return ""
+        if not known["step"]:  # what a fit writes when it begins: killed, or still at work
+            return "it was begun, and has not ended"
         steps = f" of {known['steps']:,}" if known.get("steps") is not None else ""
         return f"stopped at step {known['step']:,}{steps}; go on with --ckpt_path last"
 
