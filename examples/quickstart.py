@@ -117,8 +117,10 @@ def main(run_dir: str = "runs/quickstart") -> None:
         f"The same number of experts chosen at random, same novices: perplexity {statistics.median(randoms):.3f} "
         f"(median of {len(randoms)} seeds, best {min(randoms):.3f})."
     )
+    print(f"\nThe whole story: {run / 'report.html'}")
     print("\nWhat to try next:")
     print(f"  .venv/bin/tensorboard --logdir {run}/logs")
+    print(f"  .venv/bin/moe-lightning benchmark --model {run}/models/recovered --against {run}/models/original")
     fit = ".venv/bin/moe-lightning fit -c configs/quickstart.yaml"
     print(f"  {fit} --data.sources 'MY_TEXTS/**/*.txt' --run_dir runs/mine")
     print("  .venv/bin/moe-lightning compress -c configs/compress.yaml --model MY_MIXTRAL --output MY_SMALLER_MIXTRAL")

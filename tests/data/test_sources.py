@@ -112,9 +112,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 
 def test_a_hub_data_set_without_network_is_one_clear_error() -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"hub:some/data:en: the hub data set 'some/data' is not in.*local f"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"hub:some/data:en: the hub data set 'some/data' is not in.*local f"):
         open_sources("hub:some/data:en", hub_split="train[:10]")
     with pytest.raises(ValueError, match="hub:NAME"):
         open_sources("hub:")
