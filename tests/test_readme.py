@@ -66,7 +66,7 @@ def test_every_config_parses(path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_every_option_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> None:
     helps = ""
-    for command in ("fit", "predict", "compress", "collect", "plan", "sweep"):
+    for command in ("fit", "predict", "compress", "collect", "plan", "benchmark", "report", "sweep"):
         assert status([command, "--help"]) == 0
         helps += capsys.readouterr().out
     for option in sorted(set(re.findall(r"(?<![\w-])--[a-z][\w.]*", README))):

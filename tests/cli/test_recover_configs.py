@@ -12,6 +12,7 @@ from transformers import MixtralForCausalLM
 import moe_lightning as ml
 from moe_lightning.cli import main
 from moe_lightning.cli.config_files import find_config, packaged_configs
+from moe_lightning.reporting.report import read
 from tests.models import tiny_config
 from tests.small_runs import write_texts
 
@@ -24,6 +25,12 @@ STAGES = {
 }
 QUICKSTART = 600 * 8 * 256
 """Tokens that the quickstart's model has trained on when it is compressed."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without figures, which take longer than the runs."""
+    monkeypatch.setattr(read, "run_figures", lambda *data: {})
 
 
 def content(name: str) -> dict:
