@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_lightning.architectures.modes import evaluation_mode
-from moe_lightning.evaluation.likelihood import NOT_IN_LOSS, LikelihoodResult, block_sums
+from moe_lightning.evaluation.likelihood import NOT_IN_LOSS, LikelihoodResult, block_sums, labels_of, logits_of
 
 Batch = Mapping[str, Tensor]
 
@@ -84,19 +84,6 @@ class Prediction(NamedTuple):
     likeliest: Tensor
 
 
-def logits_of(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return the logits of a batch [B, S, V].
-
-    Args:
-        model: A causal language model, in eval mode.
-        batch: ``input_ids`` [B, S] and, where there is padding, ``attention_mask`` [B, S].
-    """
-    device = next(model.parameters()).device
-    mask = batch.get("attention_mask")
-    mask = None if mask is None else mask.to(device)
-    return model(input_ids=batch["input_ids"].to(device), attention_mask=mask, use_cache=False).logits
-
-
 def prediction_of(logits: Tensor) -> Prediction:
     """Return what logits [..., S, V] say."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
@@ -121,7 +108,7 @@ def score_logits(
     Cost:
         About ``10 * V`` operations a token for the divergence.
     """
-    labels = _labels(batch).to(logits.device)
+    labels = labels_of(batch).to(logits.device)
     token_bytes = batch.get("token_bytes")
     sums = block_sums(logits, labels, None if token_bytes is None else token_bytes.to(logits.device))
     divergence, agreement = (torch.full_like(sums.nats, math.nan) for _ in range(2))
@@ -239,14 +226,6 @@ def _block(known: Prediction, block: int) -> Prediction:
 
 def _tokens(sizes: Sequence[torch.Size]) -> int:
     return sum(size.numel() for size in sizes)
-
-
-def _labels(batch: Batch) -> Tensor:
-    labels = batch.get("labels")
-    if labels is not None:
-        return labels
-    mask = batch.get("attention_mask")
-    return batch["input_ids"] if mask is None else batch["input_ids"].masked_fill(mask == 0, NOT_IN_LOSS)
 
 
 def _divergence(log_reference: Tensor, logits: Tensor) -> Tensor:

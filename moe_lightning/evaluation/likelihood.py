@@ -195,6 +195,32 @@ class LikelihoodResult:
         return summarise(float(self.nats.sum()), float(self.tokens.sum()), float(self.bytes.sum()))
 
 
+def logits_of(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Return the logits of a batch [B, S, V].
+
+    Args:
+        model: A causal language model, in eval mode.
+        batch: ``input_ids`` [B, S] and, where there is padding, ``attention_mask`` [B, S].
+    """
+    device = next(model.parameters()).device
+    mask = batch.get("attention_mask")
+    mask = None if mask is None else mask.to(device)
+    return model(input_ids=batch["input_ids"].to(device), attention_mask=mask, use_cache=False).logits
+
+
+def labels_of(batch: Mapping[str, Any]) -> Tensor:
+    """Return the labels of a batch [B, S], not shifted; without any, its token ids, and -100 for padding.
+
+    Args:
+        batch: ``input_ids`` [B, S] and, if there are any, ``attention_mask``, ``labels``.
+    """
+    labels = batch.get("labels")
+    if labels is not None:
+        return labels
+    mask = batch.get("attention_mask")
+    return batch["input_ids"] if mask is None else batch["input_ids"].masked_fill(mask == 0, NOT_IN_LOSS)
+
+
 def evaluate(model: torch.nn.Module, batches: Iterable[Mapping[str, Any]], progress: bool = True) -> LikelihoodResult:
     """Measure how well a model predicts batches.
 
@@ -214,19 +240,13 @@ def evaluate(model: torch.nn.Module, batches: Iterable[Mapping[str, Any]], progr
     Cost:
         One forward pass.
     """
-    device = next(model.parameters()).device
     found: list[BlockSums] = []
     with evaluation_mode(model):
         for batch in tqdm(batches, desc="evaluating", unit="batch", disable=None if progress else True, leave=False):
-            input_ids = batch["input_ids"].to(device)
-            mask = batch.get("attention_mask")
-            mask = None if mask is None else mask.to(device)
-            labels = batch.get("labels")
-            if labels is None:
-                labels = input_ids if mask is None else input_ids.masked_fill(mask == 0, NOT_IN_LOSS)
+            logits = logits_of(model, batch)
             token_bytes = batch.get("token_bytes")
-            logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
-            found.append(block_sums(logits, labels.to(device), None if token_bytes is None else token_bytes.to(device)))
+            token_bytes = None if token_bytes is None else token_bytes.to(logits.device)
+            found.append(block_sums(logits, labels_of(batch).to(logits.device), token_bytes))
     if not found:
         raise ValueError("there is no batch to evaluate")
     tokens = torch.cat([sums.tokens for sums in found]).cpu()

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from moe_lightning.architectures import architecture_of
 from moe_lightning.architectures.modes import evaluation_mode
 from moe_lightning.criteria import collect
-from moe_lightning.evaluation.comparison import Batch, BlockScores, Prediction, logits_of, prediction_of, score_logits
+from moe_lightning.evaluation.comparison import Batch, BlockScores, Prediction, prediction_of, score_logits
 from moe_lightning.evaluation.layer_errors import LayerErrors, block_outputs
+from moe_lightning.evaluation.likelihood import logits_of
 from moe_lightning.evaluation.records import Routing
 from moe_lightning.evaluation.reference_file import ReferenceFile, ReferenceText, ReferenceWriter, token_fingerprint
 

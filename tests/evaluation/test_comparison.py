@@ -15,10 +15,10 @@ from moe_lightning.evaluation.comparison import (
     Prediction,
     ReferencePredictions,
     join_scores,
-    logits_of,
     prediction_of,
     score_logits,
 )
+from moe_lightning.evaluation.likelihood import logits_of
 from tests.models import random_batches, tiny_mixtral
 
 NAMES = ("nats", "tokens", "bytes", "divergence", "agreement")
