@@ -75,6 +75,14 @@ class Routing:
     novices: list[list[int]]
 
     @property
+    def novice_masses(self) -> list[float]:
+        """Share of the routing weight that novices get, of each layer."""
+        return [
+            sum(mass[expert] or 0.0 for expert in novices)
+            for mass, novices in zip(self.mass, self.novices, strict=True)
+        ]
+
+    @property
     def novice_shares(self) -> list[float]:
         """Share of the routed pairs that novices get, of each layer."""
         return [
@@ -202,6 +210,20 @@ class QualityRecord:
         write_atomically(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
     @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QualityRecord:
+        """Read what :meth:`save` wrote, as plain types.
+
+        Args:
+            values: What the file holds.
+
+        Raises:
+            ValueError: It is of another version.
+        """
+        if values["version"] != VERSION:
+            raise ValueError(f"version {values['version']}, this release reads {VERSION}")
+        return cls([QualityMoment.from_dict(moment) for moment in values["moments"]], values["context"])
+
+    @classmethod
     def load(cls, path: Path) -> QualityRecord:
         """Read what :meth:`save` wrote.
 
@@ -212,10 +234,7 @@ class QualityRecord:
             ValueError: It is no such record.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values["version"] != VERSION:
-                raise ValueError(f"version {values['version']}, this release reads {VERSION}")
-            return cls([QualityMoment.from_dict(moment) for moment in values["moments"]], values["context"])
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is no record of a run's quality: {error}") from error
 

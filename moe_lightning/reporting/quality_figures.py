@@ -151,9 +151,8 @@ def novice_mass(quality: QualityRecord, mass_before: Mapping[int, Sequence[float
     if known is not None:
         series[BEFORE] = [_sum(known.get(layer), there.get(layer, ())) for layer in layers]
     for moment, routing in later:
-        masses = dict(zip(routing.layers, routing.mass, strict=True))
-        novices = dict(zip(routing.layers, routing.novices, strict=True))
-        series[moment.name] = [_sum(masses.get(layer), novices.get(layer, ())) for layer in layers]
+        masses = dict(zip(routing.layers, routing.novice_masses, strict=True))
+        series[moment.name] = [100 * masses.get(layer, math.nan) for layer in layers]
     return layer_curves(
         series, title="Routing weight that goes to novices", value_label="share of the weight", unit="%", layers=layers
     )

@@ -149,11 +149,7 @@ def scalars(moment: QualityMoment, intervals: Mapping[str, Mapping[str, Interval
         found[f"{root}/{name}_tokens_per_second"] = rate.median
     routing = moment.routing
     if routing is not None and any(routing.novices):
-        masses = [
-            sum(mass[expert] or 0.0 for expert in novices)
-            for mass, novices in zip(routing.mass, routing.novices, strict=True)
-        ]
-        found[f"{root}/novice_mass"] = sum(masses) / len(masses)
+        found[f"{root}/novice_mass"] = sum(routing.novice_masses) / len(routing.layers)
     found |= {f"{root}/layer_error/layer_{number}": error for number, error in moment.layer_errors.items()}
     return found
 

@@ -28,7 +28,7 @@ MOST_DRAWN = 3
 """Compressions that are all drawn."""
 
 VERSION = 1
-"""Of quality.json, lm_eval.json and benchmark.json."""
+"""Of lm_eval.json and benchmark.json."""
 
 COPIED_SECONDS = 1.0
 """Difference in age of files that may come from copying them."""
@@ -247,8 +247,7 @@ def _instead(path: Path) -> str:
 
 
 def _quality(values: dict[str, Any]) -> QualityRecord:
-    _check_version(values)
-    record = QualityRecord([QualityMoment.from_dict(moment) for moment in values["moments"]], values["context"])
+    record = QualityRecord.from_dict(values)
     for moment in record.moments:
         str(moment.name), int(moment.step)
         for name in ("parameters", "bytes", "bytes_on_disk", "flops"):
