@@ -22,6 +22,18 @@ def last_checkpoint(run_dir: str | os.PathLike[str]) -> Path:
     return Path(run_dir) / CHECKPOINT_FOLDER / CHECKPOINT_NAME
 
 
+def steps_behind(trainer: Trainer) -> int:
+    """Return the optimizer steps behind the model; in a test those of its checkpoint, 0 of a folder.
+
+    Args:
+        trainer: The trainer.
+    """
+    path = getattr(trainer, "ckpt_path", None)
+    if trainer.state.fn == "fit" or path is None or not Path(path).is_file():
+        return trainer.global_step
+    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("global_step", 0))
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write a checkpoint beside its place, force it to disk, then rename it.
 

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
 
 from moe_lightning.callbacks.at_step import AtTheEnd, language_model, say
+from moe_lightning.callbacks.checkpointing import steps_behind
 from moe_lightning.callbacks.compress import Compress
 from moe_lightning.callbacks.random_state import random_states, set_random_states
 from moe_lightning.callbacks.spending import spending
@@ -222,7 +223,7 @@ class LMEval(AtTheEnd):
         set_random_states(states)
         if found is None:
             return
-        moment = {"name": name, "step": _step(trainer), "limit": limit, **found}
+        moment = {"name": name, "step": steps_behind(trainer), "limit": limit, **found}
         known = _read(self.file(trainer)) if name == "test" else self.moments
         self.moments = [*(other for other in known if other["name"] != name), moment]
         content = {"version": VERSION, "harness": harness_version(), "moments": self.moments}
@@ -290,14 +291,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
         return list(content["moments"]) if content["version"] == VERSION else []
     except (OSError, ValueError, KeyError, TypeError):
         return []
-
-
-def _step(trainer: Trainer) -> int:
-    """Return the optimizer steps behind the model; in a test those of its checkpoint, 0 of a folder."""
-    path = getattr(trainer, "ckpt_path", None)
-    if trainer.state.fn == "fit" or path is None or not Path(path).is_file():
-        return trainer.global_step
-    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("global_step", 0))
 
 
 def _autocast(trainer: Trainer) -> torch.dtype | None:

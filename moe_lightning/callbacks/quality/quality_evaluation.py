@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from moe_lightning import __version__
 from moe_lightning.callbacks.at_step import AtTheEnd, language_model, say
+from moe_lightning.callbacks.checkpointing import steps_behind
 from moe_lightning.callbacks.compress import Compress
 from moe_lightning.callbacks.quality.measuring import Wanted, measure_moment
 from moe_lightning.callbacks.quality.reference import REFERENCE, RunReference
@@ -361,7 +362,7 @@ class QualityEvaluation(AtTheEnd):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the model that was tested."""
         assert self._wanted is not None
-        step = _step_of(trainer)
+        step = steps_behind(trainer)
         what = f"test of {trainer.ckpt_path}" if trainer.ckpt_path else "test"
         moment = measure_moment(trainer, pl_module, self.texts, self.reference.file, self._wanted, TEST, step, what)
         self.moments = [*self.moments, moment]
@@ -381,11 +382,3 @@ def _compressions(trainer: Trainer) -> list[Compress]:
 def _acted(trainer: Trainer) -> bool:
     """Say whether a compression of this run has changed the model, in an earlier part of it perhaps."""
     return any(item.changed for item in _compressions(trainer))
-
-
-def _step_of(trainer: Trainer) -> int:
-    """Return the step of the checkpoint that is tested; 0 where it is a folder."""
-    path = trainer.ckpt_path
-    if not path or not Path(path).is_file():
-        return trainer.global_step
-    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
