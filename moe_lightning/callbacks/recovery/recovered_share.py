@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from moe_lightning.callbacks.at_step import AtTheEnd, language_model, say
+from moe_lightning.callbacks.processes import of_all_processes
 from moe_lightning.callbacks.random_state import random_states, set_random_states
 from moe_lightning.callbacks.spending import spending
 from moe_lightning.callbacks.tensorboard_pages import RECOVERY, add_pages
@@ -143,7 +144,7 @@ class RecoveredShare(AtTheEnd):
         with measured, torch.inference_mode(False), trainer.precision_plugin.forward_context():
             result = evaluate(model, self._batches(trainer), progress=False)
         set_random_states(states)
-        gathered = _of_all(trainer, (result.nats, result.tokens))
+        gathered = of_all_processes(trainer, (result.nats, result.tokens))
         nats_B, tokens_B = (torch.cat([pair[place] for pair in gathered]) for place in (0, 1))
         self.tokens = int(tokens_B.sum())
         if not self._other_blocks:
@@ -158,7 +159,7 @@ class RecoveredShare(AtTheEnd):
         for batch in self._batches(trainer):
             digest.update(batch["input_ids"].long().numpy().tobytes())
         set_random_states(states)
-        return hashlib.sha256("".join(_of_all(trainer, digest.hexdigest())).encode()).hexdigest()
+        return hashlib.sha256("".join(of_all_processes(trainer, digest.hexdigest())).encode()).hexdigest()
 
     def _batches(self, trainer: Trainer) -> Sequence[Batch]:
         if self._kept is None:
@@ -312,12 +313,3 @@ class RecoveredShare(AtTheEnd):
             }
             path = Path(trainer.default_root_dir) / "results" / "recovery.json"
             write_atomically(path, json.dumps(numbers, indent=2) + "\n")
-
-
-def _of_all(trainer: Trainer, item: Any) -> list[Any]:
-    """Return what each process has, in their order."""
-    if trainer.world_size == 1:
-        return [item]
-    gathered: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(gathered, item)
-    return gathered
