@@ -182,18 +182,28 @@ def layer_error_curves(quality: QualityRecord) -> Figure | None:
     Args:
         quality: The record.
     """
-    moments = [moment for moment in drawn_moments(quality) if any(error > 0 for error in moment.layer_errors.values())]
-    if not moments:
-        return None
-    blocks = sorted({block for moment in moments for block in moment.layer_errors})
+    measured = {moment.name: moment.layer_errors for moment in drawn_moments(quality)}
+    known = {name: errors for name, errors in measured.items() if any(error > 0 for error in errors.values())}
+    return error_curves(known) if known else None
+
+
+def error_curves(errors: Mapping[str, Mapping[int, float]], shown: Mapping[str, Look] | None = None) -> Figure:
+    """Draw errors of what leaves each block, one curve for each model.
+
+    Args:
+        errors: By the name of the model, and by the block's original number, in units of the squares before.
+        shown: How each of them looks; as everywhere where None.
+    """
+    blocks = sorted({block for found in errors.values() for block in found})
     return layer_curves(
-        {moment.name: [100 * moment.layer_errors.get(block, math.nan) for block in blocks] for moment in moments},
+        {name: [100 * found.get(block, math.nan) for block in blocks] for name, found in errors.items()},
         title="Error of what leaves each block",
         value_label="squared error, relative",
         unit="%",
         layers=blocks,
         layer_label="decoder layer",
         logarithmic=True,
+        shown=shown,
     )
 
 

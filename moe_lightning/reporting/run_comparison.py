@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe_lightning.evaluation.records import BEFORE, QualityMoment, QualityRecord
 from moe_lightning.reporting.captions import Drawn, RunFigure, captioned
-from moe_lightning.reporting.curves import layer_curves
 from moe_lightning.reporting.dots import Dot, interval_dot
 from moe_lightning.reporting.moments import left_out, same_model
-from moe_lightning.reporting.quality_figures import Candidate, damage_rows, ratios, tradeoff_figures
+from moe_lightning.reporting.quality_figures import Candidate, damage_rows, error_curves, ratios, tradeoff_figures
 from moe_lightning.reporting.run_records import CompressionRecord
 from moe_lightning.reporting.style import CATEGORICAL, FAINT, Look, family_of, looks_of_runs
 from moe_lightning.reporting.task_figures import task_figures
@@ -156,15 +154,4 @@ def _layers(ends: Mapping[str, tuple[ComparedRun, QualityMoment]], shown: Mappin
     if len(known) < 2:
         return None
     errors, note = _first(known)
-    blocks = sorted({block for found in errors.values() for block in found})
-    figure = layer_curves(
-        {name: [100 * found.get(block, math.nan) for block in blocks] for name, found in errors.items()},
-        title="Error of what leaves each block",
-        value_label="squared error, relative",
-        unit="%",
-        layers=blocks,
-        layer_label="decoder layer",
-        logarithmic=True,
-        shown=shown,
-    )
-    return Drawn(figure, note)
+    return Drawn(error_curves(errors, shown), note)
