@@ -12,12 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from moe_lightning.evaluation.intervals import Interval
-from moe_lightning.reporting.interval_plots import log_axis
+from moe_lightning.reporting.interval_plots import log_axis, name_rows
 from moe_lightning.reporting.panels import legend_below
 from moe_lightning.reporting.style import (
     CATEGORICAL,
-    FAINT,
-    FONT_POINTS,
     INK,
     SMALL_POINTS,
     Look,
@@ -103,14 +101,7 @@ def dot_rows(
             )
     for place in range(1, len(rows)):
         axes.axhline(place - 0.5, color="#eeeeee", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), labels=list(rows))
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(axis_label(value_label, unit), fontsize=FONT_POINTS)
-    axes.grid(color="#e4e4e4", linewidth=0.6, axis="x")
-    axes.set_axisbelow(True)
-    axes.spines["bottom"].set_visible(True)
-    axes.spines["bottom"].set_color(FAINT)
+    name_rows(axes, list(rows), axis_label(value_label, unit), "bottom")
     handles = [
         Line2D([], [], color=look.colour, marker=look.marker, linestyle="none", label=name)
         for name, look in shown.items()
@@ -156,14 +147,7 @@ def bars(
     told = [(labels or {}).get(name, f"{value:.4g}") for name, value in values.items()]
     axes.bar_label(drawn, told, padding=4, fontsize=SMALL_POINTS, color=INK)
     _room_for_labels(axes, float(numbers.max()), max(map(len, told)))
-    axes.set_yticks(range(len(values)), labels=list(values))
-    axes.set_ylim(len(values) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(axis_label(value_label, unit), fontsize=FONT_POINTS)
-    axes.grid(color="#e4e4e4", linewidth=0.6, axis="x")
-    axes.set_axisbelow(True)
-    axes.spines["left"].set_visible(True)
-    axes.spines["left"].set_color(FAINT)
+    name_rows(axes, list(values), axis_label(value_label, unit), "left")
     return figure
 
 

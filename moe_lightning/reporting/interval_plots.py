@@ -217,6 +217,25 @@ def _within(ticks: Iterable[float], low: float, high: float) -> list[float]:
     return [round(float(tick), 12) for tick in ticks if low <= tick <= high]
 
 
+def name_rows(axes: Any, names: Sequence[str], label: str, spine: str) -> None:
+    """Name the rows 0, 1, ... of a picture, the first on top, and what their numbers are.
+
+    Args:
+        axes: The axes.
+        names: Of the rows.
+        label: Of the numbers, with their unit.
+        spine: The line that is drawn: ``bottom``, below the numbers, or ``left``, where bars begin.
+    """
+    axes.set_yticks(range(len(names)), labels=names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(label, fontsize=FONT_POINTS)
+    axes.grid(color="#e4e4e4", linewidth=0.6, axis="x")
+    axes.set_axisbelow(True)
+    axes.spines[spine].set_visible(True)
+    axes.spines[spine].set_color(FAINT)
+
+
 def interval_ranking(
     values: Sequence[RankedValue],
     *,
@@ -261,14 +280,9 @@ def interval_ranking(
             capsize=2.0,
             linestyle="none",
         )
-    axes.set_yticks(range(len(values)), labels=[value.name for value in values])
+    name_rows(axes, [value.name for value in values], axis_label(value_label, unit), "bottom")
     axes.set_ylim(len(values) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(axis_label(value_label, unit), fontsize=FONT_POINTS)
-    axes.grid(color="#e4e4e4", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines["bottom"].set_visible(True)
-    axes.spines["bottom"].set_color(FAINT)
+    axes.grid(color="#e4e4e4", linewidth=0.6, axis="y")
     if reference is not None:
         axes.axvline(reference[0], color=INK, linewidth=1.0, linestyle=":", label=reference[1])
     if logarithmic:
