@@ -68,7 +68,7 @@ def moments_left_out(quality: QualityRecord) -> str:
     notes = [left_out("between the first two compressions and the last", names)]
     if TEST not in drawn and quality.moment(TEST) is not None:
         notes.append(left_out("the same model on the same blocks as another moment", [TEST]))
-    return " ".join(note for note in notes if note)
+    return joined(*notes)
 
 
 def left_out(why: str, names: list[str]) -> str:
@@ -80,3 +80,12 @@ def left_out(why: str, names: list[str]) -> str:
     """
     named = names if len(names) <= 6 else [*names[:5], f"{len(names) - 5} more"]
     return f"Not drawn ({why}): {', '.join(named)}." if names else ""
+
+
+def joined(*sentences: str) -> str:
+    """Return sentences one behind the other, without those that are empty.
+
+    Args:
+        sentences: The sentences.
+    """
+    return " ".join(sentence for sentence in sentences if sentence)

@@ -21,7 +21,7 @@ from moe_lightning.reporting.captions import Drawn
 from moe_lightning.reporting.curves import layer_curves
 from moe_lightning.reporting.dots import Dot, dot_rows, interval_dot
 from moe_lightning.reporting.heat_maps import heat_map
-from moe_lightning.reporting.moments import drawn_moments, left_out
+from moe_lightning.reporting.moments import drawn_moments, joined, left_out
 from moe_lightning.reporting.pareto import ParetoPanel, ParetoPoint, pareto_plot
 from moe_lightning.reporting.style import Look
 
@@ -308,16 +308,12 @@ def tradeoff_figures(candidates: Sequence[Candidate], title: str, path: bool) ->
             untimed.append(left_out(f"{phase} not timed with {batch} x {context:,} tokens", others))
         elif len(timed) > 1:
             notes.append(left_out(f"{phase} timed in different ways", [model.name for model, _, _ in timed]))
-    note = _joined(notes)
+    note = joined(*notes)
     figures = {"quality_against_bytes": Drawn(pareto_plot(sizes, title=f"{title} against size", **labels), note)}
     if speeds:
         figure = pareto_plot(speeds, title=f"{title} against speed", **labels)
-        figures["quality_against_speed"] = Drawn(figure, _joined([note, *untimed]))
+        figures["quality_against_speed"] = Drawn(figure, joined(note, *untimed))
     return figures
-
-
-def _joined(sentences: Sequence[str]) -> str:
-    return " ".join(sentence for sentence in sentences if sentence)
 
 
 def _measured(candidates: Sequence[Candidate]) -> tuple[str, list[tuple[Candidate, Interval]]] | None:

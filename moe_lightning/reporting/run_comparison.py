@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from moe_lightning.evaluation.records import BEFORE, QualityMoment, QualityRecord
 from moe_lightning.reporting.captions import Drawn, RunFigure, captioned
 from moe_lightning.reporting.dots import Dot, interval_dot
-from moe_lightning.reporting.moments import left_out, same_model
+from moe_lightning.reporting.moments import joined, left_out, same_model
 from moe_lightning.reporting.quality_figures import Candidate, damage_rows, error_curves, ratios, tradeoff_figures
 from moe_lightning.reporting.run_records import CompressionRecord
 from moe_lightning.reporting.style import CATEGORICAL, FAINT, Look, family_of, looks_of_runs
@@ -55,7 +55,7 @@ def comparison_figures(runs: Mapping[str, ComparedRun]) -> dict[str, RunFigure]:
         ]
         note = _reading(list(ends), shown)
         for name, drawn in tradeoff_figures(candidates, "Quality of the runs", path=False).items():
-            figures[name] = Drawn(drawn.figure, f"{drawn.note} {note}".strip())
+            figures[name] = Drawn(drawn.figure, joined(drawn.note, note))
         figures["damage_by_text"] = _texts(ends)
     figures |= _tasks(runs, shown)
     figures["layer_errors"] = _layers(ends, shown)
@@ -120,12 +120,12 @@ def _texts(ends: Mapping[str, tuple[ComparedRun, QualityMoment]]) -> Drawn | Non
                 (alone if ratio is None else broken).append(f"{name} on {text}")
     if len(rows) < 2:
         return None
-    notes = [
+    note = joined(
         left_out("too many texts", texts[len(CATEGORICAL) :]),
         left_out("not measured before on the same blocks", alone),
         left_out("not finite", broken),
-    ]
-    return damage_rows(rows, " ".join(note for note in notes if note))
+    )
+    return damage_rows(rows, note)
 
 
 def _tasks(runs: Mapping[str, ComparedRun], shown: Mapping[str, Look]) -> dict[str, Drawn]:

@@ -13,7 +13,7 @@ from moe_lightning.reporting.captions import Drawn, RunFigure, captioned
 from moe_lightning.reporting.decisions import compression_figures, roles
 from moe_lightning.reporting.dots import Dot, bars, dot_rows
 from moe_lightning.reporting.heat_maps import heat_map
-from moe_lightning.reporting.moments import drawn_moments, left_out, moments_left_out
+from moe_lightning.reporting.moments import drawn_moments, joined, left_out, moments_left_out
 from moe_lightning.reporting.quality_figures import (
     Candidate,
     damage_by_text,
@@ -86,7 +86,7 @@ def run_figures(
 
 def _noted(figure: Figure | Drawn, note: str) -> Drawn:
     drawn = figure if isinstance(figure, Drawn) else Drawn(figure)
-    return Drawn(drawn.figure, f"{drawn.note} {note}".strip())
+    return Drawn(drawn.figure, joined(drawn.note, note))
 
 
 def _of_compression(record: CompressionRecord, when: str) -> dict[str, Figure]:
@@ -175,7 +175,7 @@ def speed_figures(benchmarks: Sequence[Mapping[str, Any]]) -> dict[str, Drawn]:
         names = list(dict.fromkeys(name for row in rows.values() for name in row))
         if len(names) > len(CATEGORICAL):
             places = list(rows)[: len(CATEGORICAL)]
-            note = f"{note} {left_out('too many', list(rows)[len(CATEGORICAL) :])}".strip()
+            note = joined(note, left_out("too many", list(rows)[len(CATEGORICAL) :]))
             turned = {name: {place: rows[place][name] for place in places if name in rows[place]} for name in names}
             rows, title = {name: row for name, row in turned.items() if row}, f"Speed of {phase}"
         values = [dot.value for row in rows.values() for dot in row.values()]

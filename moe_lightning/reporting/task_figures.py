@@ -10,7 +10,7 @@ from typing import Any
 from moe_lightning.evaluation.task_names import is_accuracy
 from moe_lightning.reporting.captions import Drawn
 from moe_lightning.reporting.dots import Dot, dot_rows
-from moe_lightning.reporting.moments import left_out
+from moe_lightning.reporting.moments import joined, left_out
 from moe_lightning.reporting.style import CATEGORICAL, Look
 
 _TITLE = "Tasks of the lm-evaluation-harness"
@@ -67,7 +67,7 @@ def task_figures(
         known = {name: dot for name, moment in results.items() if (dot := _mean(moment)) is not None}
         if known:
             shares["mean"] = known
-    note = " ".join(part for part in (note, left_out("without a number", unknown)) if part)
+    note = joined(note, left_out("without a number", unknown))
     found = {}
     for metric in sorted(rows):
         values = [dot.value for row in rows[metric].values() for dot in row.values()]
