@@ -45,19 +45,19 @@ class CompressionRecord:
     def methods(self) -> list[str]:
         """The methods in words; their names only, where an earlier release wrote no more."""
         told = self.summary.get("methods")
-        return list(told) if told else [str(step.get("method", "")) for step in self._history]
+        return list(told) if told else [str(step.get("method", "")) for step in self._own_history]
 
     @property
     def criterion(self) -> str | None:
         """What the first method scored experts by, or None."""
         if "criterion" in self.summary:
             return self.summary["criterion"]
-        return self._history[0].get("criterion") if self._history else None
+        return self._own_history[0].get("criterion") if self._own_history else None
 
     @property
     def seed(self) -> int:
         """Seed of the first method."""
-        found = self.summary.get("seed", self._history[0].get("seed") if self._history else None)
+        found = self.summary.get("seed", self._own_history[0].get("seed") if self._own_history else None)
         return int(found or 0)
 
     @property
@@ -75,10 +75,14 @@ class CompressionRecord:
         }
 
     @property
-    def _history(self) -> list[dict[str, Any]]:
-        """Return the entries of the plan's history that this compression made: the last ones."""
-        steps = [step for step in self.plan.origin.get("history", []) if isinstance(step, dict)]
-        return steps[-len(self.summary.get("methods") or (None,)) :]
+    def history(self) -> list[dict[str, Any]]:
+        """Where the whole plan comes from, a dict for each method, those of earlier compressions first."""
+        return [step for step in self.plan.origin.get("history", []) if isinstance(step, dict)]
+
+    @property
+    def _own_history(self) -> list[dict[str, Any]]:
+        """Return the entries of the history that this compression made: the last ones."""
+        return self.history[-len(self.summary.get("methods") or (None,)) :]
 
 
 @dataclass(frozen=True)

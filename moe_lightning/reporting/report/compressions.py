@@ -114,8 +114,7 @@ def methods_with_options(record: CompressionRecord) -> list[tuple[str, str]]:
     Args:
         record: The compression.
     """
-    history = [step for step in record.plan.origin.get("history", []) if isinstance(step, dict)]
-    history = history[-len(record.methods) :]
+    history = record.history[-len(record.methods) :]
     found = []
     for place, words in enumerate(record.methods):
         name, _, options = words.partition("(")
@@ -138,8 +137,7 @@ def _claimed(record: CompressionRecord) -> Text:
 
 
 def _calibration(record: CompressionRecord) -> str:
-    history = [step for step in record.plan.origin.get("history", []) if isinstance(step, dict)]
-    known: dict[str, Any] = (history[-1].get("calibration") if history else None) or {}
+    known: dict[str, Any] = (record.history or [{}])[-1].get("calibration") or {}
     data = known.get("data") or {}
     told = []
     if known.get("calibration_batches") is not None:

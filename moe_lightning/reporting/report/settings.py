@@ -20,9 +20,7 @@ def circumstances(run: Run) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     context = dict(run.quality.context) if run.quality is not None else {}
-    history = [
-        step for record in run.compressions for step in record.plan.origin.get("history", []) if isinstance(step, dict)
-    ]
+    history = [step for record in run.compressions for step in record.history]
     last = history[-1] if history else {}
     context.pop("reference", None)  # a fingerprint for a run that goes on
     if isinstance(tested := context.pop("test", None), dict):

@@ -66,8 +66,8 @@ def measured_text(run: Run) -> MeasuredText | None:
         data = run.quality.context["data"]
     else:
         for record in run.compressions:
-            for step in record.plan.origin.get("history", []):
-                found = (step.get("calibration") or {}).get("data") if isinstance(step, dict) else None
+            for step in record.history:
+                found = (step.get("calibration") or {}).get("data")
                 data = found if isinstance(found, dict) else data
     blocks = ""
     if end is not None and name in end.texts:
