@@ -34,6 +34,15 @@ class ModelSize:
         )
 
 
+def data_size(count: float) -> str:
+    """Write a number of bytes in the unit that suits it.
+
+    Args:
+        count: Bytes.
+    """
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
 def _held_bytes(model: nn.Module) -> int:
     """Count what is in memory: parameters and the buffers that a checkpoint holds, packed or not."""
     seen: dict[int, int] = {}

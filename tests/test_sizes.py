@@ -9,6 +9,7 @@ from transformers import MixtralConfig
 import moe_lightning as ml
 from moe_lightning.architectures import architecture_of
 from moe_lightning.plan import CompressionPlan, KeepExperts, NoviceExperts
+from moe_lightning.sizes import data_size
 from moe_lightning.surgery import build
 from tests.models import random_batches, tiny_config, tiny_mixtral
 
@@ -135,3 +136,9 @@ def test_reads_well() -> None:
     assert str(ml.ModelSize(46_702_792_704, 93 * 2**20, 54_420_000_000)) == (
         "46,702,792,704 parameters, 93.0 MiB, 54.42 GFLOP a sequence"
     )
+
+
+def test_sizes_in_the_unit_that_suits() -> None:
+    assert [data_size(count) for count in (1 << 19, 9471504, (1 << 30) - 1, 5 << 28)] == [
+        *("0.5 MiB", "9.0 MiB", "1,024.0 MiB", "1.25 GiB"),
+    ]

@@ -30,8 +30,9 @@ from moe_lightning.evaluation.benchmark import (
     num_steps,
     run_benchmark,
 )
-from moe_lightning.evaluation.benchmark_rows import BenchmarkRecord, Settings, TimedRow, data_size, told_context
+from moe_lightning.evaluation.benchmark_rows import BenchmarkRecord, Settings, TimedRow, told_context
 from moe_lightning.files import check_writable, distinct_names
+from moe_lightning.sizes import data_size
 
 USUAL_CONTEXTS = (128, 512)
 TEXT = "python-stdlib"

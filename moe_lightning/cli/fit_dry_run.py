@@ -26,7 +26,7 @@ from moe_lightning.data import TextDataModule
 from moe_lightning.modules import MixtralModule
 from moe_lightning.plan import ModelShape
 from moe_lightning.recovery.logit_cache import CacheHeader
-from moe_lightning.sizes import measure
+from moe_lightning.sizes import data_size, measure
 from moe_lightning.surgery import apply_plan, open_stacks, plan_of
 
 GIB = 2**30
@@ -90,7 +90,7 @@ def print_dry_run(trainer: Trainer, module: MixtralModule, data: TextDataModule,
     tokens = data.batch_size * data.block_size * asked.processes * trainer.accumulate_grad_batches
     rows = list(_rows(trainer, module, data, asked, total))
     kind = str(asked.dtype).removeprefix("torch.")
-    print(f"model    {asked.model}: {before.parameters:,} parameters, {_size(before.bytes)} in {kind}")
+    print(f"model    {asked.model}: {before.parameters:,} parameters, {data_size(before.bytes)} in {kind}")
     length = f"{asked.epochs} epochs" if total is None else f"{total:,} steps"
     print(f"run      {length} on {asked.where}, {tokens:,} tokens a step: {asked.step_in_words(data, trainer)}")
     _print_table(rows, tokens)
@@ -260,7 +260,7 @@ def _teachers(trainer: Trainer, model: Any, data: TextDataModule, model_bytes: i
         source = theirs[0].source
         assert source is not None
         if source.kind == "before":
-            yield f"teacher  {name}: {_size(model_bytes)}, kept on disk; memory-mapped on a CPU, held on a GPU"
+            yield f"teacher  {name}: {data_size(model_bytes)}, kept on disk; memory-mapped on a CPU, held on a GPU"
         elif Path(name).exists():
             yield f"teacher  {name}: {'cached predictions' if source.kind == 'cache' else 'a folder'}"
         else:
@@ -269,13 +269,9 @@ def _teachers(trainer: Trainer, model: Any, data: TextDataModule, model_bytes: i
             if not math.isinf(last):
                 blocks = int(last - first) * tokens // data.block_size
                 header = CacheHeader(architecture_of(model).shape(model).vocab_size, data.block_size, TOP_WORDS, 1.0)
-                size = _size(blocks * header.bytes_per_block)
+                size = data_size(blocks * header.bytes_per_block)
                 needed = f"; {TOP_WORDS} words for each token of {blocks:,} blocks take {size} on disk"
             yield f"teacher  {name}: not there yet{needed} (moe-lightning cache-logits)"
-
-
-def _size(count: float) -> str:
-    return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"
 
 
 def _end_of(trainer: Trainer) -> Callable[[RecoveryStage], float]:

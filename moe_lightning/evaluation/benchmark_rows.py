@@ -10,6 +10,7 @@ from typing import Any
 
 from moe_lightning.evaluation.benchmark_check import PHASES, Phase
 from moe_lightning.files import write_atomically
+from moe_lightning.sizes import data_size
 
 VERSION = 1
 
@@ -259,15 +260,6 @@ def _times(rate: dict[str, float], base: dict[str, float]) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def data_size(count: int) -> str:
-    """Write a number of bytes in the unit that suits it.
-
-    Args:
-        count: Bytes.
-    """
-    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
 def spread(values: Sequence[float], median: float) -> dict[str, float]:

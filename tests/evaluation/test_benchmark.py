@@ -32,7 +32,7 @@ from moe_lightning.evaluation.benchmark_floors import (
     routed_shares,
     tensor_bytes,
 )
-from moe_lightning.evaluation.benchmark_rows import BenchmarkRecord, Settings, TimedRow, data_size
+from moe_lightning.evaluation.benchmark_rows import BenchmarkRecord, Settings, TimedRow
 from moe_lightning.evaluation.speed import Decoding, Prefill
 from moe_lightning.plan import DropBlock, NoviceExperts, Quantize
 from tests.models import tiny_mixtral
@@ -288,12 +288,6 @@ def test_columns_that_say_nothing_are_left_out(record: BenchmarkRecord) -> None:
     on_gpu = BenchmarkRecord(record.context, record.models, [replace(first, peak_bytes=3 << 20), *rest])
     place = on_gpu.table()[0].index("peak")
     assert [line[place] for line in on_gpu.table()[1:3]] == ["3.0 MiB", "-"]
-
-
-def test_sizes_in_the_unit_that_suits() -> None:
-    assert [data_size(count) for count in (1 << 19, 9471504, (1 << 30) - 1, 5 << 28)] == [
-        *("0.5 MiB", "9.0 MiB", "1,024.0 MiB", "1.25 GiB"),
-    ]
 
 
 def test_operations_by_the_routing_that_was_counted() -> None:
