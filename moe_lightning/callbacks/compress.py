@@ -307,9 +307,15 @@ class Compress(AtStep):
     def _number(self, trainer: Trainer) -> str:
         """Return "" for the first instance of this callback that acts at a step, "-2" for the second."""
         step = self.step_of(self.acts[self.acts_done])
-        same = [
-            callback
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(callback, Compress) and any(callback.step_of(act) == step for act in callback.acts)
-        ]
+        same = [item for item in compressions_of(trainer) if any(item.step_of(act) == step for act in item.acts)]
         return f"-{same.index(self) + 1}" if same[0] is not self else ""
+
+
+def compressions_of(trainer: Trainer) -> list[Compress]:
+    """Return the compressions of a run, in the order of the list of callbacks."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, Compress)]  # type: ignore[attr-defined]
+
+
+def has_compressed(trainer: Trainer) -> bool:
+    """Say whether a compression of this run has changed the model, in an earlier part of it perhaps."""
+    return any(item.changed for item in compressions_of(trainer))

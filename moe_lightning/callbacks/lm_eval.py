@@ -15,7 +15,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from moe_lightning.callbacks.at_step import AtTheEnd, language_model, say
 from moe_lightning.callbacks.checkpointing import steps_behind
-from moe_lightning.callbacks.compress import Compress
+from moe_lightning.callbacks.compress import has_compressed
 from moe_lightning.callbacks.random_state import random_states, set_random_states
 from moe_lightning.callbacks.spending import spending
 from moe_lightning.callbacks.strategies import check_whole
@@ -174,8 +174,7 @@ class LMEval(AtTheEnd):
     def before_compression(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure the model of before the first compression."""
         # A checkpoint from before this callback was there knows nothing of compressions that lie behind it.
-        acted = any(isinstance(other, Compress) and other.changed for other in trainer.callbacks)  # type: ignore[attr-defined]
-        if "before" in self.at and not self.compressions and not acted:
+        if "before" in self.at and not self.compressions and not has_compressed(trainer):
             self._measure(trainer, module, "before")
         self.compressions += 1
 

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from moe_lightning.callbacks.compress import Compress
+from moe_lightning.callbacks.compress import compressions_of
 from moe_lightning.callbacks.recovery.stage import stages_of
 from moe_lightning.callbacks.tensorboard_pages import QUALITY, add_pages, tensorboards
 from moe_lightning.reporting.quality_figures import ratios
@@ -116,8 +116,7 @@ def run_parameters(trainer: Trainer) -> dict[str, int | float | str | bool]:
     """
     module: Any = trainer.lightning_module
     datamodule: Any = getattr(trainer, "datamodule", None)
-    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, Compress)]  # type: ignore[attr-defined]
-    told = [f"{', '.join(map(str, callback.methods))} at {callback.at_step}" for callback in callbacks]
+    told = [f"{', '.join(map(str, item.methods))} at {item.at_step}" for item in compressions_of(trainer)]
     stages = [f"{type(stage).__name__} at {stage.first_step}" for stage in stages_of(trainer)]
     found: dict[str, Any] = {
         "compression/methods": "; ".join(told) or "none",

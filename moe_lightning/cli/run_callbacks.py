@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from moe_lightning.callbacks import Compress, RecoveredShare, TimeSpent
+from moe_lightning.callbacks.compress import compressions_of
 from moe_lightning.cli.run_directory import RunDirectory
 from moe_lightning.files import write_atomically
 
@@ -106,7 +107,6 @@ def how_to_go_on(trainer: Trainer) -> str:
     Args:
         trainer: The trainer, with the states of the run's last checkpoint.
     """
-    found = [callback for callback in trainer.callbacks if isinstance(callback, Compress)]  # type: ignore[attr-defined]
-    if any(callback.ends_the_run for callback in found):
+    if any(item.ends_the_run for item in compressions_of(trainer)):
         return ", and its model was compressed there; to go on, start a new run from the folder that was exported then"
     return "; to go on, give it more steps by --trainer.max_steps"

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from moe_lightning import __version__
 from moe_lightning.callbacks.at_step import AtTheEnd, language_model, say
 from moe_lightning.callbacks.checkpointing import steps_behind
-from moe_lightning.callbacks.compress import Compress
+from moe_lightning.callbacks.compress import compressions_of, has_compressed
 from moe_lightning.callbacks.quality.measuring import Wanted, measure_moment
 from moe_lightning.callbacks.quality.reference import REFERENCE, RunReference
 from moe_lightning.callbacks.quality.telling import tell_moment
@@ -206,7 +206,7 @@ class QualityEvaluation(AtTheEnd):
         kept = ""
         if self.before is not None:
             self._go_on(trainer, self.before)
-        elif _acted(trainer):
+        elif has_compressed(trainer):
             warnings.warn(
                 f"QualityEvaluation: the model was compressed before step {trainer.global_step}, from which the run "
                 "goes on, and was not measured before that: there will be no moment before, so no ratio, divergence "
@@ -214,7 +214,7 @@ class QualityEvaluation(AtTheEnd):
                 "QualityEvaluation among the callbacks",
                 stacklevel=2,
             )
-        elif any(not callback.done for callback in _compressions(trainer)):
+        elif any(not callback.done for callback in compressions_of(trainer)):
             model = language_model(pl_module)
             self.reference.check(self.texts, model, trainer.default_root_dir)
             size = size_in_words(self.reference.bytes(self.texts, model))
@@ -241,9 +241,9 @@ class QualityEvaluation(AtTheEnd):
 
     def before_compression(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure the model before its first compression, and keep what it predicts."""
-        self._results = {id(callback): callback.result for callback in _compressions(trainer)}
+        self._results = {id(callback): callback.result for callback in compressions_of(trainer)}
         # A checkpoint from before this callback was there knows of compressions that lie behind it.
-        if self.before is not None or _acted(trainer):
+        if self.before is not None or has_compressed(trainer):
             return
         folder, model = trainer.default_root_dir, language_model(module)
         writer = self.reference.writer(self.texts, model, folder)
@@ -256,7 +256,7 @@ class QualityEvaluation(AtTheEnd):
 
     def after_compression(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure what is left."""
-        acting = [item for item in _compressions(trainer) if item.result is not self._results.get(id(item))]
+        acting = [item for item in compressions_of(trainer) if item.result is not self._results.get(id(item))]
         if not self.every_act and any(item.more_to_come(module) for item in acting):
             self._unchanged = False
             return
@@ -265,7 +265,7 @@ class QualityEvaluation(AtTheEnd):
         number = sum(moment.name.startswith(COMPRESSED) for moment in self.moments) + 1
         name = COMPRESSED if number == 1 else f"{COMPRESSED}-{number}"
         self._measure(trainer, module, name, ", ".join(methods) or "compression", self.reference.file)
-        if self._closing and not any(item.waits_for_end and item not in acting for item in _compressions(trainer)):
+        if self._closing and not any(item.waits_for_end and item not in acting for item in compressions_of(trainer)):
             self._end(trainer, module)
 
     def after_stage(self, trainer: Trainer, module: LightningModule, stage: Any) -> None:
@@ -280,7 +280,7 @@ class QualityEvaluation(AtTheEnd):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the end, unless only the time was up; behind what compresses there, wherever that stands."""
         self._closing = self.has_ended(trainer, pl_module)
-        if self._closing and not any(item.waits_for_end for item in _compressions(trainer)):
+        if self._closing and not any(item.waits_for_end for item in compressions_of(trainer)):
             self._end(trainer, pl_module)
 
     def _end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -373,12 +373,3 @@ class QualityEvaluation(AtTheEnd):
             other = {name: value for name, value in own.items() if value != fit.get(name)}
             context = {**fit, TEST: other} if fit else own
             QualityRecord(self.moments, context).save(self.path(trainer))
-
-
-def _compressions(trainer: Trainer) -> list[Compress]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, Compress)]  # type: ignore[attr-defined]
-
-
-def _acted(trainer: Trainer) -> bool:
-    """Say whether a compression of this run has changed the model, in an earlier part of it perhaps."""
-    return any(item.changed for item in _compressions(trainer))

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from moe_lightning.callbacks.compress import Compress
+from moe_lightning.callbacks.compress import compressions_of
 from moe_lightning.callbacks.processes import of_all_processes
 from moe_lightning.compression.layerwise import need_batches
 from moe_lightning.data import BlockLoader, TextDataModule
@@ -87,11 +87,7 @@ def _calibration_sources(trainer: Trainer) -> set[str]:
     datamodule: Any = getattr(trainer, "datamodule", None)
     if not isinstance(datamodule, TextDataModule):
         return set()
-    measuring = [
-        item
-        for item in trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(item, Compress) and need_batches(item.methods)
-    ]
+    measuring = [item for item in compressions_of(trainer) if need_batches(item.methods)]
     # A test may be one of a run whose Compress is not in its list.
     calibrates = bool(measuring) or trainer.state.fn == "test"
     unknown = any(item.batches is not None for item in measuring)

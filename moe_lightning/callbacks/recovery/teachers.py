@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from moe_lightning.architectures import architecture_named, architecture_of
 from moe_lightning.callbacks.at_step import language_model, say
-from moe_lightning.callbacks.compress import Compress
+from moe_lightning.callbacks.compress import compressions_of, has_compressed
 from moe_lightning.callbacks.recovery.blocks_to_come import blocks_to_come, command_for
 from moe_lightning.callbacks.recovery.teacher_folders import held_bytes, is_floating, keep_model, opening
 from moe_lightning.checkpoints import from_pretrained, read_config
@@ -195,16 +195,14 @@ class TeacherSource:
             takes = opening(folder, self._dtype(trainer, student), trainer.strategy.root_device)
             _check_same(from_pretrained(folder), known, f"{folder} does not hold the model that this run kept")
             return str(takes)
-        moments = []
-        for place, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
-            if isinstance(callback, Compress):
-                if callback.changed:
-                    raise ValueError(
-                        "the checkpoint holds a compressed model, and no stage of its run asked for the model before: "
-                        "name a folder, start from an earlier checkpoint, or start anew"
-                    )
-                moments.append((callback.step_of(callback.acts[0]), place))
-        mine = stage.first_step, trainer.callbacks.index(stage)  # type: ignore[attr-defined]
+        if has_compressed(trainer):
+            raise ValueError(
+                "the checkpoint holds a compressed model, and no stage of its run asked for the model before: name a "
+                "folder, start from an earlier checkpoint, or start anew"
+            )
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        moments = [(item.step_of(item.acts[0]), callbacks.index(item)) for item in compressions_of(trainer)]
+        mine = stage.first_step, callbacks.index(stage)
         if min(moments, default=(float("inf"), 0)) > mine:
             raise ValueError(
                 f"nothing is compressed before step {stage.first_step}, where the stage begins: let a Compress act "
