@@ -4,6 +4,7 @@ Every operation has a twin in plain torch that says what it computes in a few li
 the oracle of the tests. This package imports nothing of ``moe_lightning``.
 """
 
+from moe_kernels.cpu_kernels.lanes import LaneMatrices, from_lanes, to_lanes
 from moe_kernels.cpu_layout import CpuMatrices, from_cpu_layout, to_cpu_layout
 from moe_kernels.experts import (
     ABSENT,
@@ -30,6 +31,7 @@ __all__ = [
     "CpuMatrices",
     "GroupedLora",
     "Int4Matrices",
+    "LaneMatrices",
     "NoviceMaps",
     "RoutedPairs",
     "WordMatrices",
@@ -40,6 +42,7 @@ __all__ = [
     "expert_channels",
     "expert_outputs",
     "from_cpu_layout",
+    "from_lanes",
     "grouped_linear",
     "grouped_product",
     "int4_grouped_linear",
@@ -52,4 +55,5 @@ __all__ = [
     "sparse24_grouped_linear",
     "sparse24_twin",
     "to_cpu_layout",
+    "to_lanes",
 ]

@@ -77,6 +77,18 @@ class Int4Matrices(ABC):
     def product(self, slot: int, rows_PI: Tensor, out_PO: Tensor) -> None:
         """Write ``rows @ weight[slot].T`` to ``out_PO``."""
 
+    def grouped_product(self, rows_PI: Tensor, offsets_S: Tensor, ends: list[int], out_PO: Tensor) -> None:
+        """Write the product of each group of rows with its own matrix to ``out_PO``.
+
+        Args:
+            rows_PI: Rows sorted by slot, ``[P, I]``.
+            offsets_S: End of each group, int32 ``[S]``.
+            ends: The same as numbers.
+            out_PO: ``[P, O]``, contiguous, in the type of the rows.
+        """
+        for slot, group in row_groups(ends):
+            self.product(slot, rows_PI[group], out_PO[group])
+
     @abstractmethod
     def transposed_product(self, slot: int, grad_PO: Tensor, out_PI: Tensor) -> None:
         """Write ``grad @ weight[slot]`` to ``out_PI``."""
@@ -144,8 +156,7 @@ class _GroupedProduct(torch.autograd.Function):
         ctx.matrices, ctx.ends = matrices, offsets_S.tolist()
         out_PO = rows_PI.new_empty(rows_PI.shape[0], matrices.outputs)
         with torch.autocast(rows_PI.device.type, enabled=False):
-            for slot, group in row_groups(ctx.ends):
-                matrices.product(slot, rows_PI[group], out_PO[group])
+            matrices.grouped_product(rows_PI, offsets_S, ctx.ends, out_PO)
         return out_PO
 
     @staticmethod

@@ -4,8 +4,9 @@ Some CPUs multiply bf16 numbers twice as fast as fp32 ones, some emulate them at
 product with int4 weights has a fast form for some vector units and a very slow one elsewhere. Names of machines do not
 tell, so short products do. On an idle machine the answers lie far from the thresholds (factors of two and more). Where
 other work or few measured CPUs could tip them, and every run must round alike, the environment variable
-``MOE_KERNELS_CPU`` says the answers instead: ``native`` or ``emulated`` for bf16, ``op`` or ``tiles`` for torch's int4
-product, both in ``MOE_KERNELS_CPU=native,op``. What is left out is measured. What holds is logged once.
+``MOE_KERNELS_CPU`` says the answers instead: ``native`` or ``emulated`` for bf16; for int4 ``kernel`` (what this
+package compiles itself), ``op`` (torch's product) or ``tiles`` (neither); both in ``MOE_KERNELS_CPU=native,kernel``.
+What is left out is found out: the kernel wherever it can be compiled. What holds is logged once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_kernels.cpu_kernels.build import library, why_not
+
 # Rows of one expert from which tiles of bf16 weights in fp32 are faster than an emulated product in bf16. Measured on
 # 4096 x 4096: 1.0 times as fast at 4 rows, 1.1 at 8, 1.2 at 16, 1.8 at 32, 2.0 at 64 and 128, 2.3 at 512.
 _UPCAST_ROWS = 8
@@ -31,6 +34,11 @@ _UPCAST_ROWS = 8
 # 80, 1.1 to 1.2 at 96, 1.6 at 256, twice at 512; where it is not, they never are on AVX-512. Larger tiles gain nothing.
 _OP_ROWS_NATIVE = 80
 _OP_ROWS_EMULATED = 512
+
+# CPUs with units for whole matrices (AMX) multiply bf16 many times as fast as fp32. From so many rows of an expert on
+# dequantised tiles should gain from them there. Not measured: none was at hand.
+_MATRIX_UNITS = 0.2
+_MATRIX_UNIT_ROWS = 64
 
 VARIABLE = "MOE_KERNELS_CPU"
 """Environment variable that fixes the answers; read at the first product."""
@@ -43,26 +51,30 @@ _PROBE_OP_ROWS = 4
 _PROBE_REPEATS = 7
 
 
+Int4Product = Literal["kernel", "op", "tiles"]
+
+
 @dataclass(frozen=True)
 class Machine:
     """What was found out about a CPU.
 
     Attributes:
         bf16_emulated: Products in bf16 are slower than in fp32.
-        int4_op: torch's product with int4 weights is there and is fast.
+        int4: What multiplies with int4 weights: ``kernel``, the product in `moe_kernels.cpu_kernels`; ``op``, that of
+            torch, where it is fast; ``tiles``, neither.
         bf16_over_fp32: Time of a product in bf16 over that of the same in fp32, 64 rows; nan where not measured.
         op_over_fp32: Time of the int4 product over that of the same in fp32, 4 rows; infinite where there is none, nan
             where not measured.
     """
 
     bf16_emulated: bool
-    int4_op: bool
+    int4: Int4Product
     bf16_over_fp32: float = float("nan")
     op_over_fp32: float = float("nan")
 
 
 DenseRoute = Literal["product", "fp32 tiles"]
-Int4Route = Literal["op", "bf16 tiles", "fp32 tiles", "exact tiles"]
+Int4Route = Literal["kernel", "op", "bf16 tiles", "fp32 tiles", "exact tiles"]
 
 
 def dense_route(rows: int, dtype: torch.dtype, machine: Machine) -> DenseRoute:
@@ -89,12 +101,16 @@ def int4_route(rows: int, dtype: torch.dtype, machine: Machine) -> Int4Route:
         machine: From :func:`this_machine`.
 
     Returns:
-        ``op``: torch's int4 product. ``bf16 tiles``, ``fp32 tiles``: a few rows of the weights at a time, dequantised
-        to that type. ``exact tiles``: the same in the type of the rows.
+        ``kernel``: the product of `moe_kernels.cpu_kernels`. ``op``: torch's. ``bf16 tiles``, ``fp32 tiles``: a few
+        rows of the weights at a time, dequantised to that type. ``exact tiles``: the same in the type of the rows.
     """
+    if machine.int4 == "kernel" and dtype in (torch.bfloat16, torch.float32):
+        # Not so where bf16 was not measured.
+        units = dtype == torch.bfloat16 and machine.bf16_over_fp32 < _MATRIX_UNITS
+        return "bf16 tiles" if units and rows >= _MATRIX_UNIT_ROWS else "kernel"
     if dtype != torch.bfloat16:
         return "exact tiles"
-    if machine.int4_op and rows <= (_OP_ROWS_EMULATED if machine.bf16_emulated else _OP_ROWS_NATIVE):
+    if machine.int4 == "op" and rows <= (_OP_ROWS_EMULATED if machine.bf16_emulated else _OP_ROWS_NATIVE):
         return "op"
     return "fp32 tiles" if machine.bf16_emulated else "bf16 tiles"
 
@@ -104,10 +120,13 @@ _LOCK = threading.Lock()
 
 
 def this_machine() -> Machine:
-    """Say what this machine is good at: as ``MOE_KERNELS_CPU`` says, or measured, once in a process, in about 20 ms.
+    """Say what this machine is good at: as ``MOE_KERNELS_CPU`` says, or found out, once in a process, in about 20 ms.
+
+    The first time on a machine the products of `moe_kernels.cpu_kernels` are compiled, which takes some seconds.
 
     Raises:
-        ValueError: ``MOE_KERNELS_CPU`` holds an unknown word, or two that contradict one another.
+        ValueError: ``MOE_KERNELS_CPU`` holds an unknown word, two that contradict one another, or asks for a kernel
+            that cannot be had.
     """
     with _LOCK:
         return found_out()
@@ -116,39 +135,47 @@ def this_machine() -> Machine:
 @functools.cache
 def found_out() -> Machine:
     """Do the work of :func:`this_machine`."""
-    emulated, op = _said(os.environ.get(VARIABLE, ""))
-    bf16_over_fp32 = op_over_fp32 = float("nan")
-    if emulated is None or op is None:
-        bf16_over_fp32, op_over_fp32 = _measure()
+    emulated, int4 = _said(os.environ.get(VARIABLE, ""))
+    if int4 == "kernel" and library() is None:
+        raise ValueError(
+            f"{VARIABLE}={int4}: there is no kernel, {why_not() or 'for it could not be compiled (see the log)'};"
+            " leave the word out, or give op or tiles"
+        )
+    if int4 is None and library() is not None:
+        int4 = "kernel"
+    measured = emulated is None or int4 is None
+    bf16_over_fp32, op_over_fp32 = _measure() if measured else (float("nan"), float("nan"))
     # Found: 0.33 to 0.48 with instructions for bf16, 1.9 to 4 without; 0.2 to 0.6 with vector units, from 13 without.
-    machine = Machine(
-        bf16_over_fp32 > 1 if emulated is None else emulated,
-        op_over_fp32 < 3 if op is None else op,
-        bf16_over_fp32,
-        op_over_fp32,
-    )
-    words = f"{'emulated' if machine.bf16_emulated else 'native'},{'op' if machine.int4_op else 'tiles'}"
-    if emulated is None or op is None:
+    if emulated is None:
+        emulated = bf16_over_fp32 > 1
+    if int4 is None:
+        int4 = "op" if op_over_fp32 < 3 else "tiles"
+    words = f"{'emulated' if emulated else 'native'},{int4}"
+    if measured:
         logger.info(
             f"CPU products: bf16 takes {bf16_over_fp32:.2f} of the time of fp32, torch's int4 product"
             f" {op_over_fp32:.2f}; decided as with {VARIABLE}={words}, which makes every run decide so"
         )
     else:
         logger.info(f"CPU products: not measured, {VARIABLE}={words}")
-    return machine
+    return Machine(emulated, int4, bf16_over_fp32, op_over_fp32)
 
 
-def _said(words: str) -> tuple[bool | None, bool | None]:
-    """Read the environment variable: is bf16 emulated, is torch's int4 product fast; None where it does not say."""
+_BF16_WORDS = ("native", "emulated")
+_INT4_WORDS: tuple[Int4Product, ...] = ("kernel", "op", "tiles")
+
+
+def _said(words: str) -> tuple[bool | None, Int4Product | None]:
+    """Read the environment variable: is bf16 emulated, what multiplies int4 weights; None where it does not say."""
     given = {word.strip() for word in words.split(",")} - {""}
-    unknown = given - {"native", "emulated", "op", "tiles"}
-    if unknown or given >= {"native", "emulated"} or given >= {"op", "tiles"}:
+    bf16, int4 = (given & set(known) for known in (_BF16_WORDS, _INT4_WORDS))
+    if given - bf16 - int4 or len(bf16) > 1 or len(int4) > 1:
         raise ValueError(
-            f"{VARIABLE}={words}: give native or emulated (products in bf16), op or tiles (int4), or one of each with a"
-            " comma, as native,op"
+            f"{VARIABLE}={words}: give native or emulated (products in bf16); kernel, op or tiles (int4); or one of"
+            " each with a comma, as native,kernel"
         )
-    emulated = "emulated" in given if given & {"native", "emulated"} else None
-    return emulated, "op" in given if given & {"op", "tiles"} else None
+    product = next((word for word in _INT4_WORDS if word in int4), None)
+    return "emulated" in bf16 if bf16 else None, product
 
 
 def _measure() -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""A stack of int4 matrices before, while and after it works on a CPU in bf16: always the same weights."""
+"""A stack of int4 matrices before, while and after it works on a CPU: always the same weights."""
 
 import copy
 import io
@@ -9,18 +9,36 @@ from threading import Barrier
 import numpy as np
 import pytest
 import torch
-from moe_kernels import cpu_layout, machine
-from moe_kernels.machine import Machine, this_machine
+from moe_kernels import cpu_layout, int4, machine
+from moe_kernels.cpu_kernels import build, lanes
+from moe_kernels.machine import Int4Product, Machine
 from torch import Tensor
 
 from moe_lightning.experts import Int4, PackedLinear
 from moe_lightning.experts.stacks import cpu_form
 from moe_lightning.plan import WeightFormat
 
-pytestmark = pytest.mark.skipif(not this_machine().int4_op, reason="torch has no fast int4 product for this CPU")
 SYMMETRIC = pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
 SLOTS, OUTPUTS, INPUTS, GROUP = 3, 80, 128, 32
 NAMES = ("words", "scale", "zero")
+WORKING = {"kernel": {"lane_words", "lane_scale", "lane_zero"}, "op": {"cpu_codes", "cpu_scales"}}
+
+
+def be(int4_product: Int4Product, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Machine(bf16_emulated=False, int4=int4_product)
+    for module in (cpu_form, cpu_layout, int4, lanes):
+        monkeypatch.setattr(module, "this_machine", lambda: found)
+
+
+@pytest.fixture(autouse=True, params=["kernel", "op"])
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Take one of the products of a CPU, whichever would be taken here."""
+    if request.param == "kernel" and build.library() is None:
+        pytest.skip(f"no compiled products: {build.why_not() or 'compiling failed, see the log'}")
+    if request.param == "op" and cpu_layout.cpu_layout(OUTPUTS) is None:
+        pytest.skip("torch has no int4 product for this CPU")
+    be(request.param, monkeypatch)
+    return str(request.param)
 
 
 def make_stack(symmetric: bool = False, outputs: int = OUTPUTS, slots: int = SLOTS) -> Int4:
@@ -72,7 +90,7 @@ def check_stored(stack: Int4, stored: dict[str, Tensor | None]) -> None:
 
 
 @SYMMETRIC
-def test_works_in_one_form_and_is_stored_in_another(symmetric: bool) -> None:
+def test_works_in_one_form_and_is_stored_in_another(symmetric: bool, product: str) -> None:
     stack = make_stack(symmetric)
     x, offsets = rows()
     reference = expected(stack, x)
@@ -81,9 +99,12 @@ def test_works_in_one_form_and_is_stored_in_another(symmetric: bool) -> None:
         first, second = stack.linear(x, offsets), stack.linear(x, offsets)
     assert stack.in_cpu_form and close(first, reference)
     torch.testing.assert_close(second, first, rtol=0, atol=0)
-    # One copy only: what is there weighs what was there, but for zeros of 16 instead of 4 (or 0) bits.
-    assert set(dict(stack.named_buffers())) == {"cpu_codes", "cpu_scales"}
-    assert sum(buffer.nbytes for buffer in stack.buffers()) <= stored_bytes * (1 + (16 / GROUP) / (4 + 16 / GROUP))
+    assert set(dict(stack.named_buffers())) == WORKING[product] - ({"lane_zero"} if symmetric else set())
+    # One copy only: what is there weighs what was there, but for torch's zeros of 16 instead of 4 (or 0) bits.
+    working_bytes = sum(buffer.nbytes for buffer in stack.buffers())
+    if product == "kernel":
+        assert working_bytes == stored_bytes
+    assert working_bytes <= stored_bytes * (1 + (16 / GROUP) / (4 + 16 / GROUP))
     # Another type, and training, then work with what is there.
     assert close(stack.linear(x.float(), offsets), reference, 1e-6)
     stack.linear(x.requires_grad_(), offsets).sum().backward()
@@ -158,10 +179,17 @@ def test_loading_while_it_works() -> None:
     assert stack.in_cpu_form
 
 
-@pytest.mark.parametrize("why", ["fp32", "gradient", "no rows", "outputs", "scales", "slow"])
-def test_stays_stored(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+# The kernel takes any scales.
+@pytest.mark.parametrize(
+    ("product", "why"),
+    [(product, why) for product in WORKING for why in ("type", "gradient", "no rows", "outputs", "slow")]
+    + [("op", "scales")],
+    indirect=["product"],
+)
+def test_stays_stored(why: str, product: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stack = make_stack(outputs=24 if why == "outputs" else OUTPUTS)
-    x, offsets = rows(dtype=torch.float32 if why == "fp32" else torch.bfloat16)
+    other = torch.float32 if product == "op" else torch.float16
+    x, offsets = rows(dtype=other if why == "type" else torch.bfloat16)
     if why == "gradient":
         x.requires_grad_()
     if why == "no rows":
@@ -169,7 +197,7 @@ def test_stays_stored(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if why == "scales":
         stack.scale[1, 0, 0] = 0
     if why == "slow":
-        monkeypatch.setattr(cpu_form, "this_machine", lambda: Machine(bf16_emulated=False, int4_op=False))
+        be("tiles", monkeypatch)
     stored = {name: None if tensor is None else tensor.clone() for name, tensor in tensors_of(stack).items()}
     reference = expected(stack, x)
     for _ in range(2):
@@ -178,6 +206,7 @@ def test_stays_stored(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
         check_stored(stack, stored)
 
 
+@pytest.mark.parametrize("product", ["op"], indirect=True)  # the kernel takes any weights of this size
 def test_what_stayed_is_tried_again_with_other_weights() -> None:
     stack = make_stack()
     stack.scale[1, 0, 0] = 0
@@ -222,7 +251,7 @@ def together(*works: Callable[[], object]) -> list[object]:
 
 
 @pytest.mark.parametrize("ask", ["linear", "dense", "state_dict", "copy", "buffers"])
-def test_threads_share_a_stack(ask: str) -> None:
+def test_threads_share_a_stack(ask: str, product: str) -> None:
     x, offsets = rows()
     reference, dense = expected(make_stack(), x), make_stack().dense()
     stored = set(NAMES)
@@ -241,7 +270,7 @@ def test_threads_share_a_stack(ask: str) -> None:
             elif ask == "copy":
                 assert torch.equal(copy.deepcopy(stack).dense(), dense)
             elif ask == "buffers":
-                assert {name for name, _ in stack.named_buffers()} in (stored, {"cpu_codes", "cpu_scales"})
+                assert {name for name, _ in stack.named_buffers()} in (stored, WORKING[product])
             else:
                 multiply()
 
@@ -296,6 +325,7 @@ def test_the_default_device_is_not_where_the_weights_go(dtype: torch.dtype) -> N
         torch.testing.assert_close(stored[name], tensor, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("product", ["op"], indirect=True)  # the kernel's form is a transposition
 def test_what_does_not_come_back_is_not_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_layout.cpu_layout(OUTPUTS) is not None  # found out before
     honest = cpu_layout._pack_rows

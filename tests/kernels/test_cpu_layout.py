@@ -15,9 +15,9 @@ from tests.kernels.packed import Packed, draw_rows, make_packed, relative_error
 
 OUTPUTS = pytest.mark.parametrize("outputs", [16, 32, 48, 64, 80, 112, 4096])
 SYMMETRIC = pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
-NATIVE = Machine(bf16_emulated=False, int4_op=True)
-EMULATED = Machine(bf16_emulated=True, int4_op=True)
-WITHOUT = Machine(bf16_emulated=False, int4_op=False)
+NATIVE = Machine(bf16_emulated=False, int4="op")
+EMULATED = Machine(bf16_emulated=True, int4="op")
+WITHOUT = Machine(bf16_emulated=False, int4="tiles")
 
 
 def torch_packs() -> bool:

@@ -110,7 +110,7 @@ def test_autocast_does_not_reach_inside() -> None:
 
 @pytest.mark.parametrize("emulated", [False, True])
 def test_bf16_rows_on_both_kinds_of_machines(monkeypatch: pytest.MonkeyPatch, emulated: bool) -> None:
-    monkeypatch.setattr(kernels, "this_machine", lambda: Machine(bf16_emulated=emulated, int4_op=False))
+    monkeypatch.setattr(kernels, "this_machine", lambda: Machine(bf16_emulated=emulated, int4="tiles"))
     packed = make_packed(2, 32, 64, 32)
     rows, offsets = draw_rows(50, 64, torch.bfloat16).requires_grad_(), torch.tensor([20, 50], dtype=torch.int32)
     got = int4_grouped_linear(rows, offsets, *packed.stored)

@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import get_args
 
 import pytest
 import torch
 from moe_kernels import machine
-from moe_kernels.machine import Machine, this_machine
+from moe_kernels.machine import Int4Product, Machine, this_machine
 
 
 @pytest.fixture(autouse=True)
@@ -26,40 +27,60 @@ def test_what_was_found_is_kept_and_logged_once(caplog: pytest.LogCaptureFixture
     assert f"{found.bf16_over_fp32:.2f}" in line and machine.VARIABLE in line
 
 
+def with_kernel(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "library", lambda: object() if there else None)
+
+
 @pytest.mark.parametrize("emulated", [False, True])
-@pytest.mark.parametrize("op", [False, True])
+@pytest.mark.parametrize("int4", get_args(Int4Product))
 def test_the_environment_decides_whatever_is_measured(
-    emulated: bool, op: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    emulated: bool, int4: Int4Product, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, machine.logger.name)
-    monkeypatch.setenv(machine.VARIABLE, f"{'emulated' if emulated else 'native'}, {'op' if op else 'tiles'}")
+    with_kernel(True, monkeypatch)
+    monkeypatch.setenv(machine.VARIABLE, f"{'emulated' if emulated else 'native'}, {int4}")
     monkeypatch.setattr(machine, "_measure", lambda: pytest.fail("measured all the same"))
     found = this_machine()
-    assert (found.bf16_emulated, found.int4_op) == (emulated, op)
+    assert (found.bf16_emulated, found.int4) == (emulated, int4)
     (line,) = (record.getMessage() for record in caplog.records)
     assert "not measured" in line and machine.VARIABLE in line
 
 
 @pytest.mark.parametrize(
-    ("words", "times", "expected"),
+    ("words", "kernel", "times", "expected"),
     [
-        ("native", (2.0, 9.0), (False, False)),
-        ("emulated", (0.5, 0.5), (True, True)),
-        ("op", (2.0, 9.0), (True, True)),
-        ("tiles", (0.5, 0.5), (False, False)),
-        ("", (0.5, 9.0), (False, False)),
-        ("", (2.0, float("inf")), (True, False)),
+        ("native", False, (2.0, 9.0), (False, "tiles")),
+        ("emulated", False, (0.5, 0.5), (True, "op")),
+        ("op", True, (2.0, 9.0), (True, "op")),
+        ("tiles", True, (0.5, 0.5), (False, "tiles")),
+        ("", False, (0.5, 9.0), (False, "tiles")),
+        ("", False, (2.0, float("inf")), (True, "tiles")),
+        ("", True, (2.0, 0.1), (True, "kernel")),
+        ("kernel", True, (0.5, 0.1), (False, "kernel")),
     ],
 )
-def test_what_is_not_said_is_measured(
-    words: str, times: tuple[float, float], expected: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+def test_what_is_not_said_is_found_out(
+    words: str,
+    kernel: bool,
+    times: tuple[float, float],
+    expected: tuple[bool, Int4Product],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    with_kernel(kernel, monkeypatch)
     monkeypatch.setenv(machine.VARIABLE, words)
     monkeypatch.setattr(machine, "_measure", lambda: times)
     assert this_machine() == Machine(*expected, *times)
 
 
-@pytest.mark.parametrize("words", ["fast", "native,emulated", "op,tiles,native", "native,amx"])
+def test_a_kernel_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_kernel(False, monkeypatch)
+    monkeypatch.setattr(machine, "why_not", lambda: "there is no C compiler: install gcc")
+    monkeypatch.setenv(machine.VARIABLE, "native,kernel")
+    with pytest.raises(ValueError, match="there is no kernel, there is no C compiler: install gcc; leave the word out"):
+        this_machine()
+
+
+@pytest.mark.parametrize("words", ["fast", "native,emulated", "op,tiles,native", "kernel,op", "native,amx"])
 def test_unknown_and_contradicting_words_are_refused(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(machine.VARIABLE, words)
     for _ in range(2):

@@ -231,7 +231,7 @@ def test_autocast_does_not_reach_inside() -> None:
 
 @pytest.mark.parametrize("emulated", [False, True])
 def test_bf16_rows_on_both_kinds_of_machines(monkeypatch: pytest.MonkeyPatch, emulated: bool) -> None:
-    monkeypatch.setattr("moe_kernels.int4.this_machine", lambda: Machine(bf16_emulated=emulated, int4_op=False))
+    monkeypatch.setattr("moe_kernels.int4.this_machine", lambda: Machine(bf16_emulated=emulated, int4="tiles"))
     case = make_case(32, 64, (20, 20, 50), torch.bfloat16)
     rows, values = case.rows.requires_grad_(), case.values.requires_grad_()
     got = sparse24_grouped_linear(rows, case.offsets, values, case.metadata)

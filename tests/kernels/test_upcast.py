@@ -5,13 +5,14 @@ from typing import get_args
 import pytest
 import torch
 from moe_kernels import grouped_linear, upcast
-from moe_kernels.machine import DenseRoute, Int4Route, Machine, dense_route, int4_route
+from moe_kernels.machine import DenseRoute, Int4Product, Int4Route, Machine, dense_route, int4_route
 from moe_kernels.upcast import upcast_grouped_linear, upcast_pays
 
 from tests.kernels.packed import draw_rows, relative_error
 
-NATIVE = Machine(bf16_emulated=False, int4_op=True)
-EMULATED = Machine(bf16_emulated=True, int4_op=True)
+NATIVE = Machine(bf16_emulated=False, int4="op")
+EMULATED = Machine(bf16_emulated=True, int4="op")
+KERNEL = Machine(bf16_emulated=False, int4="kernel")
 
 
 def draw_case(ends: tuple[int, ...], outputs: int = 40, inputs: int = 24) -> tuple[torch.Tensor, ...]:
@@ -72,15 +73,33 @@ def test_is_taken_where_bf16_is_emulated_and_no_gradient_is_wanted(monkeypatch: 
 
 @pytest.mark.parametrize(
     ("machine", "rows", "route"),
-    [(NATIVE, 64, "op"), (NATIVE, 96, "bf16 tiles"), (EMULATED, 256, "op"), (EMULATED, 1024, "fp32 tiles")],
-    ids=["native few", "native many", "emulated few", "emulated many"],
+    [
+        (NATIVE, 64, "op"),
+        (NATIVE, 96, "bf16 tiles"),
+        (EMULATED, 256, "op"),
+        (EMULATED, 1024, "fp32 tiles"),
+        (KERNEL, 1, "kernel"),
+        (KERNEL, 4096, "kernel"),
+        (Machine(False, "kernel", bf16_over_fp32=0.1), 63, "kernel"),
+        (Machine(False, "kernel", bf16_over_fp32=0.1), 64, "bf16 tiles"),
+    ],
+    ids=[
+        "native few",
+        "native many",
+        "emulated few",
+        "emulated many",
+        "kernel few",
+        "kernel many",
+        "matrix units few",
+        "matrix units many",
+    ],
 )
 def test_many_rows_are_multiplied_with_tiles(machine: Machine, rows: int, route: Int4Route) -> None:
     assert int4_route(rows, torch.bfloat16, machine) == route
 
 
 def test_every_way_is_taken_somewhere() -> None:
-    machines = [Machine(emulated, op) for emulated in (False, True) for op in (False, True)]
+    machines = [Machine(emulated, product) for emulated in (False, True) for product in get_args(Int4Product)]
     types = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     seen = {
         (dense_route(rows, dtype, machine), int4_route(rows, dtype, machine), dtype)
@@ -92,4 +111,5 @@ def test_every_way_is_taken_somewhere() -> None:
     assert {packed for _, packed, _ in seen} == set(get_args(Int4Route))
     # Other types are multiplied as they are.
     assert {dense for dense, _, dtype in seen if dtype != torch.bfloat16} == {"product"}
-    assert {packed for _, packed, dtype in seen if dtype != torch.bfloat16} == {"exact tiles"}
+    assert {packed for _, packed, dtype in seen if dtype == torch.float32} == {"exact tiles", "kernel"}
+    assert {packed for _, packed, dtype in seen if dtype not in (torch.bfloat16, torch.float32)} == {"exact tiles"}

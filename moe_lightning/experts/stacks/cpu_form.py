@@ -1,6 +1,7 @@
-"""int4 weights in the form that torch's own int4 product on a CPU works on, instead of the form that is stored.
+"""int4 weights in the form that a product on a CPU works on, instead of the form that is stored.
 
-Only one of the two is in memory. The stored form comes back, bit for bit, when anybody asks for it: a state dict, a
+There are two such products, with a form each: that of `moe_kernels.cpu_kernels`, where it can be compiled, and torch's.
+Only one form is in memory. The stored form comes back, bit for bit, when anybody asks for it: a state dict, a
 move to another device, a copy, a dense stack. Threads may share a stack: the forms change under a lock, all buffers at
 once, and a product keeps the tensors that it began with.
 
@@ -13,27 +14,53 @@ import threading
 from typing import Any
 
 import torch
-from moe_kernels import CpuMatrices, Int4Matrices, WordMatrices, from_cpu_layout, grouped_product, to_cpu_layout
-from moe_kernels.machine import this_machine
+from moe_kernels import (
+    CpuMatrices,
+    Int4Matrices,
+    LaneMatrices,
+    WordMatrices,
+    from_cpu_layout,
+    from_lanes,
+    grouped_product,
+    to_cpu_layout,
+    to_lanes,
+)
+from moe_kernels.machine import Int4Product, this_machine
 from torch import Tensor
 
 from moe_lightning.experts.stacks.base import WeightStack
 from moe_lightning.plan import WeightFormat
 
 _STORED = ("words", "scale", "zero")
-_WORKING = ("cpu_codes", "cpu_scales")
+_OP = ("cpu_codes", "cpu_scales")
+_LANES = ("lane_words", "lane_scale", "lane_zero")
+WORKING = (*_OP, *_LANES)
+"""Names of the tensors of both forms."""
+
+# Types of rows that each product takes.
+_TYPES: dict[Int4Product, tuple[torch.dtype, ...]] = {
+    "kernel": (torch.bfloat16, torch.float32),
+    "op": (torch.bfloat16,),
+    "tiles": (),
+}
 
 
 class CpuForm(WeightStack):
-    """The part of `Int4` that changes between the two forms.
+    """The part of `Int4` that changes between the stored form and those of products on a CPU.
 
     Attributes:
-        cpu_codes: Codes as the machine's CPU wants them, uint8 ``[S, O, I / 2]``; in no state dict. There only while
-            ``words``, ``scale`` and ``zero`` are not.
-        cpu_scales: Scales and zeros, likewise.
+        lane_words: Codes as the compiled product wants them, int32 ``[S, O / 16, I / 8, 16]``; in no state dict. There
+            only while ``words``, ``scale`` and ``zero`` are not.
+        lane_scale: ``[S, O / 16, G, 16]``, likewise.
+        lane_zero: uint8 ``[S, O / 16, G, 8]`` or None, likewise.
+        cpu_codes: Codes as torch's product on this machine wants them, uint8 ``[S, O, I / 2]``, likewise.
+        cpu_scales: Scales and zeros for it, likewise.
     """
 
     kind = "int4"
+    lane_words: Tensor
+    lane_scale: Tensor
+    lane_zero: Tensor | None
     cpu_codes: Tensor
     cpu_scales: Tensor
     # The stored form cannot be turned into the other and back: found out once, until other weights are loaded.
@@ -46,7 +73,7 @@ class CpuForm(WeightStack):
             ValueError: Matrices of this size cannot be stored so.
         """
         super().__init__(format, slots, outputs, inputs, dtype)
-        self._non_persistent_buffers_set.update(_WORKING)
+        self._non_persistent_buffers_set.update(WORKING)
         self._begin()
 
     def _begin(self) -> None:
@@ -55,15 +82,15 @@ class CpuForm(WeightStack):
 
     @property
     def in_cpu_form(self) -> bool:
-        """Whether the weights are held as the CPU wants them."""
-        return "cpu_codes" in self._buffers
+        """Whether the weights are held as a product on a CPU wants them."""
+        return "cpu_codes" in self._buffers or "lane_words" in self._buffers
 
     @torch.compiler.disable
     def linear(self, rows_PI: Tensor, offsets_S: Tensor) -> Tensor:
         """Multiply each group of rows with its own matrix, ``[P, O]``; differentiable in the rows.
 
-        Weights are dequantised tile by tile, or not at all: the first rows in bf16 on a CPU, where no gradient is
-        wanted, turn the stack into the form of torch's int4 product.
+        Weights are dequantised tile by tile, or not at all: the first rows on a CPU, where no gradient is wanted, turn
+        the stack into the form of the compiled product (bf16 and fp32) or of torch's (bf16).
 
         Args:
             rows_PI: Rows sorted by slot, in the type to compute in.
@@ -76,27 +103,39 @@ class CpuForm(WeightStack):
             if not self.in_cpu_form and self._gains_from(rows_PI):
                 self._take_cpu_form()
             if self.in_cpu_form:
-                return CpuMatrices(self.cpu_codes, self.cpu_scales)
+                return self._working()
             return WordMatrices(self.words, self.scale, self.zero, self.inputs)
+
+    def _working(self) -> CpuMatrices | LaneMatrices:
+        if "cpu_codes" in self._buffers:
+            return CpuMatrices(self.cpu_codes, self.cpu_scales)
+        return LaneMatrices(self.lane_words, self.lane_scale, self.lane_zero)
 
     def _gains_from(self, rows_PI: Tensor) -> bool:
         return (
             not self._stays_stored
             and rows_PI.device.type == "cpu"
-            and rows_PI.dtype == torch.bfloat16
             and rows_PI.shape[0] > 0
             and not (torch.is_grad_enabled() and rows_PI.requires_grad)
-            and this_machine().int4_op
+            and rows_PI.dtype in _TYPES[this_machine().int4]
         )
 
     def _take_cpu_form(self) -> None:
-        matrices = None
+        form: dict[str, Tensor | None] | None = None
         if self.scale.shape[-1] == self._num_groups and (self.zero is None) == self.format.symmetric:
-            matrices = to_cpu_layout(self.words, self.scale, self.zero, self.inputs)
-        if matrices is None:
+            stored = self.words, self.scale, self.zero, self.inputs
+            if this_machine().int4 == "kernel":
+                lanes = to_lanes(*stored)
+                if lanes is not None:
+                    form = dict(zip(_LANES, (lanes.words_SBWL, lanes.scale_SBGL, lanes.zero_SBGZ), strict=True))
+            else:
+                op = to_cpu_layout(*stored)
+                if op is not None:
+                    form = dict(zip(_OP, (op.packed_SOB, op.scales_SGO2), strict=True))
+        if form is None:
             self._stays_stored = True
-            return
-        self._hold(cpu_codes=matrices.packed_SOB, cpu_scales=matrices.scales_SGO2)
+        else:
+            self._hold(**form)
 
     @property
     def _num_groups(self) -> int:
@@ -104,15 +143,18 @@ class CpuForm(WeightStack):
 
     def _hold(self, **tensors: Tensor | None) -> None:
         # Another dict, for whoever goes through the buffers meanwhile: it shows one form or the other.
-        others = {name: held for name, held in self._buffers.items() if name not in (*_STORED, *_WORKING)}
+        others = {name: held for name, held in self._buffers.items() if name not in (*_STORED, *WORKING)}
         self._buffers = others | tensors
 
     def take_stored_form(self) -> None:
         """Hold the weights as they are stored, if they are not."""
         with self._lock:
             if self.in_cpu_form:
-                matrices = CpuMatrices(self.cpu_codes, self.cpu_scales)
-                stored = from_cpu_layout(matrices, self._num_groups, self.format.symmetric)
+                matrices = self._working()
+                if isinstance(matrices, LaneMatrices):
+                    stored = from_lanes(matrices)
+                else:
+                    stored = from_cpu_layout(matrices, self._num_groups, self.format.symmetric)
                 self._hold(**dict(zip(_STORED, stored, strict=True)))
 
     def __getattr__(self, name: str) -> Any:

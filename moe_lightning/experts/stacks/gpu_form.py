@@ -25,12 +25,12 @@ from moe_kernels.triton_kernels.int4_layout import (
 from torch import Tensor
 from torch.nn.functional import linear
 
-from moe_lightning.experts.stacks.cpu_form import CpuForm
+from moe_lightning.experts.stacks.cpu_form import WORKING, CpuForm
 from moe_lightning.plan import WeightFormat
 
 _STORED = ("words", "scale", "zero")
 _TILES = ("tile_words", "tile_pairs")
-_EVERY_FORM = (*_STORED, *_TILES, "cpu_codes", "cpu_scales")
+_EVERY_FORM = (*_STORED, *_TILES, *WORKING)
 # On a GPU a product wants more at a time than what stays in a core's cache.
 _GPU_TILE_WEIGHTS = 2**24
 

@@ -1,0 +1,63 @@
+/* Sixteen numbers at a time, on any CPU that GCC or clang compile for: they cut these vectors into what it has. */
+
+#ifndef MOE_VECTORS_H
+#define MOE_VECTORS_H
+
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define LANES 16
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 32")
+#endif
+
+INLINE f32x16 zeros(void) { return (f32x16){0}; }
+
+INLINE f32x16 all(float number) { return number - zeros(); }
+
+INLINE f32x16 load_f32(const float *from) {
+    f32x16 numbers;
+    memcpy(&numbers, from, sizeof numbers);
+    return numbers;
+}
+
+/* bf16 numbers are the upper halves of fp32 ones. */
+INLINE f32x16 load_bf16(const uint16_t *from) {
+    u16x16 halves;
+    memcpy(&halves, from, sizeof halves);
+    return (f32x16)(__builtin_convertvector(halves, u32x16) << 16);
+}
+
+INLINE float float_of(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float number;
+    memcpy(&number, &bits, sizeof number);
+    return number;
+}
+
+INLINE void store_f32(float *to, f32x16 numbers) { memcpy(to, &numbers, sizeof numbers); }
+
+/* Rounds to the nearest, to even between two; what is not a number stays none. */
+INLINE void store_bf16(uint16_t *to, f32x16 numbers) {
+    u32x16 bits = (u32x16)numbers;
+    u32x16 rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    u32x16 wrong = (u32x16)(numbers != numbers);
+    u16x16 halves = __builtin_convertvector((rounded & ~wrong) | (((bits >> 16) | 0x40) & wrong), u16x16);
+    memcpy(to, &halves, sizeof halves);
+}
+
+#endif

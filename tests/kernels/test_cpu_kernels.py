@@ -1,0 +1,230 @@
+"""The products that are compiled for this CPU: their form there and back exactly, what they compute, how they come."""
+
+import functools
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from moe_kernels import LaneMatrices, from_lanes, grouped_product, to_lanes
+from moe_kernels.cpu_kernels import build, lanes
+from moe_kernels.machine import Int4Product, Machine
+
+from tests.kernels.packed import Packed, draw_rows, make_packed, relative_error
+
+needs_library = pytest.mark.skipif(
+    build.library() is None, reason=f"no compiled products: {build.why_not() or 'compiling failed, see the log'}"
+)
+SYMMETRIC = pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+SCALES = pytest.mark.parametrize("scale_type", [torch.bfloat16, torch.float32], ids=["bf16 scales", "fp32 scales"])
+TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float32: 1e-6, torch.float16: 1e-3, torch.float64: 1e-12}
+
+
+@pytest.fixture(autouse=True)
+def kernel_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    be("kernel", monkeypatch)
+
+
+def be(product: Int4Product, monkeypatch: pytest.MonkeyPatch, bf16_over_fp32: float = 0.5) -> None:
+    monkeypatch.setattr(lanes, "this_machine", lambda: Machine(False, product, bf16_over_fp32))
+
+
+def converted(packed: Packed) -> LaneMatrices:
+    matrices = to_lanes(*packed.stored)
+    assert matrices is not None
+    return matrices
+
+
+@SCALES
+@SYMMETRIC
+@pytest.mark.parametrize(("outputs", "inputs", "group"), [(16, 8, 8), (48, 96, 32), (80, 512, 128), (32, 40, 40)])
+def test_there_and_back_exactly(
+    outputs: int, inputs: int, group: int, symmetric: bool, scale_type: torch.dtype
+) -> None:
+    packed = make_packed(3, outputs, inputs, group, symmetric, scale_type=scale_type)
+    matrices = converted(packed)
+    assert (matrices.outputs, matrices.inputs) == (outputs, inputs)
+    assert all(tensor is None or tensor.is_contiguous() for tensor in vars(matrices).values())
+    for got, expected in zip(from_lanes(matrices), (packed.words, packed.scale, packed.zero), strict=True):
+        if expected is None:
+            assert got is None
+        else:
+            assert got is not None and got.is_contiguous() and got.dtype == expected.dtype
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "group", "scale_type"),
+    [(24, 64, 32, torch.bfloat16), (32, 60, 20, torch.bfloat16), (32, 64, 32, torch.float16)],
+    ids=["outputs", "group", "scales"],
+)
+def test_what_it_does_not_take(outputs: int, inputs: int, group: int, scale_type: torch.dtype) -> None:
+    assert to_lanes(*make_packed(2, outputs, inputs, group, scale_type=scale_type).stored) is None
+    words, scale, zero, inputs = make_packed(2, 32, 64, 32).stored
+    assert zero is not None and to_lanes(words.to("meta"), scale.to("meta"), zero.to("meta"), inputs) is None
+
+
+@needs_library
+@SCALES
+@SYMMETRIC
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("counts", [(1, 0, 2), (0, 0, 5), (16, 3, 17), (0, 40, 33), (7, 13, 0)], ids=str)
+def test_products(counts: tuple[int, ...], dtype: torch.dtype, symmetric: bool, scale_type: torch.dtype) -> None:
+    packed = make_packed(3, 48, 256, 64, symmetric, scale_type=scale_type)
+    ends = torch.tensor(counts).cumsum(0).int()
+    rows = draw_rows(sum(counts), 256, dtype)
+    got = grouped_product(rows, ends, converted(packed))
+    assert got.dtype == dtype
+    assert relative_error(got, packed.product(rows, ends)) <= TOLERANCE[dtype]
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("number", range(1, 35))
+def test_every_number_of_rows(number: int, dtype: torch.dtype) -> None:
+    packed = make_packed(1, 32, 128, 32)
+    rows = draw_rows(number, 128, dtype)
+    got = grouped_product(rows, torch.tensor([number], dtype=torch.int32), converted(packed))
+    for row, expected in zip(got, packed.product(rows, torch.tensor([number])), strict=True):
+        assert relative_error(row, expected) <= 3 * TOLERANCE[dtype]
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_threads_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = make_packed(3, 80, 256, 64)
+    matrices, ends = converted(packed), torch.tensor([9, 9, 40], dtype=torch.int32)
+    rows = draw_rows(40, 256, dtype)
+    alone = grouped_product(rows, ends, matrices)
+    monkeypatch.setattr(lanes, "_THREADS_FROM", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    torch.testing.assert_close(grouped_product(rows, ends, matrices), alone, rtol=0, atol=0)
+
+
+@needs_library
+def test_a_row_depends_on_nothing_else() -> None:
+    packed = make_packed(2, 32, 128, 32)
+    matrices = converted(packed)
+    rows = draw_rows(20, 128, torch.float32)
+    both = grouped_product(rows, torch.tensor([11, 20], dtype=torch.int32), matrices)
+    poisoned = rows.clone()
+    poisoned[[3, 15]] = float("nan")
+    got = grouped_product(poisoned, torch.tensor([11, 20], dtype=torch.int32), matrices)
+    others = [row for row in range(20) if row not in (3, 15)]
+    torch.testing.assert_close(got[others], both[others], rtol=0, atol=0)
+    assert got[[3, 15]].isnan().all()
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gradients(dtype: torch.dtype) -> None:
+    packed = make_packed(3, 48, 128, 32)
+    rows = draw_rows(12, 128, dtype).requires_grad_()
+    ends = torch.tensor([5, 5, 12], dtype=torch.int32)
+    probe = draw_rows(12, 48, dtype)
+    grouped_product(rows, ends, converted(packed)).backward(probe)
+    weight, given = packed.weight, probe.double().numpy()
+    wanted = np.concatenate([given[:5] @ weight[0], given[5:] @ weight[2]])
+    assert rows.grad is not None and relative_error(rows.grad, wanted) <= 2 * TOLERANCE[dtype]
+
+
+@needs_library
+@pytest.mark.parametrize("why", ["no rows", "no slots", "matrix units", "strides", "autocast"])
+def test_odd_calls(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = make_packed(2, 32, 64, 32)
+    number = {"no rows": 0, "no slots": 0, "matrix units": 70}.get(why, 6)
+    rows, ends = draw_rows(number, 64, torch.bfloat16), [number // 2, number]
+    matrices = converted(packed)
+    if why == "no slots":
+        matrices, ends = LaneMatrices(*(part if part is None else part[:0] for part in vars(matrices).values())), []
+    if why == "matrix units":
+        ends = [0, number]
+        be("kernel", monkeypatch, bf16_over_fp32=0.1)
+    if why == "strides":
+        rows = rows.repeat_interleave(2, 1)[:, ::2]
+        assert not rows.is_contiguous()
+    with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"):
+        got = grouped_product(rows, torch.tensor(ends, dtype=torch.int32), matrices)
+    assert got.shape == (number, 32)
+    if number:
+        assert relative_error(got, packed.product(rows, torch.tensor(ends))) <= 4e-3
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache of this test's own, and nothing compiled or loaded yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.library.cache_clear()
+    yield tmp_path / "moe_kernels"
+    build.library.cache_clear()
+
+
+@needs_library
+def test_is_compiled_once_and_kept(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(lambda _: build.library.__wrapped__(), range(2)))
+    (kept,) = own_cache.iterdir()
+    assert kept.suffix == ".so" and stat.S_IMODE(own_cache.stat().st_mode) == 0o700
+    monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert build.library() is not None
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [("false", "false failed with 1"), ("no-such-compiler --fast", None)],
+    ids=["fails", "is not there"],
+)
+def test_a_compiler_that_fails_is_told(
+    command: str,
+    said: str | None,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(build.shutil, "which", lambda name: None if "no-such" in name or name != "false" else name)
+    monkeypatch.setenv("CC", command)
+    caplog.set_level(logging.INFO, build.logger.name)
+    assert build.library() is None and build.library() is None
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert (said or "there is no C compiler: install gcc or clang") in line
+    assert not own_cache.exists() or not list(own_cache.iterdir())
+
+
+def test_other_cpus_are_not_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert "AVX2 and no AVX-512" in str(build.why_not())
+
+
+def test_a_cache_that_others_can_write_is_not_trusted(own_cache: Path) -> None:
+    assert build.cache_folder() == own_cache
+    own_cache.chmod(0o777)
+    other = build.cache_folder()
+    assert other != own_cache and stat.S_IMODE(other.stat().st_mode) == 0o700
+    own_cache.rmdir()
+    own_cache.write_text("in the way")
+    assert build.cache_folder() == other
+
+
+def test_the_fingerprint_holds_compiler_and_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not build.compiler():
+        pytest.skip("there is no C compiler")
+    fingerprint = functools.partial(build._fingerprint, build.compiler())
+    first = fingerprint()
+    assert fingerprint() == first
+    monkeypatch.setattr(build, "_cpu", lambda: "another")
+    assert fingerprint() != first
+    monkeypatch.undo()
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-g"))
+    assert fingerprint() != first
+
+
+def test_sources_are_installed_with_the_package() -> None:
+    here = Path(build.__file__).parent
+    assert {path.name for path in here.iterdir() if path.suffix in (".c", ".h")} == {*build.SOURCES, *build.HEADERS}
+    assert os.access(here / "int4.c", os.R_OK)
