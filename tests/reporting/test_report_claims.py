@@ -231,6 +231,46 @@ def test_models_that_were_timed_in_turn_count_more(tmp_path: Path) -> None:
     assert "both models were timed by benchmark of small and big (batch 8, context 256)" in note
 
 
+def test_a_benchmark_tells_the_operations_of_its_text_beside_the_bound(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run") / "results" / "benchmark.json"
+    values = json.loads(path.read_text())
+    counts = {
+        "small": (12 * 10**8, 9 * 10**8),
+        "big": (2 * 10**9, 2 * 10**9),
+        "old": (10**9, None),
+        "none": (None, None),
+    }
+    values["models"] = {
+        name: {"flops": bound, "routed_flops": routed, "sequence_length": 2048}
+        for name, (bound, routed) in counts.items()
+    }
+    path.write_text(json.dumps(values))
+    page = Page(write_report(read_run(tmp_path / "run")).read_text())
+    rows = page.table_with("model", "folder").rows
+    assert rows[0][-1] == "GFLOP per sequence"
+    assert {row[0]: row[-1] for row in rows[1:]} == {
+        "small": "0.9000upper bound 1.200",
+        "big": "2.000",
+        "old": "1.000upper bound",
+        "none": "-",
+    }
+    assert "GFLOP: of one sequence of 2,048 tokens, with the picks of its tokens" in page.text
+
+
+def test_a_benchmark_that_was_interrupted_says_so(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run") / "results" / "benchmark.json"
+    values = json.loads(path.read_text())
+    values["context"]["measurements"] = 12
+    for interrupted in (False, True):
+        path.write_text(json.dumps({**values, "context": {**values["context"], "interrupted": interrupted}}))
+        page = Page(write_report(read_run(tmp_path / "run")).read_text())
+        told = "Interrupted: 3 of 12 measurements were done"
+        assert (told in page.text) == interrupted and "interrupted" not in page.text
+        if interrupted:
+            assert page.text.index(told) < page.text.index("GFLOP: of one sequence")
+            assert ("p", "class", "warning") in page.attributes
+
+
 # ---------------------------------------------------------------- what is no number
 
 
@@ -293,6 +333,8 @@ def test_metrics_that_are_no_shares_stay_as_they_are(tmp_path: Path) -> None:
         ("recovery", ("boundaries", 0, "recovered_share"), "all"),
         ("benchmark", ("rows", 0, "milliseconds", "median"), "fast"),
         ("benchmark", ("models", "small", "parameters"), "many"),
+        ("benchmark", ("models", "small", "routed_flops"), "few"),
+        ("benchmark", ("context", "measurements"), "all"),
         ("compression-600", ("modules",), [1]),
         ("compression-600", ("touched_parameters",), "some"),
         ("compression-600", ("methods",), 7),

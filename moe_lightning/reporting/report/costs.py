@@ -6,7 +6,7 @@ from typing import Any
 
 from moe_lightning.evaluation.records import Rate
 from moe_lightning.reporting.report.blocks import Block, Cell, Part, Section, Text, table
-from moe_lightning.reporting.report.columns import columns_of, flops_cell, is_bound, title_of
+from moe_lightning.reporting.report.columns import UPPER_BOUND, columns_of, flops_cell, is_bound, title_of
 from moe_lightning.reporting.report.compressions import compression_seconds, seconds_of, title_of_compression
 from moe_lightning.reporting.report.quality import missing
 from moe_lightning.reporting.report.read import Run
@@ -109,9 +109,13 @@ def _of_before(now: Rate, before: Rate | None) -> Cell:
 
 def _benchmark(benchmark: dict[str, Any]) -> list[Block]:
     blocks: list[Block] = []
-    models = benchmark["models"]
+    models, described = benchmark["models"], dict(benchmark["context"])
+    if described.pop("interrupted", False):
+        planned = f" of {described['measurements']:,}" if described.get("measurements") else ""
+        told = f"Interrupted: {len(benchmark['rows']):,}{planned} measurements were done, the others are missing here."
+        blocks.append(Text(told, "warning"))
     if models:
-        heads = ["model", "folder", "parameters", "in memory", "on disk", "GFLOP"]
+        heads = ["model", "folder", "parameters", "in memory", "on disk", "GFLOP per sequence"]
         rows = [
             [
                 label,
@@ -119,11 +123,16 @@ def _benchmark(benchmark: dict[str, Any]) -> list[Block]:
                 "-" if values.get("parameters") is None else f"{values['parameters']:,}",
                 data_size(values.get("bytes")),
                 data_size(values.get("bytes_on_disk")),
-                number(None if values.get("flops") is None else values["flops"] / 1e9),
+                _gflop(values),
             ]
             for label, values in models.items()
         ]
-        blocks.append(table(heads, rows, "llr"))
+        length = next((values["sequence_length"] for values in models.values() if values.get("sequence_length")), None)
+        caption = (
+            f"GFLOP: of one sequence{f' of {length:,} tokens' if length else ''}, with the picks of its tokens, where "
+            "novices cost next to nothing; upper bound: as if every token picked real experts."
+        )
+        blocks.append(table(heads, rows, "llr", caption))
     heads = ["model", "computed by", "phase", "batch", "context", "tokens/s", "one pass or step [ms]", "floor [ms]"]
     heads += ["peak memory", "weights", "relative error", "refused"]
     caption = (
@@ -132,13 +141,22 @@ def _benchmark(benchmark: dict[str, Any]) -> list[Block]:
         "computation, compared before anything was timed; what differs is refused, not timed."
     )
     blocks.append(table(heads, [_row(row) for row in benchmark["rows"]], "lllrrrrrrrrl", caption))
-    context = ", ".join(f"{name} {_plain(value)}" for name, value in benchmark["context"].items() if value is not None)
+    context = ", ".join(f"{name} {_plain(value)}" for name, value in described.items() if value is not None)
     if context:
         blocks.append(Text(f"Measured with: {context}.", "note"))
     refused = [row for row in benchmark["rows"] if row.get("refused") is not None]
     if refused:
         blocks.append(Text(f"{len(refused)} of {len(benchmark['rows'])} rows were refused; the reason stands last."))
     return blocks
+
+
+def _gflop(model: dict[str, Any]) -> Cell:
+    """Return the operations of a sequence by the picks of its tokens; the upper bound below, or alone."""
+    bound, routed = (None if model.get(name) is None else model[name] / 1e9 for name in ("flops", "routed_flops"))
+    if routed is None:
+        return NOTHING if bound is None else Cell(number(bound), UPPER_BOUND)
+    same = bound is None or number(bound) == number(routed)
+    return Cell(number(routed), "" if same else f"{UPPER_BOUND} {number(bound)}")
 
 
 def _row(row: dict[str, Any]) -> list[Cell]:

@@ -314,9 +314,11 @@ def _benchmark(values: Any) -> dict[str, Any]:
         for name in ("floor_milliseconds", "peak_bytes", "weight_bytes", "relative_error"):
             float(row.get(name) or 0)
     for model in values["models"].values():
-        for name in ("parameters", "bytes", "bytes_on_disk", "flops"):
+        for name in ("parameters", "bytes", "bytes_on_disk", "flops", "routed_flops", "sequence_length"):
             float(model.get(name) or 0)
-    return {**values, "context": dict(values["context"]), "models": dict(values["models"])}
+    context = dict(values["context"])
+    int(context.get("measurements") or 0)
+    return {**values, "context": context, "models": dict(values["models"])}
 
 
 def _offline(values: Any) -> dict[str, Any]:
