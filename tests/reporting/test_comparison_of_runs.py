@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from moe_lightning.evaluation.intervals import paired_differences
-from moe_lightning.reporting.report import comparison, comparison_text, figures, read_run, write_comparison
+from moe_lightning.reporting.report import (
+    comparison,
+    comparison_text,
+    figures,
+    read,
+    read_run,
+    write_comparison,
+    write_report,
+)
 from moe_lightning.reporting.report.blocks import Text
 from tests.reporting.pages import Page
 from tests.reporting.report_runs import write_compressed_folder, write_run
@@ -35,6 +43,7 @@ LORA = """\
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "comparison_figures", lambda runs: {})
+    monkeypatch.setattr(read, "run_figures", lambda *data: {})
 
 
 def three_runs(folder: Path) -> list[Path]:
@@ -95,6 +104,24 @@ def test_only_settings_that_differ_are_shown(tmp_path: Path, undrawn: None) -> N
     assert rows.pop("trainer.callbacks.LoRARecovery") == ["-", "yes", "-"]
     assert not [name for name in rows if name.startswith(("trainer", "model.", "run_dir"))]
     assert "No options were kept with" in page.text
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"- 1", b"a: 2026-13-45", b"a: \xff"])
+def test_damaged_options_are_not_said_to_be_missing(tmp_path: Path, undrawn: None, content: bytes) -> None:
+    folders = three_runs(tmp_path)[:2]
+    for folder in folders:
+        (folder / "config.test.yaml").unlink()
+    folders.append(write_run(tmp_path / "bare" / "run"))
+    for file in folders[2].glob("config.*.yaml"):
+        file.unlink()
+    damaged = folders[1] / "config.fit.yaml"
+    damaged.write_bytes(content)
+    runs = [read_run(folder) for folder in folders]
+    page = Page(write_comparison(runs, tmp_path / "comparison.html").read_text())
+    assert f"{damaged} is damaged" in page.text
+    assert "No options were kept with bare/run." in page.text
+    alone = Page(write_report(runs[1]).read_text()).text
+    assert f"{damaged} is damaged" in alone and "options were not kept" not in alone
 
 
 def test_many_runs_stand_in_rows_and_are_compared_with_the_first(tmp_path: Path, undrawn: None) -> None:

@@ -256,7 +256,8 @@ def _settings(named: dict[str, Run]) -> list[Block]:
         blocks.append(table(["", *named], rows, "l", caption))
     else:
         blocks.append(Text("All settings that were kept are equal."))
-    without = [name for name in named if name not in with_options]
+    # Damaged files are named at the top.
+    without = [name for name, run in named.items() if name not in with_options and not run.options_damaged]
     if without:
         blocks.append(Text(f"No options were kept with {', '.join(without)}.", "note"))
     return blocks
@@ -290,8 +291,10 @@ def options_of(run: Run) -> dict[str, str]:
         return {}
     try:
         values = yaml.safe_load(run.configs[command])
-    except yaml.YAMLError:
+    except (ValueError, yaml.YAMLError):
         return {}  # it stands among the damaged files of the run
+    if not isinstance(values, dict):
+        return {}  # likewise, or empty
     found: dict[str, str] = {}
     _flatten("", values, found)
     return {name: value for name, value in found.items() if name not in _OF_A_RUN}

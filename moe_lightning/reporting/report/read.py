@@ -30,6 +30,9 @@ MOST_DRAWN = 3
 VERSION = 1
 """Of lm_eval.json and benchmark.json."""
 
+OPTIONS = "config.*.yaml"
+"""Files that commands write their options to."""
+
 COPIED_SECONDS = 1.0
 """Difference in age of files that may come from copying them."""
 
@@ -78,6 +81,11 @@ class Run:
         """Whether files of compressions could not be read, so that what was done is not known."""
         names = [Path(path).name for path in self.damaged]
         return any(name.startswith(("compression", "plan")) and name.endswith(".json") for name in names)
+
+    @property
+    def options_damaged(self) -> bool:
+        """Whether files of options could not be read, so that they are not known."""
+        return any(Path(path).match(OPTIONS) for path in self.damaged)
 
     @property
     def stopped(self) -> str:
@@ -209,7 +217,7 @@ class _Reader:
     def configs(self, folder: Path) -> dict[str, str]:
         """Return the options by command; of what is no YAML the text alone."""
         found = {}
-        for path in sorted(folder.glob("config.*.yaml")):
+        for path in sorted(folder.glob(OPTIONS)):
             try:
                 text = path.read_text(encoding="utf-8")
                 found[path.name.split(".")[1]] = text

@@ -6,7 +6,7 @@ from typing import Any
 
 from moe_lightning.reporting.report.blocks import Block, Code, Details, Section, Text, table
 from moe_lightning.reporting.report.quality import missing
-from moe_lightning.reporting.report.read import Run
+from moe_lightning.reporting.report.read import OPTIONS, Run
 
 
 def circumstances(run: Run) -> dict[str, str]:
@@ -57,7 +57,8 @@ def settings_section(run: Run) -> Section:
         count = text.count("\n")
         blocks.append(Details(f"config.{command}.yaml: every option ({count:,} lines)", [Code(text, "yaml")]))
     if not run.configs and run.offline is None:
-        blocks += missing(run, "The options were not kept", "moe-lightning fit writes them to config.fit.yaml")
+        how = "moe-lightning fit writes them to config.fit.yaml"
+        blocks += missing(run, "The options were not kept", how, file=OPTIONS)
     elif not run.configs:
         blocks += missing(run, "Methods, data and seeds stand in the history of the plan", "see plan.json")
     return Section("Settings", blocks)
