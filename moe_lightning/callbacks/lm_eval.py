@@ -16,8 +16,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from moe_lightning.callbacks.at_step import AtTheEnd, language_model, say
 from moe_lightning.callbacks.checkpointing import steps_behind
 from moe_lightning.callbacks.compress import has_compressed
-from moe_lightning.callbacks.random_state import random_states, set_random_states
-from moe_lightning.callbacks.spending import spending
+from moe_lightning.callbacks.spending import undisturbed
 from moe_lightning.callbacks.strategies import check_whole
 from moe_lightning.evaluation.tasks import check_tasks, harness_version, require_lm_eval, run_tasks, wanted_tasks
 from moe_lightning.files import write_atomically
@@ -151,14 +150,11 @@ class LMEval(AtTheEnd):
         language_model(module)
         self._tokenizer(trainer)
         check_whole(trainer, "LMEval")
-        states = random_states()
         try:
-            with spending(trainer, "evaluation"):
+            with undisturbed(trainer):
                 _by_the_first(trainer, lambda: check_tasks(self.tasks, self.include_path))
         except ValueError as error:
             raise ValueError(f"LMEval: {error}") from None
-        finally:
-            set_random_states(states)
 
     def _tokenizer(self, trainer: Trainer) -> Any:
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
@@ -199,27 +195,23 @@ class LMEval(AtTheEnd):
 
     def _measure(self, trainer: Trainer, module: LightningModule, name: str) -> None:
         def work() -> dict[str, Any]:
-            # A test runs in inference mode, and what is kept (packed weights, say) must not be of that kind.
-            with torch.inference_mode(False):
-                return run_tasks(
-                    language_model(module),
-                    self._tokenizer(trainer),
-                    self.tasks,
-                    include_path=self.include_path,
-                    num_fewshot=self.num_fewshot,
-                    limit=limit,
-                    batch_size=self.batch_size,
-                    max_length=self.max_length,
-                    seed=self.seed,
-                    mixed_precision_dtype=_autocast(trainer),
-                )
+            return run_tasks(
+                language_model(module),
+                self._tokenizer(trainer),
+                self.tasks,
+                include_path=self.include_path,
+                num_fewshot=self.num_fewshot,
+                limit=limit,
+                batch_size=self.batch_size,
+                max_length=self.max_length,
+                seed=self.seed,
+                mixed_precision_dtype=_autocast(trainer),
+            )
 
         # One question of each task where Lightning runs one batch of everything.
         limit = getattr(trainer, "fast_dev_run", 0) or self.limit
-        states = random_states()
-        with spending(trainer, "evaluation"):
+        with undisturbed(trainer):
             found = _by_the_first(trainer, work)
-        set_random_states(states)
         if found is None:
             return
         moment = {"name": name, "step": steps_behind(trainer), "limit": limit, **found}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -50,6 +52,16 @@ def set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"].cpu())
     if "cuda" in states and torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+
+
+@contextmanager
+def same_random_states() -> Iterator[None]:
+    """Leave the global random generators as they were, whatever is drawn inside a ``with`` block."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)
 
 
 class RandomState(Callback):

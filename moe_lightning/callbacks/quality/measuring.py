@@ -9,15 +9,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from transformers import PreTrainedModel
 
 from moe_lightning.architectures import architecture_of
 from moe_lightning.callbacks.at_step import language_model
 from moe_lightning.callbacks.processes import of_all_processes
-from moe_lightning.callbacks.random_state import random_states, set_random_states
-from moe_lightning.callbacks.spending import spending
+from moe_lightning.callbacks.spending import undisturbed
 from moe_lightning.evaluation.comparison import BlockScores, join_scores
 from moe_lightning.evaluation.quality import Comparison, Text, progress_bar, score_texts, shares, text_routing
 from moe_lightning.evaluation.records import QualityMoment, Rate, Routing, Sample, TextScores
@@ -76,83 +74,63 @@ def measure_moment(
         step: Optimizer steps done.
         what: What happened before it.
     """
-    model = language_model(module)
-    states = random_states()
-    # A test runs in inference mode, and tensors that are kept (packed weights, say) must not be of that kind.
-    measured = spending(trainer, "evaluation")
-    try:
-        with measured, torch.inference_mode(False), trainer.precision_plugin.forward_context():
-            return _measure(trainer, model, texts, reference, wanted, name, step, what)
-    finally:
-        set_random_states(states)
+    model, rank, processes = language_model(module), trainer.global_rank, trainer.world_size
+    with undisturbed(trainer), trainer.precision_plugin.forward_context():
+        comparison = Comparison(texts, reference)
+        counts = [
+            [max(pair) for pair in zip(*rows, strict=True)]
+            for rows in zip(comparison.compared, comparison.with_hidden, strict=True)
+        ]
+        process_of = trainer.strategy.broadcast(shares(texts, counts, processes))
 
+        def mine(text: int, batch: int) -> bool:
+            return process_of[text][batch] == rank
 
-def _measure(
-    trainer: Trainer,
-    model: PreTrainedModel,
-    texts: Sequence[Text],
-    reference: ReferenceFile | ReferenceWriter | None,
-    wanted: Wanted,
-    name: str,
-    step: int,
-    what: str,
-) -> QualityMoment:
-    rank, processes = trainer.global_rank, trainer.world_size
-    comparison = Comparison(texts, reference)
-    counts = [
-        [max(pair) for pair in zip(*rows, strict=True)]
-        for rows in zip(comparison.compared, comparison.with_hidden, strict=True)
-    ]
-    process_of = trainer.strategy.broadcast(shares(texts, counts, processes))
-
-    def mine(text: int, batch: int) -> bool:
-        return process_of[text][batch] == rank
-
-    num_batches = sum(process == rank for text in process_of for process in text)
-    with progress_bar(f"quality {name}", num_batches, trainer.is_global_zero) as bar:
-        try:
-            with reference if isinstance(reference, ReferenceWriter) else nullcontext():
+        num_batches = sum(process == rank for text in process_of for process in text)
+        with progress_bar(f"quality {name}", num_batches, trainer.is_global_zero) as bar:
+            try:
+                with reference if isinstance(reference, ReferenceWriter) else nullcontext():
+                    parts = score_texts(model, texts, comparison, mine, bar)
+            except OSError as error:
+                # No reason to lose the run.
+                warnings.warn(
+                    f"QualityEvaluation: the predictions before compression could not be written ({error}): "
+                    "divergence, agreement and errors of layers will be missing in this run",
+                    stacklevel=2,
+                )
+                comparison = Comparison(texts, None)
+                bar.reset()
                 parts = score_texts(model, texts, comparison, mine, bar)
-        except OSError as error:
-            # No reason to lose the run.
-            warnings.warn(
-                f"QualityEvaluation: the predictions before compression could not be written ({error}): divergence, "
-                "agreement and errors of layers will be missing in this run",
-                stacklevel=2,
-            )
-            comparison = Comparison(texts, None)
-            bar.reset()
-            parts = score_texts(model, texts, comparison, mine, bar)
-        scores = _joined(of_all_processes(trainer, parts))
-        bar.set_postfix_str("routing")
-        routing = _routing(model, texts[0], wanted.routing_tokens, rank, processes)
-        moment = None
-        if trainer.is_global_zero:
-            # What a token costs depends on whether it goes to novices: so does the text.
-            size = measure(model, texts[0].sizes[0][1], None if routing is None else routing.novice_shares)
-            bar.set_postfix_str("speed")
-            speed = _speed(model, texts[0]) if wanted.speed else {}
-            bar.set_postfix_str("samples")
-            moment = QualityMoment(
-                name=name,
-                step=step,
-                what=what,
-                texts={
-                    text.name: TextScores(found, text.calibrated, text.fingerprint)
-                    for text, found in zip(texts, scores, strict=True)
-                },
-                parameters=size.parameters,
-                bytes=size.bytes,
-                bytes_on_disk=architecture_of(model).shape(model).bytes,
-                flops=size.flops,
-                speed=speed,
-                routing=routing,
-                layer_errors=_finite(comparison.layer_errors.compute(), name),
-                samples=_samples(model, wanted),
-            )
-        # Nothing but the first process's: the others have none.
-        shared: Any = trainer.strategy.broadcast(moment)
-        return shared
+            scores = _joined(of_all_processes(trainer, parts))
+            bar.set_postfix_str("routing")
+            routing = _routing(model, texts[0], wanted.routing_tokens, rank, processes)
+            moment = None
+            if trainer.is_global_zero:
+                # What a token costs depends on whether it goes to novices: so does the text.
+                size = measure(model, texts[0].sizes[0][1], None if routing is None else routing.novice_shares)
+                bar.set_postfix_str("speed")
+                speed = _speed(model, texts[0]) if wanted.speed else {}
+                bar.set_postfix_str("samples")
+                moment = QualityMoment(
+                    name=name,
+                    step=step,
+                    what=what,
+                    texts={
+                        text.name: TextScores(found, text.calibrated, text.fingerprint)
+                        for text, found in zip(texts, scores, strict=True)
+                    },
+                    parameters=size.parameters,
+                    bytes=size.bytes,
+                    bytes_on_disk=architecture_of(model).shape(model).bytes,
+                    flops=size.flops,
+                    speed=speed,
+                    routing=routing,
+                    layer_errors=_finite(comparison.layer_errors.compute(), name),
+                    samples=_samples(model, wanted),
+                )
+            # Nothing but the first process's: the others have none.
+            shared: Any = trainer.strategy.broadcast(moment)
+            return shared
 
 
 def _joined(of_processes: Iterable[list[dict[int, BlockScores]]]) -> list[BlockScores]:

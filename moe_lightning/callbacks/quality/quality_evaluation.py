@@ -20,7 +20,7 @@ from moe_lightning.callbacks.quality.measuring import Wanted, measure_moment
 from moe_lightning.callbacks.quality.reference import REFERENCE, RunReference
 from moe_lightning.callbacks.quality.telling import tell_moment
 from moe_lightning.callbacks.quality.texts import Split, find_texts
-from moe_lightning.callbacks.random_state import random_states, set_random_states
+from moe_lightning.callbacks.random_state import same_random_states
 from moe_lightning.callbacks.strategies import check_whole
 from moe_lightning.callbacks.tensorboard_pages import QUALITY, add_pages
 from moe_lightning.evaluation.quality import Text
@@ -158,14 +158,11 @@ class QualityEvaluation(AtTheEnd):
 
     def _prepare(self, trainer: Trainer, module: LightningModule) -> None:
         language_model(module)
-        states = random_states()  # a loader draws numbers when it begins
-        try:
+        with same_random_states():  # a loader draws numbers when it begins
             self.texts = find_texts(
                 trainer, self.split, self.num_batches, self.domains, self.domain_blocks, self.batches
             )
             self._wanted = self._what_is_wanted(trainer)
-        finally:
-            set_random_states(states)
 
     def _what_is_wanted(self, trainer: Trainer) -> Wanted:
         tokenizer: Any = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from moe_lightning.callbacks.at_step import AtTheEnd, language_model, say
 from moe_lightning.callbacks.processes import of_all_processes
-from moe_lightning.callbacks.random_state import random_states, set_random_states
-from moe_lightning.callbacks.spending import spending
+from moe_lightning.callbacks.random_state import same_random_states
+from moe_lightning.callbacks.spending import undisturbed
 from moe_lightning.callbacks.tensorboard_pages import RECOVERY, add_pages
 from moe_lightning.evaluation import evaluate
 from moe_lightning.evaluation.intervals import Interval, mean_interval
@@ -137,13 +137,8 @@ class RecoveredShare(AtTheEnd):
         """Return the nats of each block now, of all processes, `[B]`."""
         if self._known is not None and self._known[0] == trainer.global_step:
             return self._known[1]
-        model = language_model(module)
-        states = random_states()
-        # A validation runs in inference mode, and tensors that are kept (packed weights, say) must not be of that kind.
-        measured = spending(trainer, "evaluation")
-        with measured, torch.inference_mode(False), trainer.precision_plugin.forward_context():
-            result = evaluate(model, self._batches(trainer), progress=False)
-        set_random_states(states)
+        with undisturbed(trainer), trainer.precision_plugin.forward_context():
+            result = evaluate(language_model(module), self._batches(trainer), progress=False)
         gathered = of_all_processes(trainer, (result.nats, result.tokens))
         nats_B, tokens_B = (torch.cat([pair[place] for pair in gathered]) for place in (0, 1))
         self.tokens = int(tokens_B.sum())
@@ -155,10 +150,9 @@ class RecoveredShare(AtTheEnd):
 
     def _fingerprint_now(self, trainer: Trainer) -> str:
         digest = hashlib.sha256()
-        states = random_states()  # a loader draws numbers when it begins
-        for batch in self._batches(trainer):
-            digest.update(batch["input_ids"].long().numpy().tobytes())
-        set_random_states(states)
+        with same_random_states():  # a loader draws numbers when it begins
+            for batch in self._batches(trainer):
+                digest.update(batch["input_ids"].long().numpy().tobytes())
         return hashlib.sha256("".join(of_all_processes(trainer, digest.hexdigest())).encode()).hexdigest()
 
     def _batches(self, trainer: Trainer) -> Sequence[Batch]:
