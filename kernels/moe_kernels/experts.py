@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_kernels.upcast import upcast_grouped_linear, upcast_pays
+from moe_kernels.cpu_dense import cpu_grouped_linear, cpu_product_pays
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -102,7 +102,7 @@ def grouped_linear(rows_PX: Tensor, weight_SOX: Tensor, offsets_S: Tensor) -> Te
     """Multiply each group of rows with its own matrix: ``rows[group s] @ weight[s].T``.
 
     Takes ``F.grouped_mm`` where it can, and a loop over groups for float64 and for strides that it refuses; on a CPU
-    that emulates bf16, tiles of the weights in fp32 where no gradient is wanted.
+    in bf16, where no gradient is wanted, what `moe_kernels.cpu_dense` knows to be faster.
 
     Args:
         rows_PX: Rows sorted by group, ``[P, X]``.
@@ -117,8 +117,8 @@ def grouped_linear(rows_PX: Tensor, weight_SOX: Tensor, offsets_S: Tensor) -> Te
         # Keeps the graph, through the rows too (a second product gets the empty rows of a first): the gradient of
         # weights that nothing reached is zero, not missing (ranks must agree on that).
         return nothing_PO + 0 * (weight_SOX.sum() + rows_PX.sum()) if torch.is_grad_enabled() else nothing_PO
-    if upcast_pays(rows_PX, weight_SOX):
-        return upcast_grouped_linear(rows_PX, weight_SOX, offsets_S)
+    if cpu_product_pays(rows_PX, weight_SOX):
+        return cpu_grouped_linear(rows_PX, weight_SOX, offsets_S)
     # The backward pass multiplies with rows of the output's size, which then need aligned strides, too.
     aligned = weight_SOX.shape[1] * weight_SOX.element_size() % _STRIDE_BYTES == 0 or not torch.is_grad_enabled()
     # While a compiler traces, F.grouped_mm has no other type than bf16.

@@ -29,6 +29,10 @@ from moe_kernels.cpu_kernels.build import library, why_not
 # Rows of one expert from which tiles of bf16 weights in fp32 are faster than an emulated product in bf16. Measured on
 # 4096 x 4096: 1.0 times as fast at 4 rows, 1.1 at 8, 1.2 at 16, 1.8 at 32, 2.0 at 64 and 128, 2.3 at 512.
 _UPCAST_ROWS = 8
+# Rows up to which the compiled product with dense weights is faster than torch's where bf16 is native: 2.0 times as
+# fast at 1 row, 1.2 to 1.5 at 2 to 8, 1.6 at 16, 1.2 at 32, 1.0 to 1.1 at 64. Where bf16 is emulated it always is (3 to
+# 5 times as fast as torch's product, 1.3 to 3.8 times as tiles), but for one row, where both read as fast as they can.
+_COMPILED_ROWS = 64
 # Rows up to which torch's int4 product is faster than to dequantise tiles and multiply them. It works in fp32: where
 # bf16 is native, tiles are 0.7 to 1.0 times as fast at 64 rows (4096 x 14336, 14336 x 4096, 4096 x 4096), 1.0 to 1.1 at
 # 80, 1.1 to 1.2 at 96, 1.6 at 256, twice at 512; where it is not, they never are on AVX-512. Larger tiles gain nothing.
@@ -36,9 +40,10 @@ _OP_ROWS_NATIVE = 80
 _OP_ROWS_EMULATED = 512
 
 # CPUs with units for whole matrices (AMX) multiply bf16 many times as fast as fp32. From so many rows of an expert on
-# dequantised tiles should gain from them there. Not measured: none was at hand.
+# torch's products, also those of dequantised tiles, should gain from them there. Not measured: none was at hand.
 _MATRIX_UNITS = 0.2
-_MATRIX_UNIT_ROWS = 64
+_MATRIX_UNIT_ROWS_DENSE = 8
+_MATRIX_UNIT_ROWS_INT4 = 64
 
 VARIABLE = "MOE_KERNELS_CPU"
 """Environment variable that fixes the answers; read at the first product."""
@@ -61,7 +66,7 @@ class Machine:
     Attributes:
         bf16_emulated: Products in bf16 are slower than in fp32.
         int4: What multiplies with int4 weights: ``kernel``, the product in `moe_kernels.cpu_kernels`; ``op``, that of
-            torch, where it is fast; ``tiles``, neither.
+            torch, where it is fast; ``tiles``, neither. With ``kernel``, dense bf16 weights have a compiled product.
         bf16_over_fp32: Time of a product in bf16 over that of the same in fp32, 64 rows; nan where not measured.
         op_over_fp32: Time of the int4 product over that of the same in fp32, 4 rows; infinite where there is none, nan
             where not measured.
@@ -73,7 +78,7 @@ class Machine:
     op_over_fp32: float = float("nan")
 
 
-DenseRoute = Literal["product", "fp32 tiles"]
+DenseRoute = Literal["product", "kernel", "fp32 tiles"]
 Int4Route = Literal["kernel", "op", "bf16 tiles", "fp32 tiles", "exact tiles"]
 
 
@@ -86,10 +91,17 @@ def dense_route(rows: int, dtype: torch.dtype, machine: Machine) -> DenseRoute:
         machine: From :func:`this_machine`.
 
     Returns:
-        ``product``: as they are. ``fp32 tiles``: a few rows of the weights at a time, in fp32.
+        ``product``: as they are. ``kernel``: by the product in `moe_kernels.cpu_kernels`. ``fp32 tiles``: a few rows of
+        the weights at a time, in fp32.
     """
-    emulated = dtype == torch.bfloat16 and machine.bf16_emulated
-    return "fp32 tiles" if emulated and rows >= _UPCAST_ROWS else "product"
+    if dtype != torch.bfloat16:
+        return "product"
+    if machine.int4 == "kernel":
+        if machine.bf16_emulated:
+            return "kernel" if rows > 1 else "product"
+        most = _MATRIX_UNIT_ROWS_DENSE if machine.bf16_over_fp32 < _MATRIX_UNITS else _COMPILED_ROWS
+        return "kernel" if rows <= most else "product"
+    return "fp32 tiles" if machine.bf16_emulated and rows >= _UPCAST_ROWS else "product"
 
 
 def int4_route(rows: int, dtype: torch.dtype, machine: Machine) -> Int4Route:
@@ -107,7 +119,7 @@ def int4_route(rows: int, dtype: torch.dtype, machine: Machine) -> Int4Route:
     if machine.int4 == "kernel" and dtype in (torch.bfloat16, torch.float32):
         # Not so where bf16 was not measured.
         units = dtype == torch.bfloat16 and machine.bf16_over_fp32 < _MATRIX_UNITS
-        return "bf16 tiles" if units and rows >= _MATRIX_UNIT_ROWS else "kernel"
+        return "bf16 tiles" if units and rows >= _MATRIX_UNIT_ROWS_INT4 else "kernel"
     if dtype != torch.bfloat16:
         return "exact tiles"
     if machine.int4 == "op" and rows <= (_OP_ROWS_EMULATED if machine.bf16_emulated else _OP_ROWS_NATIVE):

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from moe_kernels import LaneMatrices, from_lanes, grouped_product, to_lanes
-from moe_kernels.cpu_kernels import build, lanes
+from moe_kernels.cpu_kernels import build, calls, lanes
+from moe_kernels.cpu_kernels.dense import compiled_grouped_linear
 from moe_kernels.machine import Int4Product, Machine
 
 from tests.kernels.packed import Packed, draw_rows, make_packed, relative_error
@@ -101,7 +102,7 @@ def test_threads_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     matrices, ends = converted(packed), torch.tensor([9, 9, 40], dtype=torch.int32)
     rows = draw_rows(40, 256, dtype)
     alone = grouped_product(rows, ends, matrices)
-    monkeypatch.setattr(lanes, "_THREADS_FROM", 0)
+    monkeypatch.setattr(calls, "_THREADS_FROM", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     torch.testing.assert_close(grouped_product(rows, ends, matrices), alone, rtol=0, atol=0)
 
@@ -162,6 +163,28 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     build.library.cache_clear()
     yield tmp_path / "moe_kernels"
     build.library.cache_clear()
+
+
+@needs_library
+def test_cpus_without_products_in_bf16(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-mno-avx512bf16"))
+    found = build.library()
+    assert found is not None
+    # Rows become fp32 there: twice the memory to work in.
+    assert found.moe_int4_scratch(10, 1024, 8, 0) == found.moe_int4_scratch(10, 1024, 8, 1)
+    assert found.moe_dense_scratch(10, 1024) == 10 * 1024 * 4
+    for counts in ((1, 0, 2), (16, 3, 17)):
+        packed, ends = make_packed(3, 48, 256, 64), torch.tensor(counts).cumsum(0).int()
+        rows = draw_rows(sum(counts), 256, torch.bfloat16)
+        got = grouped_product(rows, ends, converted(packed))
+        assert relative_error(got, packed.product(rows, ends)) <= 2.5e-3
+        weight = draw_rows(3 * 50, 250, torch.bfloat16).view(3, 50, 250)
+        rows = rows[:, :250].contiguous()
+        out = torch.empty(len(rows), 50, dtype=torch.bfloat16)
+        compiled_grouped_linear(rows, weight, ends, out)
+        parts = zip(rows.split(counts), weight, strict=True)
+        expected = torch.cat([part.double() @ matrix.double().T for part, matrix in parts])
+        assert relative_error(out, expected.numpy()) <= 2.5e-3
 
 
 @needs_library

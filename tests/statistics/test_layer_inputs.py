@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from moe_kernels.upcast import upcast_grouped_linear
+from moe_kernels.cpu_dense import cpu_grouped_linear
 from torch import Tensor
 
 import moe_lightning as ml
@@ -393,9 +393,9 @@ def test_products_on_a_cpu_that_emulates_bf16_take_the_tiles(monkeypatch: pytest
 
     def tiles(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         taken.append(len(rows))
-        return upcast_grouped_linear(rows, weight, ends)
+        return cpu_grouped_linear(rows, weight, ends)
 
-    monkeypatch.setattr("moe_kernels.experts.upcast_pays", lambda rows, weight: rows.dtype == torch.bfloat16)
-    monkeypatch.setattr("moe_kernels.experts.upcast_grouped_linear", tiles)
+    monkeypatch.setattr("moe_kernels.experts.cpu_product_pays", lambda rows, weight: rows.dtype == torch.bfloat16)
+    monkeypatch.setattr("moe_kernels.experts.cpu_grouped_linear", tiles)
     torch.testing.assert_close(inputs.expert_moments("down_proj", "full", ALL), want, rtol=0.02, atol=0.05)
     assert taken and sum(taken) == int(inputs.expert_tokens().sum())

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("int4.c",)
+SOURCES = ("int4.c", "dense.c")
 HEADERS = ("vectors.h",)
 
 _FLAGS = ("-O3", "-shared", "-fPIC", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
@@ -35,6 +35,8 @@ _LONG, _POINTER, _INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 _FUNCTIONS = {
     "moe_int4_scratch": ([_LONG, _LONG, _LONG, _INT], _LONG),
     "moe_int4_product": ([_POINTER] * 7 + [_LONG] * 4 + [_INT] * 3, None),
+    "moe_dense_scratch": ([_LONG, _LONG], _LONG),
+    "moe_dense_product": ([_POINTER] * 5 + [_LONG] * 3 + [_INT], None),
 }
 
 logger = logging.getLogger(__name__)

@@ -14,15 +14,13 @@ import torch
 from torch import Tensor
 
 from moe_kernels.cpu_kernels.build import library
+from moe_kernels.cpu_kernels.calls import scratch_memory, threads_for
 from moe_kernels.int4 import TiledMatrices, dequantize_int4, row_groups
 from moe_kernels.machine import int4_route, this_machine
 from moe_kernels.packing import pack_int4, unpack_int4
 
 LANES = 16
 WORD_CODES = 8
-_ALIGNMENT = 64
-# Products of fewer multiplications are done before other threads have begun.
-_THREADS_FROM = 2**21
 _SCALES = (torch.bfloat16, torch.float32)
 _ROWS = (torch.bfloat16, torch.float32)
 
@@ -77,9 +75,7 @@ class LaneMatrices(TiledMatrices):
         rows_PI, ends_S = rows_PI.contiguous(), offsets_S.to("cpu", torch.int32).contiguous()
         (total, inputs), groups = rows_PI.shape, self.scale_SBGL.shape[2]
         wide = rows_PI.dtype == torch.float32
-        size = found.moe_int4_scratch(total, inputs, groups, wide)
-        scratch = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device="cpu")
-        start = scratch.data_ptr()
+        scratch, start = scratch_memory(found.moe_int4_scratch(total, inputs, groups, wide))
         found.moe_int4_product(
             rows_PI.data_ptr(),
             ends_S.data_ptr(),
@@ -87,15 +83,16 @@ class LaneMatrices(TiledMatrices):
             self.scale_SBGL.data_ptr(),
             None if self.zero_SBGZ is None else self.zero_SBGZ.data_ptr(),
             out_PO.data_ptr(),
-            start + -start % _ALIGNMENT,
+            start,
             len(ends),
             self.outputs,
             inputs,
             groups,
             wide,
             self.scale_SBGL.dtype == torch.float32,
-            torch.get_num_threads() if total * self.outputs * inputs >= _THREADS_FROM else 1,
+            threads_for(total * self.outputs * inputs),
         )
+        del scratch  # held until here
 
 
 def to_lanes(words_SOW: Tensor, scale_SOG: Tensor, zero_SOB: Tensor | None, inputs: int) -> LaneMatrices | None:

@@ -1,0 +1,80 @@
+"""Products of few rows with bf16 weights on a CPU, where torch's are not the fastest; without gradients.
+
+Legend: S matrices, O outputs, X inputs, P rows sorted by matrix, T outputs of a tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_kernels.cpu_kernels.dense import compiled_grouped_linear
+from moe_kernels.machine import Machine, dense_route, this_machine
+
+# A tile has 4 MiB in fp32, which a cache holds, but no fewer rows than products in fp32 need to run at full speed.
+_TILE_WEIGHTS = 2**20
+_TILE_ROWS = 256
+
+
+def cpu_product_pays(rows_PX: Tensor, weight_SOX: Tensor) -> bool:
+    """Say whether :func:`cpu_grouped_linear` is the way for a product: bf16 on a CPU, without gradients."""
+    return (
+        rows_PX.device.type == weight_SOX.device.type == "cpu"
+        and rows_PX.dtype == weight_SOX.dtype == torch.bfloat16
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and (rows_PX.requires_grad or weight_SOX.requires_grad))
+        # How many rows a group has, is seen when they are there.
+        and (
+            this_machine().int4 == "kernel" or dense_route(rows_PX.shape[0], rows_PX.dtype, this_machine()) != "product"
+        )
+    )
+
+
+def cpu_grouped_linear(
+    rows_PX: Tensor, weight_SOX: Tensor, offsets_S: Tensor, machine: Machine | None = None
+) -> Tensor:
+    """Multiply each group of rows with its own matrix, each in the way that is fastest; not differentiable.
+
+    Args:
+        rows_PX: Rows sorted by group, bfloat16 on a CPU, ``[P, X]``.
+        weight_SOX: One matrix for each group, ``[S, O, X]``.
+        offsets_S: End of each group, int32 ``[S]``; the last one equals P.
+        machine: Decides what is fastest; this one where None.
+
+    Returns:
+        ``[P, O]`` in the type of the rows; each number is rounded once.
+    """
+    machine = machine or this_machine()
+    out_PO = rows_PX.new_empty(rows_PX.shape[0], weight_SOX.shape[1])
+    ends = offsets_S.tolist()
+    starts = [0, *ends[:-1]]
+    numbers = {end - start for start, end in zip(starts, ends, strict=True)} - {0}
+    routes = {dense_route(number, rows_PX.dtype, machine) for number in numbers}
+    if routes == {"kernel"} and weight_SOX.is_contiguous():
+        compiled_grouped_linear(rows_PX.contiguous(), weight_SOX, _ends(offsets_S), out_PO)
+        return out_PO
+    for start, end, weight_OX in zip(starts, ends, weight_SOX, strict=True):
+        if start < end:
+            _one_group(rows_PX[start:end], weight_OX, out_PO[start:end], machine)
+    return out_PO
+
+
+def _ends(offsets_S: Tensor) -> Tensor:
+    return offsets_S.to("cpu", torch.int32).contiguous()
+
+
+def _one_group(rows_PX: Tensor, weight_OX: Tensor, out_PO: Tensor, machine: Machine) -> None:
+    route = dense_route(rows_PX.shape[0], rows_PX.dtype, machine)
+    if route == "kernel" and weight_OX.is_contiguous():
+        end = torch.tensor([rows_PX.shape[0]], dtype=torch.int32, device="cpu")
+        compiled_grouped_linear(rows_PX.contiguous(), weight_OX[None], end, out_PO)
+    elif route == "fp32 tiles":
+        step = max(_TILE_ROWS, _TILE_WEIGHTS // max(weight_OX.shape[1], 1))
+        tile = torch.empty(min(step, weight_OX.shape[0]), weight_OX.shape[1], dtype=torch.float32, device="cpu")
+        wide_PX = rows_PX.float()
+        for part in (slice(first, first + step) for first in range(0, weight_OX.shape[0], step)):
+            weight_TX = weight_OX[part]
+            out_PO[:, part] = F.linear(wide_PX, tile[: weight_TX.shape[0]].copy_(weight_TX))
+    else:
+        out_PO.copy_(F.linear(rows_PX, weight_OX))

@@ -1,0 +1,209 @@
+"""Dense products in bf16 on a CPU, and the choice between ways of multiplying."""
+
+from typing import get_args
+
+import pytest
+import torch
+from moe_kernels import cpu_dense, grouped_linear
+from moe_kernels.cpu_dense import cpu_grouped_linear, cpu_product_pays
+from moe_kernels.cpu_kernels import build, calls
+from moe_kernels.cpu_kernels.dense import compiled_grouped_linear
+from moe_kernels.machine import DenseRoute, Int4Product, Int4Route, Machine, dense_route, int4_route
+
+from tests.kernels.packed import draw_rows, relative_error
+
+NATIVE = Machine(bf16_emulated=False, int4="op")
+EMULATED = Machine(bf16_emulated=True, int4="op")
+KERNEL = Machine(bf16_emulated=False, int4="kernel")
+KERNEL_EMULATED = Machine(bf16_emulated=True, int4="kernel")
+MATRIX_UNITS = Machine(bf16_emulated=False, int4="kernel", bf16_over_fp32=0.1)
+needs_library = pytest.mark.skipif(
+    build.library() is None, reason=f"no compiled products: {build.why_not() or 'compiling failed, see the log'}"
+)
+
+
+def draw_case(ends: tuple[int, ...], outputs: int = 40, inputs: int = 24) -> tuple[torch.Tensor, ...]:
+    weight = draw_rows(len(ends) * outputs, inputs, torch.bfloat16, seed=1).view(len(ends), outputs, inputs)
+    return draw_rows(ends[-1], inputs, torch.bfloat16), weight, torch.tensor(ends, dtype=torch.int32)
+
+
+def in_float64(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    ends = offsets.tolist()
+    starts = [0, *ends[:-1]]
+    return torch.cat([rows[a:b].double() @ w.double().T for a, b, w in zip(starts, ends, weight, strict=True)])
+
+
+@pytest.mark.parametrize("ends", [(20, 20, 23, 40), (0, 0, 0, 9), (1, 2, 3, 4), (0, 0, 0, 0)], ids=str)
+@pytest.mark.parametrize("tile", [1, 24 * 20, 2**20])
+def test_equals_float64(monkeypatch: pytest.MonkeyPatch, ends: tuple[int, ...], tile: int) -> None:
+    monkeypatch.setattr(cpu_dense, "_TILE_WEIGHTS", tile)
+    monkeypatch.setattr(cpu_dense, "_TILE_ROWS", 16)
+    case = draw_case(ends)
+    got = cpu_grouped_linear(*case, machine=EMULATED)
+    assert got.dtype == torch.bfloat16
+    expected = in_float64(*case)
+    assert relative_error(got, expected.numpy()) <= 3e-3
+    if min(ends) > 7:  # rounded once: nothing is nearer
+        torch.testing.assert_close(got, expected.float().bfloat16(), rtol=0, atol=0)
+
+
+def test_the_default_device_is_not_where_tiles_go() -> None:
+    case = draw_case((20, 40))
+    expected = cpu_grouped_linear(*case, machine=EMULATED)
+    with torch.device("meta"):
+        got = cpu_grouped_linear(*case, machine=EMULATED)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_is_taken_where_bf16_is_emulated_and_no_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def watched(*arguments: torch.Tensor) -> torch.Tensor:
+        taken.append(True)
+        return cpu_grouped_linear(*arguments, machine=EMULATED)
+
+    monkeypatch.setattr("moe_kernels.experts.cpu_grouped_linear", watched)
+    rows, weight, offsets = draw_case((20, 20, 23, 40))
+    expected = in_float64(rows, weight, offsets).numpy()
+    for machine, trained, should in ((EMULATED, False, 1), (NATIVE, False, 0), (EMULATED, True, 0)):
+        monkeypatch.setattr(cpu_dense, "this_machine", lambda machine=machine: machine)
+        weight = weight.detach().requires_grad_(trained)
+        got = grouped_linear(rows, weight, offsets)
+        assert len(taken) == should and got.requires_grad == trained
+        assert relative_error(got, expected) <= 3e-3
+        taken.clear()
+    with torch.no_grad():
+        monkeypatch.setattr(cpu_dense, "this_machine", lambda: KERNEL)
+        assert cpu_product_pays(rows, weight) and cpu_product_pays(rows[:1], weight)
+        monkeypatch.setattr(cpu_dense, "this_machine", lambda: EMULATED)
+        assert cpu_product_pays(rows, weight) and not cpu_product_pays(rows[:3], weight)
+        assert not cpu_product_pays(rows.float(), weight.float()) and not cpu_product_pays(
+            rows.to("meta"), weight.to("meta")
+        )
+
+
+@pytest.mark.parametrize(
+    ("machine", "rows", "route"),
+    [
+        (NATIVE, 64, "op"),
+        (NATIVE, 96, "bf16 tiles"),
+        (EMULATED, 256, "op"),
+        (EMULATED, 1024, "fp32 tiles"),
+        (KERNEL, 1, "kernel"),
+        (KERNEL, 4096, "kernel"),
+        (MATRIX_UNITS, 63, "kernel"),
+        (MATRIX_UNITS, 64, "bf16 tiles"),
+    ],
+    ids=[
+        "native few",
+        "native many",
+        "emulated few",
+        "emulated many",
+        "kernel few",
+        "kernel many",
+        "matrix units few",
+        "matrix units many",
+    ],
+)
+def test_many_rows_are_multiplied_with_tiles(machine: Machine, rows: int, route: Int4Route) -> None:
+    assert int4_route(rows, torch.bfloat16, machine) == route
+
+
+@pytest.mark.parametrize(
+    ("machine", "rows", "route"),
+    [
+        (NATIVE, 1, "product"),
+        (NATIVE, 512, "product"),
+        (EMULATED, 7, "product"),
+        (EMULATED, 8, "fp32 tiles"),
+        (KERNEL, 1, "kernel"),
+        (KERNEL, 64, "kernel"),
+        (KERNEL, 65, "product"),
+        (KERNEL_EMULATED, 1, "product"),
+        (KERNEL_EMULATED, 2, "kernel"),
+        (KERNEL_EMULATED, 4096, "kernel"),
+        (MATRIX_UNITS, 8, "kernel"),
+        (MATRIX_UNITS, 9, "product"),
+    ],
+)
+def test_the_way_of_dense_rows(machine: Machine, rows: int, route: DenseRoute) -> None:
+    assert dense_route(rows, torch.bfloat16, machine) == route
+    assert dense_route(rows, torch.float32, machine) == "product"
+
+
+@needs_library
+@pytest.mark.parametrize("machine", [KERNEL, KERNEL_EMULATED], ids=["native", "emulated"])
+@pytest.mark.parametrize("ends", [(1, 1, 3, 5), (0, 7, 30, 31), (20, 90, 91, 200), (0, 0, 0, 0)], ids=str)
+@pytest.mark.parametrize(("outputs", "inputs"), [(40, 24), (7, 65), (64, 256), (3, 1), (129, 130)])
+def test_the_kernel_equals_float64(machine: Machine, ends: tuple[int, ...], outputs: int, inputs: int) -> None:
+    case = draw_case(ends, outputs, inputs)
+    got = cpu_grouped_linear(*case, machine=machine)
+    expected = in_float64(*case)
+    assert relative_error(got, expected.numpy()) <= 3e-3
+    # Rounded once: nothing is nearer, where a sum does not lie between two.
+    exact = expected.float().bfloat16()
+    assert (got == exact).float().mean() >= 0.99 if got.numel() else True
+    torch.testing.assert_close(got, exact, rtol=2**-7, atol=1e-2)
+
+
+@needs_library
+@pytest.mark.parametrize("number", range(1, 26))
+def test_the_kernel_with_every_number_of_rows(number: int) -> None:
+    rows, weight, offsets = draw_case((number,), 10, 200)
+    got = torch.empty(number, 10, dtype=torch.bfloat16)
+    compiled_grouped_linear(rows, weight, offsets, got)
+    for row, expected in zip(got, in_float64(rows, weight, offsets), strict=True):
+        assert relative_error(row, expected.numpy()) <= 5e-3
+
+
+@needs_library
+def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = draw_case((9, 9, 40, 41), 150, 72)
+    alone = cpu_grouped_linear(*case, machine=KERNEL)
+    monkeypatch.setattr(calls, "_THREADS_FROM", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    torch.testing.assert_close(cpu_grouped_linear(*case, machine=KERNEL), alone, rtol=0, atol=0)
+
+
+@needs_library
+def test_weights_that_do_not_lie_in_a_row_are_multiplied_otherwise() -> None:
+    rows, weight, offsets = draw_case((4, 9), 32, 48)
+    turned = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not turned.is_contiguous()
+    expected = in_float64(rows, weight, offsets).numpy()
+    assert relative_error(cpu_grouped_linear(rows, turned, offsets, machine=KERNEL), expected) <= 3e-3
+    spread = rows.repeat_interleave(2, 1)[:, ::2]
+    assert relative_error(cpu_grouped_linear(spread, weight, offsets, machine=KERNEL), expected) <= 3e-3
+    with pytest.raises(RuntimeError, match="wants a library, and contiguous tensors in bfloat16"):
+        compiled_grouped_linear(rows, turned, offsets, rows.new_empty(9, 32))
+    with pytest.raises(RuntimeError, match="wants a library, and contiguous tensors in bfloat16"):
+        compiled_grouped_linear(rows.float(), weight.float(), offsets, rows.new_empty(9, 32))
+
+
+@needs_library
+def test_a_row_depends_on_nothing_else() -> None:
+    rows, weight, offsets = draw_case((11, 30), 32, 130)
+    both = cpu_grouped_linear(rows, weight, offsets, machine=KERNEL)
+    poisoned = rows.clone()
+    poisoned[[3, 15]] = float("nan")
+    got = cpu_grouped_linear(poisoned, weight, offsets, machine=KERNEL)
+    others = [row for row in range(30) if row not in (3, 15)]
+    torch.testing.assert_close(got[others], both[others], rtol=0, atol=0)
+    assert got[[3, 15]].isnan().all()
+
+
+def test_every_way_is_taken_somewhere() -> None:
+    machines = [Machine(emulated, product) for emulated in (False, True) for product in get_args(Int4Product)]
+    types = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    seen = {
+        (dense_route(rows, dtype, machine), int4_route(rows, dtype, machine), dtype)
+        for machine in machines
+        for rows in (1, 8, 64, 1024)
+        for dtype in types
+    }
+    assert {dense for dense, _, _ in seen} == set(get_args(DenseRoute))
+    assert {packed for _, packed, _ in seen} == set(get_args(Int4Route))
+    # Other types are multiplied as they are.
+    assert {dense for dense, _, dtype in seen if dtype != torch.bfloat16} == {"product"}
+    assert {packed for _, packed, dtype in seen if dtype == torch.float32} == {"exact tiles", "kernel"}
+    assert {packed for _, packed, dtype in seen if dtype not in (torch.bfloat16, torch.float32)} == {"exact tiles"}
