@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 
 from moe_lightning.callbacks.at_step import say
 from moe_lightning.callbacks.gradual import Act
+from moe_lightning.callbacks.tensorboard_pages import tensorboards
 from moe_lightning.compression import CompressionResult
 from moe_lightning.files import write_atomically
 from moe_lightning.plan import CompressionPlan, plan_table
@@ -51,21 +51,21 @@ def log_compression(trainer: Trainer, result: CompressionResult, act: Act, name:
     if act.share is not None:
         numbers["compression/sparsity" if act.taken == "zeros" else "compression/expert_ratio"] = act.share
     criterion, seed = _decided_by(act)
-    wanted = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+    boards = tensorboards(trainer)
     figures: dict[str, Figure] = {}
-    if result.statistics is not None and wanted:
+    if boards and result.statistics is not None:
         figures = compression_figures(result.statistics, criterion, result.shape_after, f"step {step}", seed)
-    if wanted:
+    if boards:
         figures |= slimming_figures(result.modules, f"step {step}", result.shape_before.blocks)
     texts = {"plan": plan_table(result.plan, result.shape_after), "matrices": matrix_table(result.modules)}
     for logger in trainer.loggers:
         logger.log_metrics(numbers, step=step)
-        if isinstance(logger, TensorBoardLogger):
-            for tag, text in texts.items():
-                if text:
-                    logger.experiment.add_text(f"compression/{tag}", text, step)
-            for tag, figure in figures.items():
-                logger.experiment.add_figure(f"compression/{tag}", figure, step)
+    for logger in boards:
+        for tag, text in texts.items():
+            if text:
+                logger.experiment.add_text(f"compression/{tag}", text, step)
+        for tag, figure in figures.items():
+            logger.experiment.add_figure(f"compression/{tag}", figure, step)
     folder = Path(trainer.default_root_dir) / "results"
     set_aside_other_branches(trainer, result.plan)
     if result.statistics is None:

@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
 
 from moe_lightning.callbacks.at_step import AtTheEnd, language_model, say
@@ -18,6 +17,7 @@ from moe_lightning.callbacks.checkpointing import steps_behind
 from moe_lightning.callbacks.compress import has_compressed
 from moe_lightning.callbacks.spending import undisturbed
 from moe_lightning.callbacks.strategies import check_whole
+from moe_lightning.callbacks.tensorboard_pages import tensorboards
 from moe_lightning.evaluation.tasks import check_tasks, harness_version, require_lm_eval, run_tasks, wanted_tasks
 from moe_lightning.files import write_atomically
 
@@ -239,8 +239,8 @@ class LMEval(AtTheEnd):
         say(trainer, f"step {step}: tasks {when}: {', '.join(words)}{few}")
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=step)
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text(f"{place}/table", tasks_table(self.moments), step)
+        for logger in tensorboards(trainer):
+            logger.experiment.add_text(f"{place}/table", tasks_table(self.moments), step)
 
 
 def tasks_table(moments: list[dict[str, Any]]) -> str:

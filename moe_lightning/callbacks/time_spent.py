@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from moe_lightning.callbacks.at_step import time_was_up, total_steps
 from moe_lightning.callbacks.recovery.stage import stages_of
 from moe_lightning.callbacks.spending import PARTS
+from moe_lightning.callbacks.tensorboard_pages import tensorboards
 from moe_lightning.compression.stopwatch import Stopwatch
 from moe_lightning.files import write_atomically
 
@@ -164,6 +164,6 @@ class TimeSpent(Callback):
         stages = stages_of(trainer)
         rows = [f"| {number} | {type(stage).__name__} | {stage.first_step} |" for number, stage in enumerate(stages, 1)]
         table = "\n".join(["| run/stage | what trains | from step |", "|--:|---|--:|", "| 0 | everything | 0 |", *rows])
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and stages and trainer.is_global_zero:
+        if stages and trainer.is_global_zero:
+            for logger in tensorboards(trainer):
                 logger.experiment.add_text("run/stages", table, trainer.global_step)

@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from moe_lightning.callbacks.at_step import say
+from moe_lightning.callbacks.tensorboard_pages import tensorboards
 from moe_lightning.evaluation.intervals import Interval, paired_intervals
 from moe_lightning.evaluation.records import BEFORE, QualityMoment
 
@@ -45,7 +45,8 @@ def tell_moment(trainer: Trainer, moments: Sequence[QualityMoment]) -> None:
     samples = samples_text(moments)
     for logger in trainer.loggers:
         logger.log_metrics(numbers, step=moment.step)
-        if isinstance(logger, TensorBoardLogger) and samples:
+    if samples:
+        for logger in tensorboards(trainer):
             logger.experiment.add_text("quality/samples", samples, moment.step)
 
 
