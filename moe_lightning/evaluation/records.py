@@ -18,8 +18,9 @@ from moe_lightning.evaluation.comparison import BlockScores
 from moe_lightning.files import write_atomically
 
 VERSION = 1
-BEFORE, END = "before", "end"
-"""Names of moments: of the model before its first compression, and of what the run gives back."""
+BEFORE, END, TEST = "before", "end", "test"
+"""Names of moments: of the model before its first compression, of what the run gives back, and of ``moe-lightning
+test``, which may be given another model than that."""
 
 
 @dataclass(frozen=True)

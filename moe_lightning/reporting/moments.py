@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_lightning.evaluation.records import BEFORE, END, QualityMoment, QualityRecord
-
-TEST = "test"
-"""Name of the moment of ``moe-lightning test``."""
+from moe_lightning.evaluation.records import BEFORE, END, TEST, QualityMoment, QualityRecord
 
 _SAME_SUM = 1e-4
 """Largest relative difference of the nats of a block that one model may show: other devices add up in other orders."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from moe_lightning.evaluation.records import BEFORE, QualityMoment, QualityRecord
+from moe_lightning.evaluation.records import BEFORE, TEST, QualityMoment, QualityRecord
 from moe_lightning.reporting.captions import Drawn, RunFigure, captioned
 from moe_lightning.reporting.dots import Dot, interval_dot
 from moe_lightning.reporting.moments import joined, left_out, same_model
@@ -77,7 +77,7 @@ def last_moment(quality: QualityRecord | None) -> QualityMoment | None:
         quality: The record.
     """
     moments = [] if quality is None else quality.moments
-    trained = [moment for moment in moments if moment.name != "test"] or moments
+    trained = [moment for moment in moments if moment.name != TEST] or moments
     return trained[-1] if trained else None
 
 
@@ -132,7 +132,7 @@ def _tasks(runs: Mapping[str, ComparedRun], shown: Mapping[str, Look]) -> dict[s
     found: dict[str, Mapping[str, Any]] = {}
     for name, run in runs.items():
         moments = [moment for moment in (run.tasks or {}).get("moments", ()) if moment["tasks"]]
-        trained = [moment for moment in moments if moment["name"] != "test"] or moments
+        trained = [moment for moment in moments if moment["name"] != TEST] or moments
         if trained:
             found[name] = trained[-1]
     if len(found) < 2:

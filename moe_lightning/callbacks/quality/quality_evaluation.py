@@ -24,13 +24,12 @@ from moe_lightning.callbacks.random_state import same_random_states
 from moe_lightning.callbacks.strategies import check_whole
 from moe_lightning.callbacks.tensorboard_pages import QUALITY, add_pages
 from moe_lightning.evaluation.quality import Text
-from moe_lightning.evaluation.records import BEFORE, END, QualityMoment, QualityRecord
+from moe_lightning.evaluation.records import BEFORE, END, TEST, QualityMoment, QualityRecord
 from moe_lightning.evaluation.reference_file import ReferenceFile, ReferenceWriter
 from moe_lightning.evaluation.samples import default_prompts, prompt_ids
 from moe_lightning.statistics.batches import size_in_words
 from moe_lightning.surgery import plan_of
 
-TEST = "test"
 COMPRESSED = "compressed"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moe_lightning.evaluation.intervals import Interval
-from moe_lightning.evaluation.records import BEFORE, END, QualityMoment
+from moe_lightning.evaluation.records import BEFORE, END, TEST, QualityMoment
 from moe_lightning.reporting.report.blocks import Cell, Table
 from moe_lightning.reporting.report.read import Run
 from moe_lightning.reporting.report.words import (
@@ -23,9 +23,6 @@ from moe_lightning.reporting.report.words import (
     share_with_interval,
     with_interval,
 )
-
-TEST = "test"
-"""Name of the moment of ``moe-lightning test``, which may be given another model than the one the run ended with."""
 
 SAME_SUMS = 1e-3
 """Largest relative difference of the sums of a block for one and the same model on another machine."""
