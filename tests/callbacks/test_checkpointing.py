@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, Trainer
 import moe_lightning as ml
 from moe_lightning.callbacks import AtomicCheckpointIO, Compress, LastCheckpoint, RandomState, last_checkpoint
 from moe_lightning.callbacks.random_state import random_states, set_random_states
+from moe_lightning.callbacks.spending import undisturbed
 from moe_lightning.data import TextDataModule
 from moe_lightning.modules import MixtralModule
 from tests.small_runs import small_options
@@ -54,6 +55,19 @@ def test_random_states_return_through_a_file(tmp_path: Path) -> None:
     first = draw()
     draw()
     set_random_states(torch.load(tmp_path / "states.pt", weights_only=True))
+    assert draw() == first
+
+
+def test_what_is_measured_beside_a_run_leaves_no_trace_in_it() -> None:
+    states = random_states()
+    first = draw()
+    set_random_states(states)
+    with torch.inference_mode():
+        with pytest.raises(OSError), undisturbed(Trainer(accelerator="cpu", logger=False, barebones=True)):
+            draw()
+            kept = torch.ones(2)
+            raise OSError
+        assert torch.is_inference_mode_enabled() and not kept.is_inference()
     assert draw() == first
 
 
