@@ -1,6 +1,10 @@
-"""Products with int8 weights, a code a byte: ``w = (code - zero) * scale``. They are dequantised tile by tile.
+"""Products with int8 weights, a code a byte: ``w = (code - zero) * scale``.
 
-Legend: S matrices (slots), O outputs, I inputs, G groups along the input, X inputs of a group, T outputs of a tile.
+On a CPU a compiled product reads the codes as they lie, where there is one; otherwise, and in the backward pass,
+weights are dequantised tile by tile.
+
+Legend: S matrices (slots), O outputs, I inputs, G groups along the input, X inputs of a group, T outputs of a tile, P
+rows sorted by slot.
 """
 
 from __future__ import annotations
@@ -10,7 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_kernels.int4 import TiledMatrices
+from moe_kernels.cpu_kernels.build import library
+from moe_kernels.cpu_kernels.int8 import compiled_int8_linear, takes_int8
+from moe_kernels.int4 import TiledMatrices, row_groups
+from moe_kernels.machine import int8_route, this_machine
 
 SYMMETRIC_ZERO = 128
 
@@ -54,3 +61,18 @@ class ByteMatrices(TiledMatrices):
     def _tile(self, slot: int, part: slice, dtype: torch.dtype) -> Tensor:
         zero = SYMMETRIC_ZERO if self.zero_SOG is None else self.zero_SOG[slot, part]
         return dequantize_codes(self.codes_SOI[slot, part], self.scale_SOG[slot, part], zero, dtype)
+
+    def grouped_product(self, rows_PI: Tensor, offsets_S: Tensor, ends: list[int], out_PO: Tensor) -> None:
+        """See `Int4Matrices.grouped_product`: all slots in one call, where the product is compiled."""
+        weights = self.codes_SOI, self.scale_SOG, self.zero_SOG
+        most = max((group.stop - group.start for _, group in row_groups(ends)), default=0)
+        if (
+            most == 0
+            or not takes_int8(rows_PI, *weights)
+            or int8_route(most, rows_PI.dtype, this_machine()) != "kernel"
+            or library() is None
+        ):
+            super().grouped_product(rows_PI, offsets_S, ends, out_PO)
+            return
+        ends_S = offsets_S.to("cpu", torch.int32).contiguous()
+        compiled_int8_linear(rows_PI.contiguous(), ends_S, *weights, out_PO)

@@ -44,6 +44,7 @@ _OP_ROWS_EMULATED = 512
 _MATRIX_UNITS = 0.2
 _MATRIX_UNIT_ROWS_DENSE = 8
 _MATRIX_UNIT_ROWS_INT4 = 64
+_MATRIX_UNIT_ROWS_INT8 = 64
 
 VARIABLE = "MOE_KERNELS_CPU"
 """Environment variable that fixes the answers; read at the first product."""
@@ -80,6 +81,7 @@ class Machine:
 
 DenseRoute = Literal["product", "kernel", "fp32 tiles"]
 Int4Route = Literal["kernel", "op", "bf16 tiles", "fp32 tiles", "exact tiles"]
+Int8Route = Literal["kernel", "tiles"]
 
 
 def dense_route(rows: int, dtype: torch.dtype, machine: Machine) -> DenseRoute:
@@ -125,6 +127,24 @@ def int4_route(rows: int, dtype: torch.dtype, machine: Machine) -> Int4Route:
     if machine.int4 == "op" and rows <= (_OP_ROWS_EMULATED if machine.bf16_emulated else _OP_ROWS_NATIVE):
         return "op"
     return "fp32 tiles" if machine.bf16_emulated else "bf16 tiles"
+
+
+def int8_route(rows: int, dtype: torch.dtype, machine: Machine) -> Int8Route:
+    """Say how rows of one expert are multiplied with int8 weights on a CPU.
+
+    Args:
+        rows: Rows that reached the expert.
+        dtype: Of the rows.
+        machine: From :func:`this_machine`.
+
+    Returns:
+        ``kernel``: the product of `moe_kernels.cpu_kernels`. ``tiles``: a few rows of the weights at a time,
+        dequantised.
+    """
+    if machine.int4 != "kernel" or dtype not in (torch.bfloat16, torch.float32):
+        return "tiles"
+    units = dtype == torch.bfloat16 and machine.bf16_over_fp32 < _MATRIX_UNITS
+    return "tiles" if units and rows >= _MATRIX_UNIT_ROWS_INT8 else "kernel"
 
 
 # Two threads that measure at once would disturb one another, and could find different answers.

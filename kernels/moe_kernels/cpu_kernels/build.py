@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("int4.c", "dense.c")
+SOURCES = ("int4.c", "int8.c", "dense.c")
 HEADERS = ("vectors.h",)
 
 _FLAGS = ("-O3", "-shared", "-fPIC", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
@@ -37,6 +37,8 @@ _FUNCTIONS = {
     "moe_int4_product": ([_POINTER] * 7 + [_LONG] * 4 + [_INT] * 3, None),
     "moe_dense_scratch": ([_LONG, _LONG], _LONG),
     "moe_dense_product": ([_POINTER] * 5 + [_LONG] * 3 + [_INT], None),
+    "moe_int8_scratch": ([_LONG] * 3 + [_INT] * 2, _LONG),
+    "moe_int8_product": ([_POINTER] * 7 + [_LONG] * 4 + [_INT] * 3, None),
 }
 
 logger = logging.getLogger(__name__)
