@@ -1,4 +1,4 @@
-"""Products of few rows with bf16 weights on a CPU, where torch's are not the fastest; without gradients.
+"""Products with dense weights on a CPU where torch's are not the fastest; without gradients.
 
 Legend: S matrices, O outputs, X inputs, P rows sorted by matrix, T outputs of a tile.
 """
@@ -18,17 +18,19 @@ _TILE_ROWS = 256
 
 
 def cpu_product_pays(rows_PX: Tensor, weight_SOX: Tensor) -> bool:
-    """Say whether :func:`cpu_grouped_linear` is the way for a product: bf16 on a CPU, without gradients."""
-    return (
-        rows_PX.device.type == weight_SOX.device.type == "cpu"
-        and rows_PX.dtype == weight_SOX.dtype == torch.bfloat16
-        and not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and (rows_PX.requires_grad or weight_SOX.requires_grad))
-        # How many rows a group has, is seen when they are there.
-        and (
-            this_machine().int4 == "kernel" or dense_route(rows_PX.shape[0], rows_PX.dtype, this_machine()) != "product"
-        )
-    )
+    """Say whether :func:`cpu_grouped_linear` is the way for a product: on a CPU, without gradients."""
+    # Tensors of other classes (fake ones, of a tracer) have no memory to read.
+    if type(rows_PX) is not Tensor or torch.compiler.is_compiling():
+        return False
+    if not rows_PX.device.type == weight_SOX.device.type == "cpu" or rows_PX.dtype != weight_SOX.dtype:
+        return False
+    if rows_PX.dtype not in (torch.bfloat16, torch.float32):
+        return False
+    if torch.is_grad_enabled() and (rows_PX.requires_grad or weight_SOX.requires_grad):
+        return False
+    # How many rows a group has, is seen when they are there.
+    machine = this_machine()
+    return machine.int4 == "kernel" or dense_route(*rows_PX.shape, rows_PX.dtype, machine) != "product"
 
 
 def cpu_grouped_linear(
@@ -37,7 +39,7 @@ def cpu_grouped_linear(
     """Multiply each group of rows with its own matrix, each in the way that is fastest; not differentiable.
 
     Args:
-        rows_PX: Rows sorted by group, bfloat16 on a CPU, ``[P, X]``.
+        rows_PX: Rows sorted by group, bfloat16 or float32 on a CPU, ``[P, X]``.
         weight_SOX: One matrix for each group, ``[S, O, X]``.
         offsets_S: End of each group, int32 ``[S]``; the last one equals P.
         machine: Decides what is fastest; this one where None.
@@ -50,7 +52,7 @@ def cpu_grouped_linear(
     ends = offsets_S.tolist()
     starts = [0, *ends[:-1]]
     numbers = {end - start for start, end in zip(starts, ends, strict=True)} - {0}
-    routes = {dense_route(number, rows_PX.dtype, machine) for number in numbers}
+    routes = {dense_route(number, rows_PX.shape[1], rows_PX.dtype, machine) for number in numbers}
     if routes == {"kernel"} and weight_SOX.is_contiguous():
         compiled_grouped_linear(rows_PX.contiguous(), weight_SOX, _ends(offsets_S), out_PO)
         return out_PO
@@ -65,7 +67,7 @@ def _ends(offsets_S: Tensor) -> Tensor:
 
 
 def _one_group(rows_PX: Tensor, weight_OX: Tensor, out_PO: Tensor, machine: Machine) -> None:
-    route = dense_route(rows_PX.shape[0], rows_PX.dtype, machine)
+    route = dense_route(*rows_PX.shape, rows_PX.dtype, machine)
     if route == "kernel" and weight_OX.is_contiguous():
         end = torch.tensor([rows_PX.shape[0]], dtype=torch.int32, device="cpu")
         compiled_grouped_linear(rows_PX.contiguous(), weight_OX[None], end, out_PO)

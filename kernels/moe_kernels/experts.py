@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_kernels.cpu_dense import cpu_grouped_linear, cpu_product_pays
+from moe_kernels.cpu_kernels.pairs import compiled_combine, compiled_sort
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -77,6 +78,9 @@ def sort_pairs(index_NK: Tensor, slot_map_E: Tensor, num_slots: int) -> RoutedPa
     Returns:
         The pairs; novices' pairs are not among them.
     """
+    compiled = compiled_sort(index_NK, slot_map_E, num_slots)
+    if compiled is not None:
+        return RoutedPairs(*compiled, index_NK.shape[-1])
     num_experts = slot_map_E.shape[0]
     flat = index_NK.reshape(-1)
     known = (flat >= 0) & (flat < num_experts)
@@ -196,6 +200,31 @@ def combine_pairs(outputs_PH: Tensor, pairs: RoutedPairs, weight_NK: Tensor) -> 
     return table.index_copy(0, pairs.order, weighted_PH).view(num_tokens, top_k, hidden_size).sum(1)
 
 
+def combine_with_novices(
+    outputs_PH: Tensor,
+    pairs: RoutedPairs,
+    index_NK: Tensor,
+    weight_NK: Tensor,
+    slot_map_E: Tensor,
+    novices_VH: Tensor | None,
+    hidden_NH: Tensor | None = None,
+    maps: NoviceMaps | None = None,
+) -> Tensor:
+    """Weigh the pairs' outputs and add them up with the novices' share: `combine_pairs`, then `add_novices`.
+
+    Args and Returns are those of the two. Where no gradient is wanted on a CPU with compiled products, constants are
+    added in the same pass, each in its turn.
+    """
+    constants = novices_VH is None or maps is None or not maps.in_RH.shape[0]
+    vectors_VH = novices_VH if constants else None
+    summed_NH = compiled_combine(outputs_PH, pairs.order, index_NK, weight_NK, slot_map_E, vectors_VH)
+    if summed_NH is None:
+        summed_NH = combine_pairs(outputs_PH, pairs, weight_NK)
+    elif constants:
+        return summed_NH
+    return add_novices(summed_NH, index_NK, weight_NK, slot_map_E, novices_VH, hidden_NH, maps)
+
+
 def novice_weights(index_NK: Tensor, weight_NK: Tensor, slot_map_E: Tensor, num_novices: int) -> Tensor:
     """Scatter the routing weights of the novices' pairs into a table ``[N, V]``.
 
@@ -291,8 +320,9 @@ def mix_experts(
     """
     pairs = sort_pairs(index_NK, slot_map_E, gate_up_S2IH.shape[0])
     outputs_PH = expert_outputs(hidden_NH, pairs, gate_up_S2IH, down_SHI, activation, bias_SH)
-    mixed_NH = combine_pairs(outputs_PH, pairs, weight_NK)
-    return add_novices(mixed_NH, index_NK, weight_NK, slot_map_E, novices_VH, hidden_NH, maps).to(hidden_NH.dtype)
+    return combine_with_novices(outputs_PH, pairs, index_NK, weight_NK, slot_map_E, novices_VH, hidden_NH, maps).to(
+        hidden_NH.dtype
+    )
 
 
 def mix_experts_by_loop(

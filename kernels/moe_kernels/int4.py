@@ -102,7 +102,8 @@ class TiledMatrices(Int4Matrices):
         """Return some outputs of a matrix in floating point, ``[T, I]``."""
 
     def _tiles(self, slot: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        step = max(16, TILE_WEIGHTS // max(self.inputs, 1))
+        # Layouts keep sixteen outputs together.
+        step = max(1, TILE_WEIGHTS // (16 * max(self.inputs, 1))) * 16
         for first in range(0, self.outputs, step):
             part = slice(first, first + step)
             yield part, self._tile(slot, part, dtype)

@@ -29,15 +29,25 @@ from moe_kernels.cpu_kernels.build import library, why_not
 # Rows of one expert from which tiles of bf16 weights in fp32 are faster than an emulated product in bf16. Measured on
 # 4096 x 4096: 1.0 times as fast at 4 rows, 1.1 at 8, 1.2 at 16, 1.8 at 32, 2.0 at 64 and 128, 2.3 at 512.
 _UPCAST_ROWS = 8
-# Rows up to which the compiled product with dense weights is faster than torch's where bf16 is native: 2.0 times as
-# fast at 1 row, 1.2 to 1.5 at 2 to 8, 1.6 at 16, 1.2 at 32, 1.0 to 1.1 at 64. Where bf16 is emulated it always is (3 to
-# 5 times as fast as torch's product, 1.3 to 3.8 times as tiles), but for one row, where both read as fast as they can.
+# Rows up to which the compiled product with dense weights is faster than torch's.
+# Native bf16, 14336 x 4096: 2.0 times as fast at 1 row, 1.2 to 1.5 at 2 to 8, 1.6 at 16, 1.2 at 32, 1.0 to 1.1 at 64;
+# 1024 x 256 and smaller: 3 to 5 times at 1 row, 1.4 to 3 at 8, 0.9 to 1.6 at 32, 0.8 to 1.1 at 64. Where bf16 is
+# emulated it always is (3 to 5 times as fast as torch's product, 1.3 to 3.8 times as tiles), but for one row, where
+# both read as fast as they can. fp32: 1.0 times as fast at 1 row, 2.8 at 4, 3.1 at 8, 2.4 at 16, 1.7 at 32, 1.3 at 64
+# to 128, 1.1 at 256; with 1024 inputs 1.3 at 128; with 256 inputs 1.0 at 16, with 128 1.0 at 8 and 0.7 from 32 on.
 _COMPILED_ROWS = 64
+_COMPILED_ROWS_NARROW = 32
+_NARROW_INPUTS = 512
+_COMPILED_ROWS_FP32 = 256
+_FP32_INPUTS_A_ROW = 16
 # Rows up to which torch's int4 product is faster than to dequantise tiles and multiply them. It works in fp32: where
 # bf16 is native, tiles are 0.7 to 1.0 times as fast at 64 rows (4096 x 14336, 14336 x 4096, 4096 x 4096), 1.0 to 1.1 at
 # 80, 1.1 to 1.2 at 96, 1.6 at 256, twice at 512; where it is not, they never are on AVX-512. Larger tiles gain nothing.
 _OP_ROWS_NATIVE = 80
 _OP_ROWS_EMULATED = 512
+# Rows up to which the compiled product with weights of the pattern 2:4 is faster than to spell out tiles and multiply
+# them: PLACEHOLDER.
+_SPARSE24_ROWS = 1024
 
 # CPUs with units for whole matrices (AMX) multiply bf16 many times as fast as fp32. From so many rows of an expert on
 # torch's products, also those of dequantised tiles, should gain from them there. Not measured: none was at hand.
@@ -45,6 +55,7 @@ _MATRIX_UNITS = 0.2
 _MATRIX_UNIT_ROWS_DENSE = 8
 _MATRIX_UNIT_ROWS_INT4 = 64
 _MATRIX_UNIT_ROWS_INT8 = 64
+_MATRIX_UNIT_ROWS_SPARSE24 = 64
 
 VARIABLE = "MOE_KERNELS_CPU"
 """Environment variable that fixes the answers; read at the first product."""
@@ -67,7 +78,8 @@ class Machine:
     Attributes:
         bf16_emulated: Products in bf16 are slower than in fp32.
         int4: What multiplies with int4 weights: ``kernel``, the product in `moe_kernels.cpu_kernels`; ``op``, that of
-            torch, where it is fast; ``tiles``, neither. With ``kernel``, dense bf16 weights have a compiled product.
+            torch, where it is fast; ``tiles``, neither. With ``kernel``, dense bf16 weights and those of the pattern 2:4
+            have a compiled product.
         bf16_over_fp32: Time of a product in bf16 over that of the same in fp32, 64 rows; nan where not measured.
         op_over_fp32: Time of the int4 product over that of the same in fp32, 4 rows; infinite where there is none, nan
             where not measured.
@@ -82,13 +94,15 @@ class Machine:
 DenseRoute = Literal["product", "kernel", "fp32 tiles"]
 Int4Route = Literal["kernel", "op", "bf16 tiles", "fp32 tiles", "exact tiles"]
 Int8Route = Literal["kernel", "tiles"]
+Sparse24Route = Literal["kernel", "tiles"]
 
 
-def dense_route(rows: int, dtype: torch.dtype, machine: Machine) -> DenseRoute:
+def dense_route(rows: int, inputs: int, dtype: torch.dtype, machine: Machine) -> DenseRoute:
     """Say how rows of one expert are multiplied with dense weights on a CPU.
 
     Args:
         rows: Rows that reached the expert.
+        inputs: Of the weights.
         dtype: Of rows and weights.
         machine: From :func:`this_machine`.
 
@@ -96,12 +110,16 @@ def dense_route(rows: int, dtype: torch.dtype, machine: Machine) -> DenseRoute:
         ``product``: as they are. ``kernel``: by the product in `moe_kernels.cpu_kernels`. ``fp32 tiles``: a few rows of
         the weights at a time, in fp32.
     """
+    if dtype == torch.float32 and machine.int4 == "kernel":
+        return "kernel" if rows <= min(_COMPILED_ROWS_FP32, inputs // _FP32_INPUTS_A_ROW) else "product"
     if dtype != torch.bfloat16:
         return "product"
     if machine.int4 == "kernel":
         if machine.bf16_emulated:
             return "kernel" if rows > 1 else "product"
-        most = _MATRIX_UNIT_ROWS_DENSE if machine.bf16_over_fp32 < _MATRIX_UNITS else _COMPILED_ROWS
+        most = _COMPILED_ROWS if inputs >= _NARROW_INPUTS else _COMPILED_ROWS_NARROW
+        if machine.bf16_over_fp32 < _MATRIX_UNITS:
+            most = _MATRIX_UNIT_ROWS_DENSE
         return "kernel" if rows <= most else "product"
     return "fp32 tiles" if machine.bf16_emulated and rows >= _UPCAST_ROWS else "product"
 
@@ -127,6 +145,23 @@ def int4_route(rows: int, dtype: torch.dtype, machine: Machine) -> Int4Route:
     if machine.int4 == "op" and rows <= (_OP_ROWS_EMULATED if machine.bf16_emulated else _OP_ROWS_NATIVE):
         return "op"
     return "fp32 tiles" if machine.bf16_emulated else "bf16 tiles"
+
+
+def sparse24_route(rows: int, dtype: torch.dtype, machine: Machine) -> Sparse24Route:
+    """Say how rows of one expert are multiplied with weights of the pattern 2:4 on a CPU.
+
+    Args:
+        rows: Rows that reached the expert.
+        dtype: Of rows and weights.
+        machine: From :func:`this_machine`.
+
+    Returns:
+        ``kernel``: the product of `moe_kernels.cpu_kernels`. ``tiles``: a few rows of the weights at a time, spelled out.
+    """
+    if machine.int4 != "kernel" or dtype not in (torch.bfloat16, torch.float32):
+        return "tiles"
+    units = dtype == torch.bfloat16 and machine.bf16_over_fp32 < _MATRIX_UNITS
+    return "kernel" if rows <= (_MATRIX_UNIT_ROWS_SPARSE24 if units else _SPARSE24_ROWS) else "tiles"
 
 
 def int8_route(rows: int, dtype: torch.dtype, machine: Machine) -> Int8Route:

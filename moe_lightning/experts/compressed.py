@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from moe_kernels import ABSENT, NoviceMaps, add_novices, combine_pairs, sort_pairs
+from moe_kernels import ABSENT, NoviceMaps, combine_with_novices, sort_pairs
 from moe_kernels.experts import Activation
 from torch import Tensor, nn
 
@@ -139,10 +139,11 @@ class CompressedExperts(nn.Module):
                 return mixed_NH
         slot_map = self.slot_map_on(hidden_NH.device)
         pairs = sort_pairs(index_NK, slot_map, self.storage.num_slots)
-        mixed_NH = combine_pairs(self.storage(hidden_NH, pairs, self.act_fn), pairs, weight_NK)
+        outputs_PH = self.storage(hidden_NH, pairs, self.act_fn)
         maps = self.maps_on(hidden_NH.device)
-        mixed_NH = add_novices(mixed_NH, index_NK, weight_NK, slot_map, self.novices, hidden_NH, maps)
-        return mixed_NH.to(hidden_NH.dtype)
+        return combine_with_novices(outputs_PH, pairs, index_NK, weight_NK, slot_map, self.novices, hidden_NH, maps).to(
+            hidden_NH.dtype
+        )
 
     def kernel_inputs(self, hidden_NH: Tensor) -> KernelInputs | None:
         """Return what the kernels for inference take of this layer; None where they do not know it.

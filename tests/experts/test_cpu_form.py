@@ -179,11 +179,11 @@ def test_loading_while_it_works() -> None:
     assert stack.in_cpu_form
 
 
-# The kernel takes any scales.
+# The kernel takes any scales, and is taken for training.
 @pytest.mark.parametrize(
     ("product", "why"),
-    [(product, why) for product in WORKING for why in ("type", "gradient", "no rows", "outputs", "slow")]
-    + [("op", "scales")],
+    [(product, why) for product in WORKING for why in ("type", "no rows", "outputs", "slow")]
+    + [("op", "scales"), ("op", "gradient")],
     indirect=["product"],
 )
 def test_stays_stored(why: str, product: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +204,25 @@ def test_stays_stored(why: str, product: str, monkeypatch: pytest.MonkeyPatch) -
         got = stack.linear(x, offsets)
         assert not x.shape[0] or close(got, reference, 4e-3)
         check_stored(stack, stored)
+
+
+@pytest.mark.parametrize("product", ["kernel"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_was_computed_before_does_not_show_in_training(dtype: torch.dtype) -> None:
+    x, offsets = rows(dtype=dtype)
+    probe = torch.randn(len(x), OUTPUTS, generator=torch.Generator().manual_seed(4)).to(dtype)
+    found = []
+    for evaluated in (False, True):
+        stack, leaf = make_stack(), x.clone().requires_grad_()
+        if evaluated:
+            with torch.no_grad():
+                stack.linear(x, offsets)
+        out = stack.linear(leaf, offsets)
+        out.backward(probe)
+        assert leaf.grad is not None
+        found.append((out.detach(), leaf.grad))
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("product", ["op"], indirect=True)  # the kernel takes any weights of this size

@@ -22,9 +22,11 @@ needs_library = pytest.mark.skipif(
 )
 
 
-def draw_case(ends: tuple[int, ...], outputs: int = 40, inputs: int = 24) -> tuple[torch.Tensor, ...]:
-    weight = draw_rows(len(ends) * outputs, inputs, torch.bfloat16, seed=1).view(len(ends), outputs, inputs)
-    return draw_rows(ends[-1], inputs, torch.bfloat16), weight, torch.tensor(ends, dtype=torch.int32)
+def draw_case(
+    ends: tuple[int, ...], outputs: int = 40, inputs: int = 24, dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, ...]:
+    weight = draw_rows(len(ends) * outputs, inputs, dtype, seed=1).view(len(ends), outputs, inputs)
+    return draw_rows(ends[-1], inputs, dtype), weight, torch.tensor(ends, dtype=torch.int32)
 
 
 def in_float64(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -77,7 +79,7 @@ def test_is_taken_where_bf16_is_emulated_and_no_gradient_is_wanted(monkeypatch: 
         assert cpu_product_pays(rows, weight) and cpu_product_pays(rows[:1], weight)
         monkeypatch.setattr(cpu_dense, "this_machine", lambda: EMULATED)
         assert cpu_product_pays(rows, weight) and not cpu_product_pays(rows[:3], weight)
-        assert not cpu_product_pays(rows.float(), weight.float()) and not cpu_product_pays(
+        assert not cpu_product_pays(rows.double(), weight.double()) and not cpu_product_pays(
             rows.to("meta"), weight.to("meta")
         )
 
@@ -110,25 +112,42 @@ def test_many_rows_are_multiplied_with_tiles(machine: Machine, rows: int, route:
 
 
 @pytest.mark.parametrize(
-    ("machine", "rows", "route"),
+    ("machine", "rows", "inputs", "route"),
     [
-        (NATIVE, 1, "product"),
-        (NATIVE, 512, "product"),
-        (EMULATED, 7, "product"),
-        (EMULATED, 8, "fp32 tiles"),
-        (KERNEL, 1, "kernel"),
-        (KERNEL, 64, "kernel"),
-        (KERNEL, 65, "product"),
-        (KERNEL_EMULATED, 1, "product"),
-        (KERNEL_EMULATED, 2, "kernel"),
-        (KERNEL_EMULATED, 4096, "kernel"),
-        (MATRIX_UNITS, 8, "kernel"),
-        (MATRIX_UNITS, 9, "product"),
+        (NATIVE, 1, 4096, "product"),
+        (NATIVE, 512, 4096, "product"),
+        (EMULATED, 7, 4096, "product"),
+        (EMULATED, 8, 4096, "fp32 tiles"),
+        (KERNEL, 1, 4096, "kernel"),
+        (KERNEL, 64, 512, "kernel"),
+        (KERNEL, 65, 4096, "product"),
+        (KERNEL, 32, 128, "kernel"),
+        (KERNEL, 33, 128, "product"),
+        (KERNEL_EMULATED, 1, 4096, "product"),
+        (KERNEL_EMULATED, 2, 4096, "kernel"),
+        (KERNEL_EMULATED, 4096, 128, "kernel"),
+        (MATRIX_UNITS, 8, 4096, "kernel"),
+        (MATRIX_UNITS, 9, 4096, "product"),
     ],
 )
-def test_the_way_of_dense_rows(machine: Machine, rows: int, route: DenseRoute) -> None:
-    assert dense_route(rows, torch.bfloat16, machine) == route
-    assert dense_route(rows, torch.float32, machine) == "product"
+def test_the_way_of_rows_in_bf16(machine: Machine, rows: int, inputs: int, route: DenseRoute) -> None:
+    assert dense_route(rows, inputs, torch.bfloat16, machine) == route
+
+
+@pytest.mark.parametrize(
+    ("machine", "rows", "inputs", "route"),
+    [
+        (NATIVE, 1, 4096, "product"),
+        (KERNEL, 1, 64, "kernel"),
+        (KERNEL, 8, 128, "kernel"),
+        (KERNEL, 9, 128, "product"),
+        (KERNEL, 256, 4096, "kernel"),
+        (KERNEL_EMULATED, 257, 14336, "product"),
+    ],
+)
+def test_the_way_of_rows_in_fp32(machine: Machine, rows: int, inputs: int, route: DenseRoute) -> None:
+    assert dense_route(rows, inputs, torch.float32, machine) == route
+    assert dense_route(rows, inputs, torch.float64, machine) == "product"
 
 
 @needs_library
@@ -147,13 +166,23 @@ def test_the_kernel_equals_float64(machine: Machine, ends: tuple[int, ...], outp
 
 
 @needs_library
+@pytest.mark.parametrize("ends", [(1, 1, 3, 5), (0, 7, 30, 31), (20, 90, 91, 400), (0, 0, 0, 0)], ids=str)
+@pytest.mark.parametrize(("outputs", "inputs"), [(40, 24), (7, 65), (64, 256), (3, 1), (129, 130)])
+def test_the_kernel_in_fp32_equals_float64(ends: tuple[int, ...], outputs: int, inputs: int) -> None:
+    case = draw_case(ends, outputs, inputs, torch.float32)
+    got = cpu_grouped_linear(*case, machine=KERNEL)
+    assert got.dtype == torch.float32 and relative_error(got, in_float64(*case).numpy()) <= 1e-6
+
+
+@needs_library
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 5e-3), (torch.float32, 1e-6)], ids=str)
 @pytest.mark.parametrize("number", range(1, 26))
-def test_the_kernel_with_every_number_of_rows(number: int) -> None:
-    rows, weight, offsets = draw_case((number,), 10, 200)
-    got = torch.empty(number, 10, dtype=torch.bfloat16)
+def test_the_kernel_with_every_number_of_rows(number: int, dtype: torch.dtype, tolerance: float) -> None:
+    rows, weight, offsets = draw_case((number,), 10, 200, dtype)
+    got = torch.empty(number, 10, dtype=dtype)
     compiled_grouped_linear(rows, weight, offsets, got)
     for row, expected in zip(got, in_float64(rows, weight, offsets), strict=True):
-        assert relative_error(row, expected.numpy()) <= 5e-3
+        assert relative_error(row, expected.numpy()) <= tolerance
 
 
 @needs_library
@@ -174,10 +203,12 @@ def test_weights_that_do_not_lie_in_a_row_are_multiplied_otherwise() -> None:
     assert relative_error(cpu_grouped_linear(rows, turned, offsets, machine=KERNEL), expected) <= 3e-3
     spread = rows.repeat_interleave(2, 1)[:, ::2]
     assert relative_error(cpu_grouped_linear(spread, weight, offsets, machine=KERNEL), expected) <= 3e-3
-    with pytest.raises(RuntimeError, match="wants a library, and contiguous tensors in bfloat16"):
+    with pytest.raises(RuntimeError, match="wants a library, and contiguous tensors on the CPU"):
         compiled_grouped_linear(rows, turned, offsets, rows.new_empty(9, 32))
-    with pytest.raises(RuntimeError, match="wants a library, and contiguous tensors in bfloat16"):
-        compiled_grouped_linear(rows.float(), weight.float(), offsets, rows.new_empty(9, 32))
+    with pytest.raises(RuntimeError, match="wants a library, and contiguous tensors on the CPU"):
+        compiled_grouped_linear(rows.float(), weight, offsets, rows.new_empty(9, 32))
+    with pytest.raises(RuntimeError, match="wants a library, and contiguous tensors on the CPU"):
+        compiled_grouped_linear(rows.double(), weight.double(), offsets, rows.new_empty(9, 32).double())
 
 
 @needs_library
@@ -196,7 +227,7 @@ def test_every_way_is_taken_somewhere() -> None:
     machines = [Machine(emulated, product) for emulated in (False, True) for product in get_args(Int4Product)]
     types = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     seen = {
-        (dense_route(rows, dtype, machine), int4_route(rows, dtype, machine), dtype)
+        (dense_route(rows, 1024, dtype, machine), int4_route(rows, dtype, machine), dtype)
         for machine in machines
         for rows in (1, 8, 64, 1024)
         for dtype in types
@@ -204,6 +235,7 @@ def test_every_way_is_taken_somewhere() -> None:
     assert {dense for dense, _, _ in seen} == set(get_args(DenseRoute))
     assert {packed for _, packed, _ in seen} == set(get_args(Int4Route))
     # Other types are multiplied as they are.
-    assert {dense for dense, _, dtype in seen if dtype != torch.bfloat16} == {"product"}
+    assert {dense for dense, _, dtype in seen if dtype == torch.float32} == {"product", "kernel"}
+    assert {dense for dense, _, dtype in seen if dtype not in (torch.bfloat16, torch.float32)} == {"product"}
     assert {packed for _, packed, dtype in seen if dtype == torch.float32} == {"exact tiles", "kernel"}
     assert {packed for _, packed, dtype in seen if dtype not in (torch.bfloat16, torch.float32)} == {"exact tiles"}

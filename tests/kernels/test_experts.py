@@ -192,6 +192,7 @@ def test_sentinel_equals_the_untouched_transformers_module(mix) -> None:
 def test_the_grouped_product_is_taken_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     grouped = torch.nn.functional.grouped_mm
+    monkeypatch.setattr(kernels, "cpu_product_pays", lambda *_: False)
     monkeypatch.setattr(kernels.F, "grouped_mm", lambda *args, **kwargs: calls.append(1) or grouped(*args, **kwargs))
     for dtype, expected in ((torch.float32, 2), (torch.bfloat16, 2), (torch.float64, 0)):
         calls.clear()

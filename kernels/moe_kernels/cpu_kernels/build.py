@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("int4.c", "int8.c", "dense.c")
-HEADERS = ("vectors.h",)
+SOURCES = ("int4.c", "int8.c", "dense.c", "dense_fp32.c", "pairs.c", "sparse24.c")
+HEADERS = ("vectors.h", "dense_product.h")
 
 _FLAGS = ("-O3", "-shared", "-fPIC", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
 # The library's threads are then those of torch, whose OpenMP is loaded already.
@@ -35,10 +35,16 @@ _LONG, _POINTER, _INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 _FUNCTIONS = {
     "moe_int4_scratch": ([_LONG, _LONG, _LONG, _INT], _LONG),
     "moe_int4_product": ([_POINTER] * 7 + [_LONG] * 4 + [_INT] * 3, None),
+    "moe_sparse24_scratch": ([_LONG, _LONG, _INT], _LONG),
+    "moe_sparse24_product": ([_POINTER] * 6 + [_LONG] * 3 + [_INT] * 2, None),
     "moe_dense_scratch": ([_LONG, _LONG], _LONG),
     "moe_dense_product": ([_POINTER] * 5 + [_LONG] * 3 + [_INT], None),
     "moe_int8_scratch": ([_LONG] * 3 + [_INT] * 2, _LONG),
     "moe_int8_product": ([_POINTER] * 7 + [_LONG] * 4 + [_INT] * 3, None),
+    "moe_dense_fp32_scratch": ([_LONG, _LONG], _LONG),
+    "moe_dense_fp32_product": ([_POINTER] * 5 + [_LONG] * 3 + [_INT], None),
+    "moe_sort_pairs": ([_POINTER] * 2 + [_LONG] * 3 + [_POINTER] * 2, _LONG),
+    "moe_combine": ([_POINTER] * 8 + [_LONG] * 6 + [_INT] * 4, None),
 }
 
 logger = logging.getLogger(__name__)

@@ -69,6 +69,11 @@ INLINE uint16_t bf16_of(float number) {
 }
 
 #ifdef __AVX512F__
+/* Sixteen numbers, or those that are left and zeros. */
+INLINE __m512 load_floats(const float *from, int left) {
+    return left >= LANES ? _mm512_loadu_ps(from) : _mm512_maskz_loadu_ps((__mmask16)((1u << left) - 1), from);
+}
+
 /* Adds up the lanes of four vectors. */
 INLINE __m128 add_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));

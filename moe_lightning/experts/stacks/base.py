@@ -154,10 +154,15 @@ def slot_index(slots: Sequence[int], device: torch.device) -> Tensor:
 
 
 def packed_buffers(module: nn.Module) -> list[str]:
-    """Return the names of the buffers that hold packed weights, anywhere in a module."""
+    """Return the names of the buffers that hold packed weights, anywhere in a module, in whatever form they may be."""
     return [
         f"{path}.{name}" if path else name
         for path, inner in module.named_modules()
         if isinstance(inner, WeightStack)
-        for name, _ in inner.named_buffers(recurse=False)
+        for name in sorted(_buffer_names(inner))
     ]
+
+
+def _buffer_names(stack: WeightStack) -> set[str]:
+    # The stored form is what a state dict has; working forms, which come and go, are in none.
+    return (set(stack.state_dict()) | stack._non_persistent_buffers_set) - dict(stack.named_parameters()).keys()

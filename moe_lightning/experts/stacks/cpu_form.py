@@ -89,8 +89,8 @@ class CpuForm(WeightStack):
     def linear(self, rows_PI: Tensor, offsets_S: Tensor) -> Tensor:
         """Multiply each group of rows with its own matrix, ``[P, O]``; differentiable in the rows.
 
-        Weights are dequantised tile by tile, or not at all: the first rows on a CPU, where no gradient is wanted, turn
-        the stack into the form of the compiled product (bf16 and fp32) or of torch's (bf16).
+        Weights are dequantised tile by tile, or not at all: the first rows on a CPU turn the stack into the form of the
+        compiled product (bf16 and fp32), or of torch's (bf16, where no gradient is wanted).
 
         Args:
             rows_PI: Rows sorted by slot, in the type to compute in.
@@ -112,13 +112,13 @@ class CpuForm(WeightStack):
         return LaneMatrices(self.lane_words, self.lane_scale, self.lane_zero)
 
     def _gains_from(self, rows_PI: Tensor) -> bool:
-        return (
-            not self._stays_stored
-            and rows_PI.device.type == "cpu"
-            and rows_PI.shape[0] > 0
-            and not (torch.is_grad_enabled() and rows_PI.requires_grad)
-            and rows_PI.dtype in _TYPES[this_machine().int4]
-        )
+        if self._stays_stored or rows_PI.device.type != "cpu" or not rows_PI.shape[0]:
+            return False
+        product = this_machine().int4
+        # torch's product has no gradient. The compiled one is taken for training as well: whether something else was
+        # computed with the stack before, an evaluation say, must not show in what training computes.
+        no_gradient = product == "op" and torch.is_grad_enabled() and rows_PI.requires_grad
+        return not no_gradient and rows_PI.dtype in _TYPES[product]
 
     def _take_cpu_form(self) -> None:
         form: dict[str, Tensor | None] | None = None

@@ -1,0 +1,61 @@
+"""The compiled product of rows with matrices of the pattern 2:4 as they are stored.
+
+Legend: S matrices (slots), O outputs, I inputs, K kept values of a row (I / 2), B bytes of places, P rows sorted by
+slot.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_kernels.cpu_kernels.build import library
+from moe_kernels.cpu_kernels.calls import scratch_memory, threads_for
+
+TYPES = (torch.bfloat16, torch.float32)
+"""Of rows and values, which must be the same."""
+
+
+def compiled_sparse24_linear(
+    rows_PI: Tensor, values_SOK: Tensor, metadata_SOB: Tensor, ends_S: Tensor, out_PO: Tensor
+) -> None:
+    """Multiply each group of rows with its own matrix, all groups in one call; not differentiable.
+
+    Args:
+        rows_PI: Rows sorted by slot, bfloat16 or float32 on a CPU, contiguous.
+        values_SOK: The kept two of every four, in the type of the rows, contiguous; see
+            `moe_kernels.packing.Packed24` for these two.
+        metadata_SOB: Their places, uint8, contiguous.
+        ends_S: End of each group, int32 on a CPU, contiguous; the last one equals P.
+        out_PO: Where the result is written, in the type of the rows, contiguous; sums are in fp32 and rounded once.
+
+    Raises:
+        RuntimeError: There is no compiled product on this machine, or a tensor is another than said.
+    """
+    found, wide = library(), rows_PI.dtype == torch.float32
+    numbers = (rows_PI, values_SOK, out_PO)
+    if (
+        found is None
+        or rows_PI.dtype not in TYPES
+        or any(tensor.dtype != rows_PI.dtype for tensor in numbers)
+        or any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in (*numbers, metadata_SOB, ends_S))
+    ):
+        raise RuntimeError("the compiled product wants a library, and contiguous tensors of one type on the CPU")
+    (slots, outputs, kept), rows = values_SOK.shape, rows_PI.shape[0]
+    if not rows or not outputs:
+        return
+    scratch, start = scratch_memory(found.moe_sparse24_scratch(rows, 2 * kept, wide))
+    found.moe_sparse24_product(
+        rows_PI.data_ptr(),
+        ends_S.data_ptr(),
+        values_SOK.data_ptr(),
+        metadata_SOB.data_ptr(),
+        out_PO.data_ptr(),
+        start,
+        slots,
+        outputs,
+        2 * kept,
+        wide,
+        threads_for(rows * outputs * kept),
+    )
+    del scratch  # held until here
