@@ -46,8 +46,12 @@ _FP32_INPUTS_A_ROW = 16
 _OP_ROWS_NATIVE = 80
 _OP_ROWS_EMULATED = 512
 # Rows up to which the compiled product with weights of the pattern 2:4 is faster than to spell out tiles and multiply
-# them: PLACEHOLDER.
-_SPARSE24_ROWS = 1024
+# them. bf16, 14336 x 4096: 4.8 times as fast at 1 row, 8.9 at 2, 7.7 at 4, 5.8 at 8, 3.8 at 16, 2.4 at 32, 1.8 at 64,
+# 1.3 at 128, 1.1 at 256, 0.95 at 1024; 4096 x 14336: 5.7 to 11 up to 8 rows, 1.9 at 128, 1.6 at 256. fp32: 2.3 to 2.9
+# at 1 row, 7 to 12 at 2 to 8, 1.9 to 2.3 at 128, 1.5 to 1.9 at 256, 0.9 to 1.4 at 512. bf16 where it is emulated: 2.7,
+# 12 and 6.7 at 1, 2 and 8 rows, 1.5 at 128, 1.4 at 256. Torch's product of as many dense weights, zeros among them, is
+# overtaken up to 32 rows in bf16, 128 in fp32.
+_SPARSE24_ROWS = 256
 
 # CPUs with units for whole matrices (AMX) multiply bf16 many times as fast as fp32. From so many rows of an expert on
 # torch's products, also those of dequantised tiles, should gain from them there. Not measured: none was at hand.
@@ -78,8 +82,8 @@ class Machine:
     Attributes:
         bf16_emulated: Products in bf16 are slower than in fp32.
         int4: What multiplies with int4 weights: ``kernel``, the product in `moe_kernels.cpu_kernels`; ``op``, that of
-            torch, where it is fast; ``tiles``, neither. With ``kernel``, dense bf16 weights and those of the pattern 2:4
-            have a compiled product.
+            torch, where it is fast; ``tiles``, neither. With ``kernel``, dense bf16 weights and those of the pattern
+            2:4 have a compiled product.
         bf16_over_fp32: Time of a product in bf16 over that of the same in fp32, 64 rows; nan where not measured.
         op_over_fp32: Time of the int4 product over that of the same in fp32, 4 rows; infinite where there is none, nan
             where not measured.
@@ -156,7 +160,8 @@ def sparse24_route(rows: int, dtype: torch.dtype, machine: Machine) -> Sparse24R
         machine: From :func:`this_machine`.
 
     Returns:
-        ``kernel``: the product of `moe_kernels.cpu_kernels`. ``tiles``: a few rows of the weights at a time, spelled out.
+        ``kernel``: the product of `moe_kernels.cpu_kernels`. ``tiles``: a few rows of the weights at a time, spelled
+        out.
     """
     if machine.int4 != "kernel" or dtype not in (torch.bfloat16, torch.float32):
         return "tiles"

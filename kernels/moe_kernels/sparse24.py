@@ -1,4 +1,6 @@
-"""Products with matrices of the pattern 2:4 on a CPU, whose zeros are spelled out for a tile of them at a time.
+"""Products with matrices of the pattern 2:4 on a CPU: of few rows by a compiled product, which reads them as stored.
+
+For many rows, and for gradients, zeros are spelled out for a tile of a matrix at a time.
 
 Places are 2 bits each; two values of a group of four have places ``first < second``, so one of six pairs. A tile is
 spelled out by operations on whole numbers, without an index for each value, in four planes: all first inputs of the
@@ -18,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_kernels.cpu_kernels.sparse24 import compiled_sparse24_linear
 from moe_kernels.experts import grouped_linear
 from moe_kernels.int4 import row_groups, tile_type
+from moe_kernels.machine import sparse24_route, this_machine
 from moe_kernels.packing import Packed24, unpack_24
 from moe_kernels.sparse24_row import one_row_pays, one_row_product
 
@@ -40,8 +44,10 @@ _SPREAD = (1 << 6) + (1 << 18)
 def sparse24_grouped_linear(rows_PI: Tensor, offsets_S: Tensor, values_SOK: Tensor, metadata_SOB: Tensor) -> Tensor:
     """Multiply each group of rows with its own matrix of the pattern 2:4: ``rows[group s] @ weight[s].T``.
 
-    On a CPU only matrices that rows reached are spelled out, tile by tile, in the backward pass again; for a single row
-    not even those, see `moe_kernels.sparse24_row`. Elsewhere, and while a compiler traces, it is :func:`sparse24_twin`.
+    On a CPU few rows of an expert, in bfloat16 or float32, are multiplied with the values as they are stored, where
+    `moe_kernels.cpu_kernels` can be compiled. Otherwise, and always in the backward pass, matrices that rows reached
+    are spelled out tile by tile; for a single row not even those, see `moe_kernels.sparse24_row`. Elsewhere, and while
+    a compiler traces, it is :func:`sparse24_twin`.
 
     Args:
         rows_PI: Rows sorted by slot, ``[P, I]``, in the type to compute in.
@@ -188,10 +194,13 @@ class _GroupedProduct(torch.autograd.Function):
         # The rows only where the values are trained.
         ctx.save_for_backward(rows_PI if ctx.needs_input_grad[2] else None, values_SOK, metadata_SOB)
         out_PO = rows_PI.new_empty(rows_PI.shape[0], values_SOK.shape[1])
+        left = _compiled(rows_PI, offsets_S, ctx.ends, values_SOK, metadata_SOB, out_PO)
+        if not left:
+            return out_PO
         with torch.autocast("cpu", enabled=False):
             expansion = _expansion(rows_PI, values_SOK)
             planes_PX = to_planes(rows_PI.to(expansion.dtype))
-            for slot, group in row_groups(ctx.ends):
+            for slot, group in left:
                 if one_row_pays(group.stop - group.start, values_SOK.shape[1], rows_PI.dtype):
                     values_OK = values_SOK[slot].to(rows_PI.dtype)
                     one_row_product(rows_PI[group.start], values_OK, metadata_SOB[slot], out_PO[group.start])
@@ -226,6 +235,32 @@ class _GroupedProduct(torch.autograd.Function):
                             grad_values[slot, part, place::2] = number_TG
             grad_rows = None if total_PX is None else from_planes(total_PX).to(grad_PO.dtype)
         return grad_rows, None, grad_values, None
+
+
+def _compiled(
+    rows_PI: Tensor, offsets_S: Tensor, ends: list[int], values_SOK: Tensor, metadata_SOB: Tensor, out_PO: Tensor
+) -> list[tuple[int, slice]]:
+    """Do the products for which the compiled one is the way; return slots and rows of the others."""
+    groups = list(row_groups(ends))
+    as_they_lie = values_SOK.is_contiguous() and metadata_SOB.is_contiguous()
+    if not groups or not as_they_lie or rows_PI.dtype != values_SOK.dtype:
+        return groups
+    machine = this_machine()
+    left = [
+        (slot, group)
+        for slot, group in groups
+        if sparse24_route(group.stop - group.start, rows_PI.dtype, machine) != "kernel"
+    ]
+    rows_PI = rows_PI.contiguous()
+    if not left:
+        ends_S = offsets_S.to("cpu", torch.int32).contiguous()
+        compiled_sparse24_linear(rows_PI, values_SOK, metadata_SOB, ends_S, out_PO)
+        return left
+    for slot, group in groups:
+        if (slot, group) not in left:
+            one, end = slice(slot, slot + 1), torch.tensor([group.stop - group.start], dtype=torch.int32, device="cpu")
+            compiled_sparse24_linear(rows_PI[group], values_SOK[one], metadata_SOB[one], end, out_PO[group])
+    return left
 
 
 def _expansion(rows: Tensor, values_SOK: Tensor) -> Expansion:

@@ -1,4 +1,7 @@
-"""Products with 2:4 matrices in plain torch against float64 loops in numpy, and their gradients against autograd."""
+"""Products with 2:4 matrices in plain torch against float64 loops in numpy, and their gradients against autograd.
+
+Those of the compiled product are in test_cpu_sparse24.py.
+"""
 
 from typing import NamedTuple
 
@@ -58,7 +61,8 @@ def product(case: Case) -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tiles in a small matrix, and a last one that is smaller."""
+    """Several tiles in a small matrix, and a last one that is smaller; also where there is a compiled product."""
+    monkeypatch.setattr(kernels, "sparse24_route", lambda *_: "tiles")
     monkeypatch.setattr(kernels, "TILE_BYTES", 600)
 
 

@@ -141,7 +141,8 @@ INLINE void store(const int kind, const float *total, char *out, int some) {
         for (int o = 0; o < some; o++) ((uint16_t *)out)[o] = bf16_of(total[o]);
 }
 
-INLINE void multiply_block(const int kind, const int rows, const Weights *of, const char *x, char *out, int64_t outputs) {
+INLINE void multiply_block(const int kind, const int rows, const Weights *of, const char *x, char *out,
+                           int64_t outputs) {
     const int step = step_of(kind), size = size_of_values(kind);
     __m512 sum[MOST_ROWS][OUTPUTS];
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int o = 0; o < OUTPUTS; o++) sum[r][o] = _mm512_setzero_ps();
