@@ -24,6 +24,9 @@
 #define MOST_ROWS 6
 #define OUTPUTS 4
 
+/* Rows that pass all weights together, to stay in a cache meanwhile. */
+#define ROWS_AT_ONCE 256
+
 /* What is multiplied with what: PAIRS, bf16 with bf16; WIDE, fp32 with fp32. */
 enum { PAIRS, WIDE };
 
@@ -285,13 +288,17 @@ void moe_int8_product(const void *rows, const int32_t *ends, const uint8_t *code
                 .wide_scale = wide_scale,
                 .wide_out = wide,
             };
-            const char *x_of_slot = x + first * inputs * size_of(kind);
-            char *out_of_slot = (char *)out + first * outputs * (wide ? 4 : 2);
+            const int64_t parts = (number + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+            for (int64_t part = 0; part < parts; part++) {
+                const int64_t from = first + number * part / parts, to = first + number * (part + 1) / parts;
+                const char *some_x = x + from * inputs * size_of(kind);
+                char *some_out = (char *)out + from * outputs * (wide ? 4 : 2);
 #pragma omp for schedule(dynamic) nowait
-            for (int64_t task = 0; task < tasks; task++)
-                for (int64_t quad = task * step; quad < quads && quad < (task + 1) * step; quad++)
-                    (wide ? multiply_fp32 : multiply_bf16)(&matrix, x_of_slot, out_of_slot, number, quad * OUTPUTS,
-                                                           own);
+                for (int64_t task = 0; task < tasks; task++)
+                    for (int64_t quad = task * step; quad < quads && quad < (task + 1) * step; quad++)
+                        (wide ? multiply_fp32 : multiply_bf16)(&matrix, some_x, some_out, to - from, quad * OUTPUTS,
+                                                               own);
+            }
         }
     }
 }
