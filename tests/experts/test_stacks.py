@@ -257,6 +257,32 @@ def test_products_on_a_cpu_spell_out_no_stack(monkeypatch: pytest.MonkeyPatch, n
         assert parameter.grad is not None and parameter.grad.any() == any(counts)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_2_of_4_is_multiplied_as_it_is_stored(dtype: torch.dtype) -> None:
+    """No product changes what a stack holds, and each sees what an optimizer, or anybody else, wrote before."""
+    stack, _ = packed(random_weight(SLOTS, OUTPUTS, INPUTS), FORMATS["2:4"], dtype)
+    assert isinstance(stack, Sparse24)
+    held, stored = stack.values, {name: tensor.clone() for name, tensor in stack.state_dict().items()}
+    counts = [3, 0, 1, 5]
+    rows, offsets = routed(counts, dtype=dtype)
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    optimizer = torch.optim.SGD(stack.parameters(), lr=0.1)
+    for _ in range(3):
+        exact = stack.dense(torch.float64).detach().numpy()
+        with torch.inference_mode():
+            first = stack.linear(rows, offsets)
+        numpy.testing.assert_allclose(first.double().numpy(), loop(rows, exact, counts), rtol=tolerance, atol=tolerance)
+        assert stack.values is held and set(stack.state_dict()) == set(stored)
+        assert all(torch.equal(stack.state_dict()[name], tensor) for name, tensor in stored.items())
+        optimizer.zero_grad()
+        second = stack.linear(rows, offsets)
+        torch.testing.assert_close(second.detach(), first, rtol=0, atol=0)  # evaluation and training see one product
+        second.square().sum().backward()
+        optimizer.step()
+        assert not torch.equal(stack.values, stored["values"])
+        stored["values"] = stack.values.detach().clone()
+
+
 def test_a_linear_layer_of_2_of_4_trains() -> None:
     stack, exact = packed(random_weight(1, OUTPUTS, INPUTS), FORMATS["2:4"])
     rows = random_weight(1, 7, INPUTS, 5)[0]
