@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_kernels.cpu_kernels.dense import compiled_grouped_linear
+from moe_kernels.cpu_kernels.dense import compiled_grouped_linear, has_dense_product
 from moe_kernels.machine import Machine, dense_route, this_machine
 
 # A tile has 4 MiB in fp32, which a cache holds, but no fewer rows than products in fp32 need to run at full speed.
@@ -30,7 +30,9 @@ def cpu_product_pays(rows_PX: Tensor, weight_SOX: Tensor) -> bool:
         return False
     # How many rows a group has, is seen when they are there.
     machine = this_machine()
-    return machine.int4 == "kernel" or dense_route(*rows_PX.shape, rows_PX.dtype, machine) != "product"
+    return (
+        machine.int4 == "kernel" or dense_route(rows_PX.shape[0], rows_PX.shape[1], rows_PX.dtype, machine) != "product"
+    )
 
 
 def cpu_grouped_linear(
@@ -53,12 +55,13 @@ def cpu_grouped_linear(
     starts = [0, *ends[:-1]]
     numbers = {end - start for start, end in zip(starts, ends, strict=True)} - {0}
     routes = {dense_route(number, rows_PX.shape[1], rows_PX.dtype, machine) for number in numbers}
-    if routes == {"kernel"} and weight_SOX.is_contiguous():
+    compiled = has_dense_product(rows_PX.dtype)
+    if routes == {"kernel"} and compiled and weight_SOX.is_contiguous():
         compiled_grouped_linear(rows_PX.contiguous(), weight_SOX, _ends(offsets_S), out_PO)
         return out_PO
     for start, end, weight_OX in zip(starts, ends, weight_SOX, strict=True):
         if start < end:
-            _one_group(rows_PX[start:end], weight_OX, out_PO[start:end], machine)
+            _one_group(rows_PX[start:end], weight_OX, out_PO[start:end], machine, compiled)
     return out_PO
 
 
@@ -66,9 +69,9 @@ def _ends(offsets_S: Tensor) -> Tensor:
     return offsets_S.to("cpu", torch.int32).contiguous()
 
 
-def _one_group(rows_PX: Tensor, weight_OX: Tensor, out_PO: Tensor, machine: Machine) -> None:
-    route = dense_route(*rows_PX.shape, rows_PX.dtype, machine)
-    if route == "kernel" and weight_OX.is_contiguous():
+def _one_group(rows_PX: Tensor, weight_OX: Tensor, out_PO: Tensor, machine: Machine, compiled: bool) -> None:
+    route = dense_route(rows_PX.shape[0], rows_PX.shape[1], rows_PX.dtype, machine)
+    if route == "kernel" and compiled and weight_OX.is_contiguous():
         end = torch.tensor([rows_PX.shape[0]], dtype=torch.int32, device="cpu")
         compiled_grouped_linear(rows_PX.contiguous(), weight_OX[None], end, out_PO)
     elif route == "fp32 tiles":

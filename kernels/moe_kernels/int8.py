@@ -70,7 +70,7 @@ class ByteMatrices(TiledMatrices):
             most == 0
             or not takes_int8(rows_PI, *weights)
             or int8_route(most, rows_PI.dtype, this_machine()) != "kernel"
-            or library() is None
+            or library("int8") is None
         ):
             super().grouped_product(rows_PI, offsets_S, ends, out_PO)
             return

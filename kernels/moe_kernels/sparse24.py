@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_kernels.cpu_kernels.sparse24 import compiled_sparse24_linear
+from moe_kernels.cpu_kernels.sparse24 import compiled_sparse24_linear, has_sparse24_product
 from moe_kernels.experts import grouped_linear
 from moe_kernels.int4 import row_groups, tile_type
 from moe_kernels.machine import sparse24_route, this_machine
@@ -251,6 +251,8 @@ def _compiled(
         for slot, group in groups
         if sparse24_route(group.stop - group.start, rows_PI.dtype, machine) != "kernel"
     ]
+    if len(left) == len(groups) or not has_sparse24_product():
+        return groups
     rows_PI = rows_PI.contiguous()
     if not left:
         ends_S = offsets_S.to("cpu", torch.int32).contiguous()

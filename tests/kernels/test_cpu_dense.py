@@ -18,7 +18,7 @@ KERNEL = Machine(bf16_emulated=False, int4="kernel")
 KERNEL_EMULATED = Machine(bf16_emulated=True, int4="kernel")
 MATRIX_UNITS = Machine(bf16_emulated=False, int4="kernel", bf16_over_fp32=0.1)
 needs_library = pytest.mark.skipif(
-    build.library() is None, reason=f"no compiled products: {build.why_not() or 'compiling failed, see the log'}"
+    not build.available(), reason=f"no compiled products: {build.why_not() or 'compiling failed, see the log'}"
 )
 
 

@@ -19,7 +19,7 @@ from moe_kernels.machine import Int4Product, Machine
 from tests.kernels.packed import Packed, draw_rows, make_packed, relative_error
 
 needs_library = pytest.mark.skipif(
-    build.library() is None, reason=f"no compiled products: {build.why_not() or 'compiling failed, see the log'}"
+    not build.available(), reason=f"no compiled products: {build.why_not() or 'compiling failed, see the log'}"
 )
 SYMMETRIC = pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
 SCALES = pytest.mark.parametrize("scale_type", [torch.bfloat16, torch.float32], ids=["bf16 scales", "fp32 scales"])
@@ -168,11 +168,11 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 @needs_library
 def test_cpus_without_products_in_bf16(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-mno-avx512bf16"))
-    found = build.library()
-    assert found is not None
+    int4, dense = build.library("int4"), build.library("dense")
+    assert int4 is not None and dense is not None
     # Rows become fp32 there: twice the memory to work in.
-    assert found.moe_int4_scratch(10, 1024, 8, 0) == found.moe_int4_scratch(10, 1024, 8, 1)
-    assert found.moe_dense_scratch(10, 1024) == 10 * 1024 * 4
+    assert int4.moe_int4_scratch(10, 1024, 8, 0) == int4.moe_int4_scratch(10, 1024, 8, 1)
+    assert dense.moe_dense_scratch(10, 1024) == 10 * 1024 * 4
     for counts in ((1, 0, 2), (16, 3, 17)):
         packed, ends = make_packed(3, 48, 256, 64), torch.tensor(counts).cumsum(0).int()
         rows = draw_rows(sum(counts), 256, torch.bfloat16)
@@ -190,11 +190,11 @@ def test_cpus_without_products_in_bf16(own_cache: Path, monkeypatch: pytest.Monk
 @needs_library
 def test_is_compiled_once_and_kept(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ThreadPoolExecutor(2) as pool:
-        assert all(pool.map(lambda _: build.library.__wrapped__(), range(2)))
+        assert all(pool.map(lambda _: build.library.__wrapped__("pairs"), range(2)))
     (kept,) = own_cache.iterdir()
-    assert kept.suffix == ".so" and stat.S_IMODE(own_cache.stat().st_mode) == 0o700
+    assert kept.name.startswith("pairs-") and kept.suffix == ".so" and stat.S_IMODE(own_cache.stat().st_mode) == 0o700
     monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
-    assert build.library() is not None
+    assert build.available() and len(list(own_cache.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_a_compiler_that_fails_is_told(
     monkeypatch.setattr(build.shutil, "which", lambda name: None if "no-such" in name or name != "false" else name)
     monkeypatch.setenv("CC", command)
     caplog.set_level(logging.INFO, build.logger.name)
-    assert build.library() is None and build.library() is None
+    assert not build.available() and not build.available()
     (line,) = (record.getMessage() for record in caplog.records)
     assert (said or "there is no C compiler: install gcc or clang") in line
     assert not own_cache.exists() or not list(own_cache.iterdir())
@@ -237,9 +237,9 @@ def test_a_cache_that_others_can_write_is_not_trusted(own_cache: Path) -> None:
 def test_the_fingerprint_holds_compiler_and_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     if not build.compiler():
         pytest.skip("there is no C compiler")
-    fingerprint = functools.partial(build._fingerprint, build.compiler())
+    fingerprint = functools.partial(build._fingerprint, build.compiler(), "pairs")
     first = fingerprint()
-    assert fingerprint() == first
+    assert fingerprint() == first != build._fingerprint(build.compiler(), "int4")
     monkeypatch.setattr(build, "_cpu", lambda: "another")
     assert fingerprint() != first
     monkeypatch.undo()
@@ -249,5 +249,6 @@ def test_the_fingerprint_holds_compiler_and_sources(monkeypatch: pytest.MonkeyPa
 
 def test_sources_are_installed_with_the_package() -> None:
     here = Path(build.__file__).parent
-    assert {path.name for path in here.iterdir() if path.suffix in (".c", ".h")} == {*build.SOURCES, *build.HEADERS}
+    sources = {f"{name}.c" for name in build.NAMES}
+    assert {path.name for path in here.iterdir() if path.suffix in (".c", ".h")} == {*sources, *build.HEADERS}
     assert os.access(here / "int4.c", os.R_OK)

@@ -10,7 +10,7 @@ from moe_kernels.machine import Machine
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(
-    build.library() is None, reason=f"no compiled products: {build.why_not() or 'compiling failed, see the log'}"
+    not build.available(), reason=f"no compiled products: {build.why_not() or 'compiling failed, see the log'}"
 )
 TOKENS, HIDDEN, EXPERTS, SLOTS, NOVICES = 23, 37, 7, 3, 2
 # A slot that two experts share, novices, and one that gives nothing.

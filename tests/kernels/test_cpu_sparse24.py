@@ -16,7 +16,7 @@ from tests.kernels.packed import draw_rows, relative_error
 from tests.kernels.test_sparse24 import Case, make_case, product
 
 pytestmark = pytest.mark.skipif(
-    build.library() is None, reason=f"no compiled products: {build.why_not() or 'compiling failed, see the log'}"
+    not build.available(), reason=f"no compiled products: {build.why_not() or 'compiling failed, see the log'}"
 )
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float32: 1e-6}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -136,7 +136,9 @@ def test_many_rows_are_multiplied_with_tiles(dtype: torch.dtype, monkeypatch: py
     assert seen == [3, 1, 4]
 
 
-@pytest.mark.parametrize("why", ["strides of rows", "strides of values", "another type", "wide", "offsets", "autocast"])
+@pytest.mark.parametrize(
+    "why", ["strides of rows", "strides of values", "another type", "wide", "offsets", "autocast", "not compiled"]
+)
 def test_odd_calls(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = watch(monkeypatch)
     case = make_case(16, 64, (3, 3, 9), torch.float64 if why == "wide" else torch.float32)
@@ -149,6 +151,8 @@ def test_odd_calls(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
         rows = rows.bfloat16()
     if why == "offsets":
         offsets = offsets.long().repeat_interleave(2)[::2]
+    if why == "not compiled":
+        monkeypatch.setattr(kernels, "has_sparse24_product", lambda: False)
     with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"):
         got = sparse24_grouped_linear(rows, offsets, values, metadata)
     assert got.dtype == rows.dtype
@@ -189,7 +193,7 @@ def without_bf16(tmp_path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.usefixtures("without_bf16", "no_tiles")
 def test_cpus_without_products_in_bf16() -> None:
-    found = build.library()
+    found = build.library("sparse24")
     assert found is not None
     assert found.moe_sparse24_scratch(10, 1024, 0) == 10 * 1024 * 4 and not found.moe_sparse24_scratch(10, 1024, 1)
     cases: list[Case] = [

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from moe_kernels import grouped_product, int4
+from moe_kernels import grouped_product, int4, int8
 from moe_kernels.int8 import ByteMatrices, dequantize_codes
+from moe_kernels.machine import Machine
 
 from tests.kernels.packed import draw_rows, relative_error
 
@@ -18,6 +19,7 @@ def test_products_and_gradients_equal_numpy(
     monkeypatch: pytest.MonkeyPatch, outputs: int, inputs: int, group: int, symmetric: bool, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(int4, "TILE_WEIGHTS", 16)
+    monkeypatch.setattr(int8, "this_machine", lambda: Machine(False, "tiles"))
     draw = torch.Generator().manual_seed(outputs)
     codes = torch.randint(0, 256, (3, outputs, inputs), generator=draw, dtype=torch.uint8)
     scale = (torch.rand(3, outputs, inputs // group, generator=draw) * 0.05 + 1e-3).bfloat16()

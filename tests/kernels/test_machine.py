@@ -28,7 +28,7 @@ def test_what_was_found_is_kept_and_logged_once(caplog: pytest.LogCaptureFixture
 
 
 def with_kernel(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "library", lambda: object() if there else None)
+    monkeypatch.setattr(machine, "available", lambda: there)
 
 
 @pytest.mark.parametrize("emulated", [False, True])

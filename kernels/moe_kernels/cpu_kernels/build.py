@@ -1,6 +1,6 @@
-"""Compile the C files beside this one for the CPU that is there, once, and load what came out.
+"""Compile the C files beside this one for the CPU that is there, each when it is first asked for, and load them.
 
-The library is kept in ``$XDG_CACHE_HOME/moe_kernels`` (``~/.cache/moe_kernels`` without that) under a name that holds
+The libraries are kept in ``$XDG_CACHE_HOME/moe_kernels`` (``~/.cache/moe_kernels`` without that) under names that hold
 the sources, the compiler and the CPU, so that a home shared by several machines serves all of them.
 """
 
@@ -18,10 +18,10 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-SOURCES = ("int4.c", "int8.c", "dense.c", "dense_fp32.c", "pairs.c", "sparse24.c")
 HEADERS = ("vectors.h", "dense_product.h")
 
 _FLAGS = ("-O3", "-shared", "-fPIC", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
@@ -32,20 +32,32 @@ _SECONDS = 120
 _VECTORS = "AVX512"
 
 _LONG, _POINTER, _INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
-_FUNCTIONS = {
-    "moe_int4_scratch": ([_LONG, _LONG, _LONG, _INT], _LONG),
-    "moe_int4_product": ([_POINTER] * 7 + [_LONG] * 4 + [_INT] * 3, None),
-    "moe_sparse24_scratch": ([_LONG, _LONG, _INT], _LONG),
-    "moe_sparse24_product": ([_POINTER] * 6 + [_LONG] * 3 + [_INT] * 2, None),
-    "moe_dense_scratch": ([_LONG, _LONG], _LONG),
+_DENSE: dict[str, tuple[list[Any], Any]] = {
+    "moe_dense_scratch": ([_LONG] * 2, _LONG),
     "moe_dense_product": ([_POINTER] * 5 + [_LONG] * 3 + [_INT], None),
-    "moe_int8_scratch": ([_LONG] * 3 + [_INT] * 2, _LONG),
-    "moe_int8_product": ([_POINTER] * 7 + [_LONG] * 4 + [_INT] * 3, None),
-    "moe_dense_fp32_scratch": ([_LONG, _LONG], _LONG),
-    "moe_dense_fp32_product": ([_POINTER] * 5 + [_LONG] * 3 + [_INT], None),
-    "moe_sort_pairs": ([_POINTER] * 2 + [_LONG] * 3 + [_POINTER] * 2, _LONG),
-    "moe_combine": ([_POINTER] * 8 + [_LONG] * 6 + [_INT] * 4, None),
 }
+_FUNCTIONS: dict[str, dict[str, tuple[list[Any], Any]]] = {
+    "pairs": {
+        "moe_sort_pairs": ([_POINTER] * 2 + [_LONG] * 3 + [_POINTER] * 2, _LONG),
+        "moe_combine": ([_POINTER] * 8 + [_LONG] * 6 + [_INT] * 4, None),
+    },
+    "dense": _DENSE,
+    "dense_fp32": _DENSE,
+    "int4": {
+        "moe_int4_scratch": ([_LONG] * 3 + [_INT], _LONG),
+        "moe_int4_product": ([_POINTER] * 7 + [_LONG] * 4 + [_INT] * 3, None),
+    },
+    "int8": {
+        "moe_int8_scratch": ([_LONG] * 3 + [_INT] * 2, _LONG),
+        "moe_int8_product": ([_POINTER] * 7 + [_LONG] * 4 + [_INT] * 3, None),
+    },
+    "sparse24": {
+        "moe_sparse24_scratch": ([_LONG] * 2 + [_INT], _LONG),
+        "moe_sparse24_product": ([_POINTER] * 6 + [_LONG] * 3 + [_INT] * 2, None),
+    },
+}
+NAMES = tuple(_FUNCTIONS)
+"""The libraries: each is one C file, compiled when it is first asked for."""
 
 logger = logging.getLogger(__name__)
 
@@ -71,19 +83,27 @@ def compiler() -> list[str]:
     return []
 
 
+def available() -> bool:
+    """Say whether something can be compiled here: the shortest of the files was."""
+    return library("pairs") is not None
+
+
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """Return the compiled functions, compiled now if they never were; None, logged with the reason, where they cannot.
+def library(name: str) -> ctypes.CDLL | None:
+    """Return the functions of a C file, compiled now if they never were; None, logged with the reason, if they cannot.
 
     Compiling takes some seconds, once for a machine.
+
+    Args:
+        name: One of `NAMES`.
     """
     reason = why_not()
     if reason is None:
         try:
-            return _load(_compiled())
+            return _load(_compiled(name), name)
         except (OSError, subprocess.SubprocessError) as error:
             reason = _said(error)
-    logger.info(f"no compiled products on this CPU: {reason}")
+    logger.info(f"no compiled products on this CPU ({name}): {reason}")
     return None
 
 
@@ -94,39 +114,40 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _load(path: Path) -> ctypes.CDLL:
+def _load(path: Path, name: str) -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
-    for name, (arguments, result) in _FUNCTIONS.items():
-        function = getattr(found, name)
+    for function_name, (arguments, result) in _FUNCTIONS[name].items():
+        function = getattr(found, function_name)
         function.argtypes, function.restype = arguments, result
     return found
 
 
-def _compiled() -> Path:
-    """Return the library's file; write it if it is not there."""
+def _compiled(name: str) -> Path:
+    """Return a library's file; write it if it is not there."""
     command = compiler()
     folder = cache_folder()
-    target = folder / f"moe_cpu_{_fingerprint(command)}.so"
+    target = folder / f"{name}-{_fingerprint(command, name)}.so"
     if target.is_file():
         return target
+    logger.info(f"compiling {name}.c for this CPU, once")
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as building:
         # Under its last name only when it is whole: others may compile at the same time.
         made = Path(building) / target.name
-        _compile(command, made)
+        _compile(command, name, made)
         os.replace(made, target)
-    logger.info(f"compiled the products of this CPU in {time.perf_counter() - began:.1f} s: {target}")
+    logger.info(f"compiled {name}.c in {time.perf_counter() - began:.1f} s: {target}")
     return target
 
 
-def _compile(command: list[str], target: Path) -> None:
+def _compile(command: list[str], name: str, target: Path) -> None:
     """Call the compiler: with threads where it knows them, without where not."""
-    here = Path(__file__).parent
+    source = str(Path(__file__).parent / f"{name}.c")
     native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"
     for threads in ([_THREADS], []):
         try:
             subprocess.run(
-                [*command, *_FLAGS, native, *threads, *(str(here / name) for name in SOURCES), "-o", str(target)],
+                [*command, *_FLAGS, native, *threads, source, "-o", str(target)],
                 check=True,
                 capture_output=True,
                 text=True,
@@ -156,11 +177,11 @@ def _own_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="moe_kernels-"))
 
 
-def _fingerprint(command: list[str]) -> str:
+def _fingerprint(command: list[str], name: str) -> str:
     """Return what tells this machine's library from any other."""
     seen = hashlib.sha256()
-    for name in (*SOURCES, *HEADERS):
-        seen.update((Path(__file__).parent / name).read_bytes())
+    for part in (f"{name}.c", *HEADERS):
+        seen.update((Path(__file__).parent / part).read_bytes())
     version = subprocess.run([*command, "--version"], check=True, capture_output=True, text=True, timeout=_SECONDS)
     seen.update("\0".join([*command, *_FLAGS, version.stdout, platform.machine(), _cpu()]).encode())
     return seen.hexdigest()[:16]

@@ -11,6 +11,13 @@ from torch import Tensor
 from moe_kernels.cpu_kernels.build import library
 from moe_kernels.cpu_kernels.calls import scratch_memory, threads_for
 
+_LIBRARIES = {torch.bfloat16: "dense", torch.float32: "dense_fp32"}
+
+
+def has_dense_product(dtype: torch.dtype) -> bool:
+    """Say whether there is a compiled product of this type on this machine."""
+    return dtype in _LIBRARIES and library(_LIBRARIES[dtype]) is not None
+
 
 def compiled_grouped_linear(rows_PX: Tensor, weight_SOX: Tensor, ends_S: Tensor, out_PO: Tensor) -> None:
     """Multiply each group of rows with its own matrix, all groups in one call; not differentiable.
@@ -25,22 +32,17 @@ def compiled_grouped_linear(rows_PX: Tensor, weight_SOX: Tensor, ends_S: Tensor,
         RuntimeError: There is no compiled product on this machine, or a tensor is another than said.
     """
     tensors = (rows_PX, weight_SOX, out_PO)
-    found = library()
-    types = {tensor.dtype for tensor in tensors}
-    if (
-        found is None
-        or len(types) > 1
-        or not types <= {torch.bfloat16, torch.float32}
-        or any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in tensors)
+    dtype = rows_PX.dtype
+    found = library(_LIBRARIES[dtype]) if dtype in _LIBRARIES else None
+    if found is None or any(
+        tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in tensors
     ):
         raise RuntimeError("the compiled product wants a library, and contiguous tensors on the CPU, bf16 or fp32")
     (slots, outputs, inputs), rows = weight_SOX.shape, rows_PX.shape[0]
     if not rows or not outputs:
         return
-    wide = rows_PX.dtype == torch.float32
-    product = found.moe_dense_fp32_product if wide else found.moe_dense_product
-    size = found.moe_dense_fp32_scratch(rows, inputs) if wide else found.moe_dense_scratch(rows, inputs)
-    scratch, start = scratch_memory(size)
+    product, size_of = found.moe_dense_product, found.moe_dense_scratch
+    scratch, start = scratch_memory(size_of(rows, inputs))
     product(
         rows_PX.data_ptr(),
         ends_S.data_ptr(),

@@ -15,7 +15,7 @@ typedef __m512 Numbers;
 #define MULTIPLY_ADD(sum, weight, x) _mm512_fmadd_ps(weight, x, sum)
 #define TO_FLOAT(number) (number)
 #define FROM_FLOAT(number) (number)
-#define NAME(function) moe_dense_fp32_##function
+#define NAME(function) moe_dense_##function
 
 #include "dense_product.h"
 

@@ -56,7 +56,7 @@ def compiled_int8_linear(
     Raises:
         RuntimeError: There is no compiled product on this machine, or a tensor is another than said.
     """
-    found = library()
+    found = library("int8")
     if (
         found is None
         or not takes_int8(rows_PI, codes_SOI, scale_SOG, zero_SOG)

@@ -61,7 +61,7 @@ class LaneMatrices(TiledMatrices):
     def grouped_product(self, rows_PI: Tensor, offsets_S: Tensor, ends: list[int], out_PO: Tensor) -> None:
         """See `Int4Matrices.grouped_product`: all slots in one call."""
         most = max((group.stop - group.start for _, group in row_groups(ends)), default=0)
-        found = library()
+        found = library("int4")
         if (
             found is None
             or rows_PI.dtype not in _ROWS

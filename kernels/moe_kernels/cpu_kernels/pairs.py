@@ -24,7 +24,7 @@ def _taken(*tensors: Tensor) -> ctypes.CDLL | None:
     # Tensors of other classes (fake ones, of a tracer) have no memory.
     if any(type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type != "cpu" for tensor in tensors):
         return None
-    return library() if this_machine().int4 == "kernel" else None
+    return library("pairs") if this_machine().int4 == "kernel" else None
 
 
 def compiled_sort(index_NK: Tensor, slot_map_E: Tensor, num_slots: int) -> tuple[Tensor, Tensor] | None:

@@ -16,6 +16,11 @@ TYPES = (torch.bfloat16, torch.float32)
 """Of rows and values, which must be the same."""
 
 
+def has_sparse24_product() -> bool:
+    """Say whether there is a compiled product on this machine."""
+    return library("sparse24") is not None
+
+
 def compiled_sparse24_linear(
     rows_PI: Tensor, values_SOK: Tensor, metadata_SOB: Tensor, ends_S: Tensor, out_PO: Tensor
 ) -> None:
@@ -32,7 +37,7 @@ def compiled_sparse24_linear(
     Raises:
         RuntimeError: There is no compiled product on this machine, or a tensor is another than said.
     """
-    found, wide = library(), rows_PI.dtype == torch.float32
+    found, wide = library("sparse24"), rows_PI.dtype == torch.float32
     numbers = (rows_PI, values_SOK, out_PO)
     if (
         found is None
