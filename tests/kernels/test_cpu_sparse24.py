@@ -166,7 +166,7 @@ def test_no_matrices() -> None:
     assert sparse24_grouped_linear(case.rows[:0], none, case.values[:0], case.metadata[:0]).shape == (0, 5)
 
 
-@pytest.mark.parametrize("why", ["rows", "values", "metadata", "types"])
+@pytest.mark.parametrize("why", ["rows", "values", "metadata", "types", "type of ends"])
 def test_what_the_product_does_not_take(why: str) -> None:
     rows, offsets, values, metadata, _ = make_case(4, 16, (3,))
     if why == "rows":
@@ -175,10 +175,21 @@ def test_what_the_product_does_not_take(why: str) -> None:
         values = values.transpose(1, 2).contiguous().transpose(1, 2)
     if why == "metadata":
         metadata = metadata.transpose(1, 2).contiguous().transpose(1, 2)
+    if why == "type of ends":
+        offsets = offsets.long()
     if why == "types":
         values = values.bfloat16()
     with pytest.raises(RuntimeError, match="contiguous tensors of one type"):
         compiled_sparse24_linear(rows, values, metadata, offsets, torch.empty(3, 4, dtype=rows.dtype))
+
+
+@pytest.mark.parametrize("wrong", range(5))
+def test_sizes_that_do_not_fit(wrong: int) -> None:
+    rows, offsets, values, metadata, _ = make_case(4, 16, (3,))
+    tensors = [rows, values, metadata, offsets, torch.empty(3, 4)]
+    tensors[wrong] = tensors[wrong].repeat_interleave(2, -1)
+    with pytest.raises(ValueError, match="do not fit one another"):
+        compiled_sparse24_linear(*tensors)
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ def compiled_sparse24_linear(
 
     Raises:
         RuntimeError: There is no compiled product on this machine, or a tensor is another than said.
+        ValueError: Sizes do not fit one another.
     """
     found, wide = library("sparse24"), rows_PI.dtype == torch.float32
     numbers = (rows_PI, values_SOK, out_PO)
@@ -43,10 +44,21 @@ def compiled_sparse24_linear(
         found is None
         or rows_PI.dtype not in TYPES
         or any(tensor.dtype != rows_PI.dtype for tensor in numbers)
+        or (metadata_SOB.dtype, ends_S.dtype) != (torch.uint8, torch.int32)
         or any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in (*numbers, metadata_SOB, ends_S))
     ):
         raise RuntimeError("the compiled product wants a library, and contiguous tensors of one type on the CPU")
     (slots, outputs, kept), rows = values_SOK.shape, rows_PI.shape[0]
+    if (rows_PI.shape, metadata_SOB.shape, ends_S.shape, out_PO.shape) != (
+        (rows, 2 * kept),
+        (slots, outputs, -(-kept // 4)),
+        (slots,),
+        (rows, outputs),
+    ):
+        raise ValueError(
+            f"rows {list(rows_PI.shape)}, values {list(values_SOK.shape)}, places {list(metadata_SOB.shape)}, "
+            f"{len(ends_S)} ends and results {list(out_PO.shape)} do not fit one another"
+        )
     if not rows or not outputs:
         return
     scratch, start = scratch_memory(found.moe_sparse24_scratch(rows, 2 * kept, wide))
