@@ -210,7 +210,11 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
         with use_kernels("off"):
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    assert all(torch.equal(gradients[1][name], want) for name, want in gradients[0].items() if want is not None)
+    for name, want in gradients[0].items():
+        if want is not None and want.numel():
+            # The first pass of a reentrant checkpoint wants no gradient: it takes products that round otherwise.
+            tolerance = 1e-5 * float(want.abs().max()) if use_reentrant else 0.0
+            torch.testing.assert_close(gradients[1][name], want, rtol=0, atol=tolerance)
 
 
 def layers_of(model: Any) -> list[type]:

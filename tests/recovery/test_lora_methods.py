@@ -235,7 +235,8 @@ class Trouble(RuntimeError):
 
 
 def everything_of(model: Any) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    # Buffers by way of the state dict: packed weights are held in the form that was last used.
+    return {name: tensor.clone() for name, tensor in (*model.named_parameters(), *model.state_dict().items())}
 
 
 @pytest.mark.parametrize("base", ["dense", "everything", "2:4", "unstructured", "int4 of 2:4"])
