@@ -69,7 +69,7 @@ class ByteMatrices(TiledMatrices):
         if (
             most == 0
             or not takes_int8(rows_PI, *weights)
-            or int8_route(most, rows_PI.dtype, this_machine()) != "kernel"
+            or int8_route(most, self.inputs, rows_PI.dtype, this_machine()) != "kernel"
             or library("int8") is None
         ):
             super().grouped_product(rows_PI, offsets_S, ends, out_PO)

@@ -52,6 +52,14 @@ _OP_ROWS_EMULATED = 512
 # 12 and 6.7 at 1, 2 and 8 rows, 1.5 at 128, 1.4 at 256. Torch's product of as many dense weights, zeros among them, is
 # overtaken up to 32 rows in bf16, 128 in fp32.
 _SPARSE24_ROWS = 256
+# Rows up to which the compiled product with int8 weights is faster than to dequantise tiles and multiply them, with few
+# inputs; with more it always is. 14336 x 4096, groups of 128, bf16: 9.4 times as fast at 1 row, 7.8 at 4, 5.5 at 8, 4.0
+# at 16, 2.7 at 32, 1.9 at 64, 1.5 at 128, 1.2 to 1.4 at 512 to 2048; fp32: 5.9 at 1, 5.6 at 4, 2.8 at 8, 2.3 at 16, 1.7
+# at 32, 1.4 at 64, 1.2 at 128, 1.0 to 1.2 from 512 on; bf16 without instructions for it: 5.8 at 1, 3.2 at 8, 1.3 at 64,
+# 1.2 from 128 on. With 1024 inputs 1.0 to 1.1 at 1024 rows in bf16, 0.9 to 1.0 in fp32; with 512 inputs 1.0 and 0.9;
+# with 128 and 256 inputs 1.4 to 1.6 at 64 rows, 1.0 at 128, 0.7 at 1024 in bf16; 1.0 to 1.1, 0.8, 0.7 to 0.8 in fp32.
+_INT8_ROWS_NARROW = 64
+_INT8_INPUTS = {torch.bfloat16: 512, torch.float32: 2048}
 
 # CPUs with units for whole matrices (AMX) multiply bf16 many times as fast as fp32. From so many rows of an expert on
 # torch's products, also those of dequantised tiles, should gain from them there. Not measured: none was at hand.
@@ -169,11 +177,12 @@ def sparse24_route(rows: int, dtype: torch.dtype, machine: Machine) -> Sparse24R
     return "kernel" if rows <= (_MATRIX_UNIT_ROWS_SPARSE24 if units else _SPARSE24_ROWS) else "tiles"
 
 
-def int8_route(rows: int, dtype: torch.dtype, machine: Machine) -> Int8Route:
+def int8_route(rows: int, inputs: int, dtype: torch.dtype, machine: Machine) -> Int8Route:
     """Say how rows of one expert are multiplied with int8 weights on a CPU.
 
     Args:
         rows: Rows that reached the expert.
+        inputs: Of the weights.
         dtype: Of the rows.
         machine: From :func:`this_machine`.
 
@@ -181,10 +190,11 @@ def int8_route(rows: int, dtype: torch.dtype, machine: Machine) -> Int8Route:
         ``kernel``: the product of `moe_kernels.cpu_kernels`. ``tiles``: a few rows of the weights at a time,
         dequantised.
     """
-    if machine.int4 != "kernel" or dtype not in (torch.bfloat16, torch.float32):
+    if machine.int4 != "kernel" or dtype not in _INT8_INPUTS:
         return "tiles"
-    units = dtype == torch.bfloat16 and machine.bf16_over_fp32 < _MATRIX_UNITS
-    return "tiles" if units and rows >= _MATRIX_UNIT_ROWS_INT8 else "kernel"
+    if dtype == torch.bfloat16 and machine.bf16_over_fp32 < _MATRIX_UNITS:
+        return "kernel" if rows < _MATRIX_UNIT_ROWS_INT8 else "tiles"
+    return "kernel" if rows <= _INT8_ROWS_NARROW or inputs >= _INT8_INPUTS[dtype] else "tiles"
 
 
 # Two threads that measure at once would disturb one another, and could find different answers.
