@@ -68,7 +68,8 @@ class ByteMatrices(TiledMatrices):
         most = max((group.stop - group.start for _, group in row_groups(ends)), default=0)
         if (
             most == 0
-            or not takes_int8(rows_PI, *weights)
+            or rows_PI.device.type != "cpu"
+            or not takes_int8(*weights)
             or int8_route(most, self.inputs, rows_PI.dtype, this_machine()) != "kernel"
             or library("int8") is None
         ):

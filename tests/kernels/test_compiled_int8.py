@@ -208,6 +208,21 @@ def test_what_it_does_not_take_is_dequantised(why: str) -> None:
         compiled_int8_linear(rows, ends, codes, scale, zero, torch.empty_like(got))
 
 
+@pytest.mark.parametrize("wrong", ["rows", "ends", "out", "zero"])
+def test_sizes_that_do_not_fit_are_told(wrong: str) -> None:
+    matrices, rows, ends, out = make_bytes(2, 32, 64, 32), draw_rows(7, 64), ends_of(3, 4), torch.empty(7, 32)
+    codes, scale, zero = matrices.codes_SOI, matrices.scale_SOG, matrices.zero_SOG
+    assert zero is not None
+    if wrong == "zero":
+        with pytest.raises(RuntimeError, match="contiguous tensors of its types"):
+            compiled_int8_linear(rows, ends, codes, scale, zero[:, :1].contiguous(), out)
+        return
+    given = {"rows": rows, "ends": ends, "out": out}
+    given[wrong] = given[wrong][..., :-1].contiguous()
+    with pytest.raises(ValueError, match="do not fit one another"):
+        compiled_int8_linear(given["rows"], given["ends"], codes, scale, zero, given["out"])
+
+
 @pytest.mark.parametrize(
     ("machine", "rows", "inputs", "bf16", "fp32"),
     [

@@ -11,29 +11,28 @@ from torch import Tensor
 from moe_kernels.cpu_kernels.build import library
 from moe_kernels.cpu_kernels.calls import scratch_memory, threads_for
 
-_FLOATS = (torch.bfloat16, torch.float32)
+FLOATS = (torch.bfloat16, torch.float32)
+"""Types of rows, and of scales."""
 
 
-def takes_int8(rows_PI: Tensor, codes_SOI: Tensor, scale_SOG: Tensor, zero_SOG: Tensor | None) -> bool:
-    """Say whether :func:`compiled_int8_linear` reads such tensors as they lie.
+def takes_int8(codes_SOI: Tensor, scale_SOG: Tensor, zero_SOG: Tensor | None) -> bool:
+    """Say whether :func:`compiled_int8_linear` reads such weights as they lie: by types, sizes, device and strides.
 
     Args:
-        rows_PI: As for :func:`compiled_int8_linear`, and so are the others; rows may have any strides.
-        codes_SOI: uint8.
-        scale_SOG: bfloat16 or float32.
-        zero_SOG: uint8, or None.
+        codes_SOI: As for :func:`compiled_int8_linear`, and so are the others.
+        scale_SOG: Scales.
+        zero_SOG: Zeros, or None.
     """
-    weights = (codes_SOI, scale_SOG) if zero_SOG is None else (codes_SOI, scale_SOG, zero_SOG)
-    groups = scale_SOG.shape[2]
+    (slots, outputs, inputs), groups = codes_SOI.shape, scale_SOG.shape[-1]
+    zeros = () if zero_SOG is None else (zero_SOG,)
     return (
-        rows_PI.dtype in _FLOATS
-        and scale_SOG.dtype in _FLOATS
-        and codes_SOI.dtype == torch.uint8
-        and (zero_SOG is None or zero_SOG.dtype == torch.uint8)
-        and all(tensor.device.type == "cpu" for tensor in (rows_PI, *weights))
-        and all(tensor.is_contiguous() for tensor in weights)
+        codes_SOI.dtype == torch.uint8
+        and scale_SOG.dtype in FLOATS
+        and all(zero.dtype == torch.uint8 for zero in zeros)
         and groups > 0
-        and codes_SOI.shape[2] % groups == 0
+        and inputs % groups == 0
+        and all(tensor.shape == (slots, outputs, groups) for tensor in (scale_SOG, *zeros))
+        and all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in (codes_SOI, scale_SOG, *zeros))
     )
 
 
@@ -55,15 +54,23 @@ def compiled_int8_linear(
 
     Raises:
         RuntimeError: There is no compiled product on this machine, or a tensor is another than said.
+        ValueError: Sizes do not fit one another.
     """
-    found = library("int8")
+    found, others = library("int8"), (rows_PI, ends_S, out_PO)
     if (
         found is None
-        or not takes_int8(rows_PI, codes_SOI, scale_SOG, zero_SOG)
-        or not (rows_PI.is_contiguous() and out_PO.is_contiguous() and out_PO.dtype == rows_PI.dtype)
+        or not takes_int8(codes_SOI, scale_SOG, zero_SOG)
+        or rows_PI.dtype not in FLOATS
+        or (out_PO.dtype, ends_S.dtype) != (rows_PI.dtype, torch.int32)
+        or any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in others)
     ):
         raise RuntimeError("the compiled product wants a library, and contiguous tensors of its types on the CPU")
     (slots, outputs, inputs), groups, rows = codes_SOI.shape, scale_SOG.shape[2], rows_PI.shape[0]
+    if (rows_PI.shape, ends_S.shape, out_PO.shape) != ((rows, inputs), (slots,), (rows, outputs)):
+        raise ValueError(
+            f"rows {list(rows_PI.shape)}, codes {list(codes_SOI.shape)}, {len(ends_S)} ends and results "
+            f"{list(out_PO.shape)} do not fit one another"
+        )
     if not rows or not outputs:
         return
     wide, threads = rows_PI.dtype == torch.float32, threads_for(rows * outputs * inputs)

@@ -74,7 +74,8 @@ class Int8(WeightStack):
     def linear(self, rows_PI: Tensor, offsets_S: Tensor) -> Tensor:
         """Multiply each group of rows with its own matrix, ``[P, O]``; differentiable in the rows.
 
-        On a CPU only matrices that rows reached are dequantised, tile by tile; not so while a compiler traces.
+        On a CPU a compiled product reads the codes as they lie. Where there is none, and for gradients, only matrices
+        that rows reached are dequantised, tile by tile; not so while a compiler traces.
 
         Args:
             rows_PI: Rows sorted by slot, in the type to compute in.
