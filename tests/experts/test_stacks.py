@@ -283,6 +283,25 @@ def test_2_of_4_is_multiplied_as_it_is_stored(dtype: torch.dtype) -> None:
         stored["values"] = stack.values.detach().clone()
 
 
+@pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.kind == "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_int8_is_multiplied_as_it_is_stored(name: str, dtype: torch.dtype) -> None:
+    stack, _ = packed(random_weight(SLOTS, OUTPUTS, INPUTS), FORMATS[name], dtype)
+    held = dict(stack.named_buffers())
+    stored = {key: tensor.clone() for key, tensor in held.items()}
+    counts = [3, 0, 1, 12]
+    rows, offsets = routed(counts, dtype=dtype)
+    wanted = loop(rows, stack.dense(torch.float64).numpy(), counts)
+    with torch.inference_mode():
+        first = stack.linear(rows, offsets)
+    error = numpy.linalg.norm(first.double().numpy() - wanted) / numpy.linalg.norm(wanted)
+    assert error <= (1e-6 if dtype == torch.float32 else 5e-3)
+    assert all(tensor is held[key] for key, tensor in stack.named_buffers())
+    assert all(torch.equal(tensor, stored[key]) for key, tensor in stack.state_dict().items())
+    second = stack.linear(rows.requires_grad_(), offsets)  # evaluation and training see one product
+    torch.testing.assert_close(second.detach(), first, rtol=0, atol=0)
+
+
 def test_a_linear_layer_of_2_of_4_trains() -> None:
     stack, exact = packed(random_weight(1, OUTPUTS, INPUTS), FORMATS["2:4"])
     rows = random_weight(1, 7, INPUTS, 5)[0]
