@@ -22,6 +22,10 @@
 /* A row of so many bytes stays in the first cache while the weights of one output after the other pass. */
 #define SHORT_ROW (16 * 1024)
 
+/* Rows of so many bytes pass all weights before the next ones do: they stay in the last cache, of which each core has a
+   few MiB. */
+#define CHUNK (4 * 1024 * 1024)
+
 /* Loaded once, and not from the cache again for each output. */
 #define IN_REGISTERS(a, b) __asm__("" : "+v"(a), "+v"(b))
 
@@ -273,13 +277,18 @@ void moe_sparse24_product(const void *rows, const int32_t *ends, const void *val
             if (number == 0) continue;
             const char *values_of_slot = (const char *)values + slot * outputs * (inputs / 2) * size;
             const uint8_t *places_of_slot = metadata + slot * outputs * ((inputs + 7) / 8);
-            const char *x_of_slot = x + first * inputs * size_of_rows(kind);
-            char *out_of_slot = (char *)out + first * outputs * size;
+            const int64_t bytes = number * inputs * size_of_rows(kind), chunks = (bytes + CHUNK - 1) / CHUNK;
+            for (int64_t chunk = 0; chunk < chunks; chunk++) {
+                const int64_t from = first + number * chunk / chunks, to = first + number * (chunk + 1) / chunks;
+                const char *x_of_chunk = x + from * inputs * size_of_rows(kind);
+                char *out_of_chunk = (char *)out + from * outputs * size;
+                if (from == to) continue;
 #pragma omp for schedule(dynamic) nowait
-            for (int64_t task = 0; task < tasks; task++)
-                for (int64_t quad = task * step; quad < quads && quad < (task + 1) * step; quad++)
-                    multiply(values_of_slot, places_of_slot, x_of_slot, out_of_slot, number, outputs, inputs,
-                             quad * OUTPUTS);
+                for (int64_t task = 0; task < tasks; task++)
+                    for (int64_t quad = task * step; quad < quads && quad < (task + 1) * step; quad++)
+                        multiply(values_of_slot, places_of_slot, x_of_chunk, out_of_chunk, to - from, outputs, inputs,
+                                 quad * OUTPUTS);
+            }
         }
     }
 }
