@@ -55,7 +55,7 @@ _SPARSE24_ROWS = 256
 # Rows up to which the compiled product with int8 weights is faster than to dequantise tiles and multiply them, with few
 # inputs; with more it always is. 14336 x 4096, groups of 128, bf16: 9.4 times as fast at 1 row, 7.8 at 4, 5.5 at 8, 4.0
 # at 16, 2.7 at 32, 1.9 at 64, 1.5 at 128, 1.2 to 1.4 at 512 to 2048; fp32: 5.9 at 1, 5.6 at 4, 2.8 at 8, 2.3 at 16, 1.7
-# at 32, 1.4 at 64, 1.2 at 128, 1.0 to 1.2 from 512 on; bf16 without instructions for it: 5.8 at 1, 3.2 at 8, 1.3 at 64,
+# at 32, 1.1 to 1.4 at 64, 1.2 at 128, 1.0 to 1.2 from 512 on; bf16 without instructions: 5.8 at 1, 3.2 at 8, 1.3 at 64,
 # 1.2 from 128 on. With 1024 inputs 1.0 to 1.1 at 1024 rows in bf16, 0.9 to 1.0 in fp32; with 512 inputs 1.0 and 0.9;
 # with 128 and 256 inputs 1.4 to 1.6 at 64 rows, 1.0 at 128, 0.7 at 1024 in bf16; 1.0 to 1.1, 0.8, 0.7 to 0.8 in fp32.
 _INT8_ROWS_NARROW = 64
