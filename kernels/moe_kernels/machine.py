@@ -90,8 +90,8 @@ class Machine:
     Attributes:
         bf16_emulated: Products in bf16 are slower than in fp32.
         int4: What multiplies with int4 weights: ``kernel``, the product in `moe_kernels.cpu_kernels`; ``op``, that of
-            torch, where it is fast; ``tiles``, neither. With ``kernel``, dense bf16 weights and those of the pattern
-            2:4 have a compiled product.
+            torch, where it is fast; ``tiles``, neither. With ``kernel``, dense weights, int8 ones and those of the
+            pattern 2:4 have a compiled product.
         bf16_over_fp32: Time of a product in bf16 over that of the same in fp32, 64 rows; nan where not measured.
         op_over_fp32: Time of the int4 product over that of the same in fp32, 4 rows; infinite where there is none, nan
             where not measured.
