@@ -45,13 +45,6 @@ _FP32_INPUTS_A_ROW = 16
 # 80, 1.1 to 1.2 at 96, 1.6 at 256, twice at 512; where it is not, they never are on AVX-512. Larger tiles gain nothing.
 _OP_ROWS_NATIVE = 80
 _OP_ROWS_EMULATED = 512
-# Rows up to which the compiled product with weights of the pattern 2:4 is faster than to spell out tiles and multiply
-# them. bf16, 14336 x 4096: 4.8 times as fast at 1 row, 8.9 at 2, 7.7 at 4, 5.8 at 8, 3.8 at 16, 2.4 at 32, 1.8 at 64,
-# 1.3 at 128, 1.1 at 256, 0.95 at 1024; 4096 x 14336: 5.7 to 11 up to 8 rows, 1.9 at 128, 1.6 at 256. fp32: 2.3 to 2.9
-# at 1 row, 7 to 12 at 2 to 8, 1.9 to 2.3 at 128, 1.5 to 1.9 at 256, 0.9 to 1.4 at 512. bf16 where it is emulated: 2.7,
-# 12 and 6.7 at 1, 2 and 8 rows, 1.5 at 128, 1.4 at 256. Torch's product of as many dense weights, zeros among them, is
-# overtaken up to 32 rows in bf16, 128 in fp32.
-_SPARSE24_ROWS = 256
 # Rows up to which the compiled product with int8 weights is faster than to dequantise tiles and multiply them, with few
 # inputs; with more it always is. 14336 x 4096, groups of 128, bf16: 9.4 times as fast at 1 row, 7.8 at 4, 5.5 at 8, 4.0
 # at 16, 2.7 at 32, 1.9 at 64, 1.5 at 128, 1.2 to 1.4 at 512 to 2048; fp32: 5.9 at 1, 5.6 at 4, 2.8 at 8, 2.3 at 16, 1.7
@@ -60,6 +53,17 @@ _SPARSE24_ROWS = 256
 # with 128 and 256 inputs 1.4 to 1.6 at 64 rows, 1.0 at 128, 0.7 at 1024 in bf16; 1.0 to 1.1, 0.8, 0.7 to 0.8 in fp32.
 _INT8_ROWS_NARROW = 64
 _INT8_INPUTS = {torch.bfloat16: 512, torch.float32: 2048}
+
+# Rows up to which the compiled product with weights of the pattern 2:4 is faster than to spell out tiles and multiply
+# them, where bf16 is native and inputs are few; with more inputs, in fp32 and where bf16 is emulated it always is.
+# 14336 x 4096, bf16: 4.8 times as fast at 1 row, 8.9 at 2, 7.7 at 4, 5.8 at 8, 3.8 at 16, 2.4 at 32, 1.8 at 64, 1.3 at
+# 128, 1.1 at 256, 1.0 at 512 to 2048; 4096 x 14336: 5.7 to 11 up to 8 rows, 1.9 at 128, 1.4 at 512 to 2048; 128 to 1024
+# inputs: 7 to 10 at 1 row, 3.5 to 4.4 at 16, 1.8 at 64, 1.0 to 1.1 at 256, 0.7 to 0.9 at 1024. fp32: 2.3 to 6.6 at 1
+# row, 1.9 to 2.3 at 128, 1.1 to 1.8 at 1024. bf16 where it is emulated: 2.7, 12 and 6.7 at 1, 2 and 8 rows, 1.5 at 128,
+# 1.2 at 512. Torch's product of as many dense weights, zeros among them, is overtaken up to 32 rows in bf16, in fp32
+# always.
+_SPARSE24_ROWS = 256
+_SPARSE24_INPUTS = 4096
 
 # CPUs with units for whole matrices (AMX) multiply bf16 many times as fast as fp32. From so many rows of an expert on
 # torch's products, also those of dequantised tiles, should gain from them there. Not measured: none was at hand.
@@ -159,11 +163,12 @@ def int4_route(rows: int, dtype: torch.dtype, machine: Machine) -> Int4Route:
     return "fp32 tiles" if machine.bf16_emulated else "bf16 tiles"
 
 
-def sparse24_route(rows: int, dtype: torch.dtype, machine: Machine) -> Sparse24Route:
+def sparse24_route(rows: int, inputs: int, dtype: torch.dtype, machine: Machine) -> Sparse24Route:
     """Say how rows of one expert are multiplied with weights of the pattern 2:4 on a CPU.
 
     Args:
         rows: Rows that reached the expert.
+        inputs: Length of a row.
         dtype: Of rows and weights.
         machine: From :func:`this_machine`.
 
@@ -173,8 +178,11 @@ def sparse24_route(rows: int, dtype: torch.dtype, machine: Machine) -> Sparse24R
     """
     if machine.int4 != "kernel" or dtype not in (torch.bfloat16, torch.float32):
         return "tiles"
-    units = dtype == torch.bfloat16 and machine.bf16_over_fp32 < _MATRIX_UNITS
-    return "kernel" if rows <= (_MATRIX_UNIT_ROWS_SPARSE24 if units else _SPARSE24_ROWS) else "tiles"
+    if dtype == torch.float32 or machine.bf16_emulated:
+        return "kernel"
+    if machine.bf16_over_fp32 < _MATRIX_UNITS:
+        return "kernel" if rows <= _MATRIX_UNIT_ROWS_SPARSE24 else "tiles"
+    return "kernel" if rows <= _SPARSE24_ROWS or inputs >= _SPARSE24_INPUTS else "tiles"
 
 
 def int8_route(rows: int, inputs: int, dtype: torch.dtype, machine: Machine) -> Int8Route:

@@ -1,6 +1,6 @@
-"""Products with matrices of the pattern 2:4 on a CPU: of few rows by a compiled product, which reads them as stored.
+"""Products with matrices of the pattern 2:4 on a CPU: by a compiled product that reads them as stored, if there is one.
 
-For many rows, and for gradients, zeros are spelled out for a tile of a matrix at a time.
+Elsewhere, and for gradients, zeros are spelled out for a tile of a matrix at a time.
 
 Places are 2 bits each; two values of a group of four have places ``first < second``, so one of six pairs. A tile is
 spelled out by operations on whole numbers, without an index for each value, in four planes: all first inputs of the
@@ -44,7 +44,7 @@ _SPREAD = (1 << 6) + (1 << 18)
 def sparse24_grouped_linear(rows_PI: Tensor, offsets_S: Tensor, values_SOK: Tensor, metadata_SOB: Tensor) -> Tensor:
     """Multiply each group of rows with its own matrix of the pattern 2:4: ``rows[group s] @ weight[s].T``.
 
-    On a CPU few rows of an expert, in bfloat16 or float32, are multiplied with the values as they are stored, where
+    On a CPU rows in bfloat16 or float32 are multiplied with the values as they are stored, where
     `moe_kernels.cpu_kernels` can be compiled. Otherwise, and always in the backward pass, matrices that rows reached
     are spelled out tile by tile; for a single row not even those, see `moe_kernels.sparse24_row`. Elsewhere, and while
     a compiler traces, it is :func:`sparse24_twin`.
@@ -249,7 +249,7 @@ def _compiled(
     left = [
         (slot, group)
         for slot, group in groups
-        if sparse24_route(group.stop - group.start, rows_PI.dtype, machine) != "kernel"
+        if sparse24_route(group.stop - group.start, rows_PI.shape[1], rows_PI.dtype, machine) != "kernel"
     ]
     if len(left) == len(groups) or not has_sparse24_product():
         return groups

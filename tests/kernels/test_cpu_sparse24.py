@@ -60,6 +60,13 @@ def test_every_number_of_rows(number: int, inputs: int, dtype: torch.dtype) -> N
         assert relative_error(row, expected) <= 3 * TOLERANCE[dtype]
 
 
+@pytest.mark.usefixtures("no_tiles")
+@DTYPES
+def test_more_rows_than_pass_together(dtype: torch.dtype) -> None:
+    case = make_case(5, 16384, (1, 300), dtype)
+    assert relative_error(sparse24_grouped_linear(*case[:4]), product(case)) <= TOLERANCE[dtype]
+
+
 @DTYPES
 def test_threads_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(80, 256, (9, 9, 40), dtype)
@@ -219,19 +226,21 @@ def test_cpus_without_products_in_bf16() -> None:
 def test_routes() -> None:
     emulated, units = Machine(True, "kernel"), Machine(False, "kernel", bf16_over_fp32=0.1)
     seen = set()
-    for rows, dtype, machine, route in (
-        (1, torch.bfloat16, KERNEL, "kernel"),
-        (256, torch.bfloat16, KERNEL, "kernel"),
-        (257, torch.bfloat16, KERNEL, "tiles"),
-        (256, torch.float32, emulated, "kernel"),
-        (1, torch.float16, KERNEL, "tiles"),
-        (1, torch.float64, KERNEL, "tiles"),
-        (64, torch.bfloat16, units, "kernel"),
-        (65, torch.bfloat16, units, "tiles"),
-        (65, torch.float32, units, "kernel"),
-        (1, torch.bfloat16, Machine(False, "op"), "tiles"),
+    for rows, inputs, dtype, machine, route in (
+        (1, 64, torch.bfloat16, KERNEL, "kernel"),
+        (256, 64, torch.bfloat16, KERNEL, "kernel"),
+        (257, 1024, torch.bfloat16, KERNEL, "tiles"),
+        (257, 4096, torch.bfloat16, KERNEL, "kernel"),
+        (4096, 64, torch.bfloat16, emulated, "kernel"),
+        (4096, 64, torch.float32, KERNEL, "kernel"),
+        (1, 64, torch.float16, KERNEL, "tiles"),
+        (1, 64, torch.float64, KERNEL, "tiles"),
+        (64, 64, torch.bfloat16, units, "kernel"),
+        (65, 4096, torch.bfloat16, units, "tiles"),
+        (65, 64, torch.float32, units, "kernel"),
+        (1, 64, torch.bfloat16, Machine(False, "op"), "tiles"),
     ):
-        assert sparse24_route(rows, dtype, machine) == route
+        assert sparse24_route(rows, inputs, dtype, machine) == route
         seen.add(route)
     assert seen == set(get_args(Sparse24Route))
 
