@@ -5,8 +5,9 @@
 All blocks compute the same function: the dense weights are the int4 ones, dequantised. Every output is compared with
 float32 before it is timed. The implementations take turns, and only ratios inside one run mean anything on a shared
 machine; the JSON says on what it ran, with how many threads, and what was found out about the machine. How a CPU does
-that only emulates bf16: ONEDNN_MAX_CPU_ISA=AVX512_CORE on one that does not. Where others use the cores, one thread and
-`--clock cpu` (the time that the process itself ran) say more than the time on the wall. Needs 7 GB of memory.
+that only emulates bf16: ONEDNN_MAX_CPU_ISA=AVX512_CORE CC="cc -mno-avx512bf16" on one that does not. Where others use
+the cores, one thread and `--clock cpu` (the time that the process itself ran) say more than the time on the wall. Needs
+7 GB of memory.
 """
 
 import argparse

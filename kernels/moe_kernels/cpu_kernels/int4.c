@@ -10,8 +10,8 @@
    exact too; everywhere else rows become fp32, and fp32 rows always do.
 
    Layout: words [slots][outputs / 16][inputs / 8][16], code k of eight in bits 4k; scale [slots][outputs / 16][groups]
-   [16], bf16 or fp32; zero [slots][outputs / 16][groups] of 8 bytes, two of 16 in a byte, the first in the lower half;
-   no zeros mean 8. */
+   [16], bf16 or fp32; zero [slots][outputs / 16][groups / 2, rounded up][16], of two groups in a byte, the first in the
+   lower half; no zeros mean 8. */
 
 #include "vectors.h"
 
@@ -46,12 +46,10 @@ INLINE f32x16 scale_of(const Matrix *of, int64_t group) {
 
 /* 8 - zero of sixteen outputs. */
 INLINE f32x16 shift_of(const Matrix *of, int64_t group) {
-    uint32_t halves[2];
-    memcpy(halves, of->zero + group * 8, sizeof halves);
-    const u32x16 steps = {0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28};
-    const uint32_t a = halves[0], b = halves[1];
-    const u32x16 both = {a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
-    return __builtin_convertvector(8 - (i32x16)((both >> steps) & 15), f32x16);
+    u8x16 both;
+    memcpy(&both, of->zero + group / 2 * LANES, sizeof both);
+    const u32x16 zero = __builtin_convertvector(both, u32x16) >> (group % 2 * 4) & 15;
+    return __builtin_convertvector(8 - (i32x16)zero, f32x16);
 }
 
 /* ---- rows in fp32: packed [groups][rows][inner] ---- */
@@ -242,7 +240,7 @@ void moe_int4_product(const void *rows, const int32_t *ends, const uint32_t *wor
                         const Matrix matrix = {
                             .words = words + place * (inputs / 8) * LANES,
                             .scale = (const char *)scale + place * groups * LANES * (wide_scale ? 4 : 2),
-                            .zero = zero ? zero + place * groups * 8 : NULL,
+                            .zero = zero ? zero + place * ((groups + 1) / 2) * LANES : NULL,
                             .groups = groups,
                             .inner = inner,
                             .wide_scale = wide_scale,

@@ -3,7 +3,7 @@
 The stored words, transposed: sixteen outputs are the lanes of a vector.
 
 Legend: S matrices (slots), O outputs, I inputs, G groups along the input, W words of a row, B blocks of L = 16
-outputs, Z bytes of their zeros, P rows sorted by slot, T outputs of a tile.
+outputs, Z bytes of two groups' zeros, P rows sorted by slot, T outputs of a tile.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from moe_kernels.cpu_kernels.build import library
 from moe_kernels.cpu_kernels.calls import scratch_memory, threads_for
 from moe_kernels.int4 import TiledMatrices, dequantize_int4, row_groups
 from moe_kernels.machine import int4_route, this_machine
-from moe_kernels.packing import pack_int4, unpack_int4
 
 LANES = 16
 WORD_CODES = 8
@@ -32,12 +31,13 @@ class LaneMatrices(TiledMatrices):
     Attributes:
         words_SBWL: Eight codes of an output, the first in the lowest bits, int32 ``[S, O / 16, I / 8, 16]``.
         scale_SBGL: bfloat16 or float32 ``[S, O / 16, G, 16]``.
-        zero_SBGZ: Two zeros a byte, uint8 ``[S, O / 16, G, 8]``; None for a symmetric grid, whose zero is 8.
+        zero_SBZL: Zeros of two groups a byte, uint8 ``[S, O / 16, ceil(G / 2), 16]``; None for a symmetric grid, whose
+            zero is 8.
     """
 
     words_SBWL: Tensor
     scale_SBGL: Tensor
-    zero_SBGZ: Tensor | None
+    zero_SBZL: Tensor | None
 
     @property
     def outputs(self) -> int:
@@ -52,9 +52,9 @@ class LaneMatrices(TiledMatrices):
     def _tile(self, slot: int, part: slice, dtype: torch.dtype) -> Tensor:
         # Tiles begin and end between blocks: their step is a multiple of sixteen.
         one, blocks = slice(slot, slot + 1), slice(part.start // LANES, -(-part.stop // LANES))
-        zero_SBGZ = None if self.zero_SBGZ is None else self.zero_SBGZ[one, blocks]
+        zero_SBZL = None if self.zero_SBZL is None else self.zero_SBZL[one, blocks]
         words, scale, zero = from_lanes(
-            LaneMatrices(self.words_SBWL[one, blocks], self.scale_SBGL[one, blocks], zero_SBGZ)
+            LaneMatrices(self.words_SBWL[one, blocks], self.scale_SBGL[one, blocks], zero_SBZL)
         )
         return dequantize_int4(words[0], scale[0], None if zero is None else zero[0], self.inputs, dtype)
 
@@ -81,7 +81,7 @@ class LaneMatrices(TiledMatrices):
             ends_S.data_ptr(),
             self.words_SBWL.data_ptr(),
             self.scale_SBGL.data_ptr(),
-            None if self.zero_SBGZ is None else self.zero_SBGZ.data_ptr(),
+            None if self.zero_SBZL is None else self.zero_SBZL.data_ptr(),
             out_PO.data_ptr(),
             start,
             len(ends),
@@ -120,10 +120,7 @@ def to_lanes(words_SOW: Tensor, scale_SOG: Tensor, zero_SOB: Tensor | None, inpu
     ):
         return None
     with torch.inference_mode(False), torch.no_grad():
-        zero_SBGZ = None
-        if zero_SOB is not None:
-            zero_SBGZ = pack_int4(_lanes(unpack_int4(zero_SOB, groups)), torch.uint8)
-        return LaneMatrices(_lanes(words_SOW), _lanes(scale_SOG), zero_SBGZ)
+        return LaneMatrices(_lanes(words_SOW), _lanes(scale_SOG), None if zero_SOB is None else _lanes(zero_SOB))
 
 
 def _lanes(table_SOX: Tensor) -> Tensor:
@@ -141,7 +138,6 @@ def from_lanes(matrices: LaneMatrices) -> tuple[Tensor, Tensor, Tensor | None]:
         ``words [S, O, W]``, ``scale [S, O, G]`` and packed ``zero [S, O, ceil(G / 2)]`` or None.
     """
     with torch.inference_mode(False), torch.no_grad():
-        zero_SOB = None
-        if matrices.zero_SBGZ is not None:
-            zero_SOB = pack_int4(_rows(unpack_int4(matrices.zero_SBGZ, LANES)), torch.uint8)
+        zero_SBZL = matrices.zero_SBZL
+        zero_SOB = None if zero_SBZL is None else _rows(zero_SBZL)
         return _rows(matrices.words_SBWL), _rows(matrices.scale_SBGL), zero_SOB

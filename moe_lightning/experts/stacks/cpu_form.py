@@ -52,7 +52,7 @@ class CpuForm(WeightStack):
         lane_words: Codes as the compiled product wants them, int32 ``[S, O / 16, I / 8, 16]``; in no state dict. There
             only while ``words``, ``scale`` and ``zero`` are not.
         lane_scale: ``[S, O / 16, G, 16]``, likewise.
-        lane_zero: uint8 ``[S, O / 16, G, 8]`` or None, likewise.
+        lane_zero: uint8 ``[S, O / 16, ceil(G / 2), 16]`` or None, likewise.
         cpu_codes: Codes as torch's product on this machine wants them, uint8 ``[S, O, I / 2]``, likewise.
         cpu_scales: Scales and zeros for it, likewise.
     """
@@ -127,7 +127,7 @@ class CpuForm(WeightStack):
             if this_machine().int4 == "kernel":
                 lanes = to_lanes(*stored)
                 if lanes is not None:
-                    form = dict(zip(_LANES, (lanes.words_SBWL, lanes.scale_SBGL, lanes.zero_SBGZ), strict=True))
+                    form = dict(zip(_LANES, (lanes.words_SBWL, lanes.scale_SBGL, lanes.zero_SBZL), strict=True))
             else:
                 op = to_cpu_layout(*stored)
                 if op is not None:
