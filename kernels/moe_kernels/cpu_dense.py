@@ -55,7 +55,7 @@ def cpu_grouped_linear(
     starts = [0, *ends[:-1]]
     numbers = {end - start for start, end in zip(starts, ends, strict=True)} - {0}
     routes = {dense_route(number, rows_PX.shape[1], rows_PX.dtype, machine) for number in numbers}
-    compiled = has_dense_product(rows_PX.dtype, machine.bf16_emulated)
+    compiled = has_dense_product(rows_PX.dtype)
     if routes == {"kernel"} and compiled and weight_SOX.is_contiguous():
         compiled_grouped_linear(rows_PX.contiguous(), weight_SOX, _ends(offsets_S), out_PO)
         return out_PO

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_kernels.cpu_kernels.build import available, why_not
+from moe_kernels.cpu_kernels.build import available, multiplies_pairs, why_not
 
 # Rows of one expert from which tiles of bf16 weights in fp32 are faster than an emulated product in bf16. Measured on
 # 4096 x 4096: 1.0 times as fast at 4 rows, 1.1 at 8, 1.2 at 16, 1.8 at 32, 2.0 at 64 and 128, 2.3 at 512.
@@ -231,13 +231,19 @@ def found_out() -> Machine:
             f"{VARIABLE}={int4}: there is no kernel, {why_not() or 'for it could not be compiled (see the log)'};"
             " leave the word out, or give op or tiles"
         )
-    if int4 is None and available():
-        int4 = "kernel"
     measured = emulated is None or int4 is None
     bf16_over_fp32, op_over_fp32 = _measure() if measured else (float("nan"), float("nan"))
     # Found: 0.33 to 0.48 with instructions for bf16, 1.9 to 4 without; 0.2 to 0.6 with vector units, from 13 without.
     if emulated is None:
         emulated = bf16_over_fp32 > 1
+    if int4 is None and available():
+        # Compilers older than the CPU do not know its products of bf16 pairs; torch does.
+        if emulated or multiplies_pairs():
+            int4 = "kernel"
+        else:
+            logger.info(
+                "the C compiler is older than this CPU and knows none of its products in bf16: install a newer one"
+            )
     if int4 is None:
         int4 = "op" if op_over_fp32 < 3 else "tiles"
     words = f"{'emulated' if emulated else 'native'},{int4}"

@@ -27,8 +27,9 @@ def test_what_was_found_is_kept_and_logged_once(caplog: pytest.LogCaptureFixture
     assert f"{found.bf16_over_fp32:.2f}" in line and machine.VARIABLE in line
 
 
-def with_kernel(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def with_kernel(there: bool, monkeypatch: pytest.MonkeyPatch, pairs: bool = True) -> None:
     monkeypatch.setattr(machine, "available", lambda: there)
+    monkeypatch.setattr(machine, "multiplies_pairs", lambda: there and pairs)
 
 
 @pytest.mark.parametrize("emulated", [False, True])
@@ -70,6 +71,17 @@ def test_what_is_not_said_is_found_out(
     monkeypatch.setenv(machine.VARIABLE, words)
     monkeypatch.setattr(machine, "_measure", lambda: times)
     assert this_machine() == Machine(*expected, *times)
+
+
+@pytest.mark.parametrize(("bf16_over_fp32", "expected"), [(0.4, "op"), (2.0, "kernel")])
+def test_an_old_compiler_is_not_asked_for_what_torch_does_better(
+    bf16_over_fp32: float, expected: Int4Product, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, machine.logger.name)
+    with_kernel(True, monkeypatch, pairs=False)
+    monkeypatch.setattr(machine, "_measure", lambda: (bf16_over_fp32, 0.3))
+    assert this_machine().int4 == expected
+    assert ("older than this CPU" in caplog.text) == (expected == "op")
 
 
 def test_a_kernel_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

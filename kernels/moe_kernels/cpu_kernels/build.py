@@ -38,6 +38,7 @@ _DENSE: dict[str, tuple[list[Any], Any]] = {
 }
 _FUNCTIONS: dict[str, dict[str, tuple[list[Any], Any]]] = {
     "pairs": {
+        "moe_multiplies_pairs": ([], _INT),
         "moe_sort_pairs": ([_POINTER] * 2 + [_LONG] * 3 + [_POINTER] * 2, _LONG),
         "moe_combine": ([_POINTER] * 8 + [_LONG] * 6 + [_INT] * 4, None),
     },
@@ -86,6 +87,12 @@ def compiler() -> list[str]:
 def available() -> bool:
     """Say whether something can be compiled here: the shortest of the files was."""
     return library("pairs") is not None
+
+
+def multiplies_pairs() -> bool:
+    """Say whether the compiled products multiply bf16 numbers in pairs: the CPU can, and the compiler knows that."""
+    found = library("pairs")
+    return found is not None and bool(found.moe_multiplies_pairs())
 
 
 @functools.cache

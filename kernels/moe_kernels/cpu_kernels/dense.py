@@ -14,19 +14,9 @@ from moe_kernels.cpu_kernels.calls import scratch_memory, threads_for
 _LIBRARIES = {torch.bfloat16: "dense", torch.float32: "dense_fp32"}
 
 
-def has_dense_product(dtype: torch.dtype, bf16_emulated: bool) -> bool:
-    """Say whether there is a compiled product of this type on this machine, and a fast one.
-
-    Args:
-        dtype: Of rows and weights.
-        bf16_emulated: torch's products in bf16 are slow here.
-    """
-    found = library(_LIBRARIES[dtype]) if dtype in _LIBRARIES else None
-    if found is None:
-        return False
-    # Compilers older than the CPU do not know its products of bf16 pairs. Rows then become fp32, which takes memory.
-    multiplies_pairs = found.moe_dense_scratch(1, 1) == 0
-    return dtype != torch.bfloat16 or bf16_emulated or multiplies_pairs
+def has_dense_product(dtype: torch.dtype) -> bool:
+    """Say whether there is a compiled product of this type on this machine."""
+    return dtype in _LIBRARIES and library(_LIBRARIES[dtype]) is not None
 
 
 def compiled_grouped_linear(rows_PX: Tensor, weight_SOX: Tensor, ends_S: Tensor, out_PO: Tensor) -> None:

@@ -13,9 +13,6 @@
 #define MOST_ROWS 6
 #define OUTPUTS 4
 
-/* Numbers of a weight's row between what is multiplied and what is asked for. */
-#define AHEAD 256
-
 typedef struct {
     const Weight *weight; /* of four outputs, the last repeated where there are fewer */
     int64_t rows_of_weight[OUTPUTS];
@@ -44,7 +41,9 @@ INLINE void multiply(const int rows, const Weights *of, const Packed *x, Weight 
         if (of->next) {
             for (int o = 0; o < of->next_rows; o++) _mm_prefetch((const char *)(of->next + o * of->inputs + k), _MM_HINT_T1);
         } else {
-            UNROLL for (int o = 0; o < OUTPUTS; o++) _mm_prefetch((const char *)(weight[o] + k + AHEAD), _MM_HINT_T0);
+            /* Past the last output this asks for what may not be there, which does nothing. */
+            UNROLL for (int o = 0; o < OUTPUTS; o++)
+                _mm_prefetch((const char *)(weight[o] + OUTPUTS * of->inputs + k), _MM_HINT_T1);
         }
         add_step(rows, weight, x, of->inputs, k, STEP, sum);
     }
@@ -96,7 +95,8 @@ static void multiply_group(const Weight *weight, const Packed *x, Weight *out, i
     const int some = left < OUTPUTS ? (int)left : OUTPUTS;
     Weights of = {.weight = weight + first * inputs, .inputs = inputs};
     for (int o = 0; o < OUTPUTS; o++) of.rows_of_weight[o] = o < some ? o : some - 1;
-    /* The first pass reads the weights from memory; the others ask for the next ones, a few rows each. */
+    /* The first pass reads the weights and asks for the next ones; the others ask again, a few rows each: by then there
+       is time for it. */
     const int64_t share = passes > 1 ? (OUTPUTS + passes - 2) / (passes - 1) : 0;
     for (int64_t pass = 0; pass < passes; pass++) {
         const int64_t from = rows * pass / passes, to = rows * (pass + 1) / passes, asked = (pass - 1) * share;

@@ -2,6 +2,15 @@
 
 #include "vectors.h"
 
+/* Whether the compiler multiplies numbers in bf16 by pairs on this CPU. */
+int moe_multiplies_pairs(void) {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 /* Sorts routed pairs by the slot of their expert and leaves out those that reach none; inside a slot they keep their
    order. chosen [pairs] are experts (numbers outside [0, experts) mean nobody), slot_of [experts] their slots, below 0
    where there is none. Writes order [...] and ends [slots], and returns how many pairs there are; -1 if a slot is
