@@ -27,6 +27,10 @@
 /* Words of a task stay in the second cache while all row blocks of a slot pass. */
 #define TASK_BYTES (256 * 1024)
 
+/* With few rows a sum would wait for itself: it is kept in parts, to which numbers are added in turn. */
+#define PARTS(rows) ((rows) == 1 ? 4 : (rows) <= 5 ? 2 : 1)
+#define MOST_SUMS 16
+
 typedef struct {
     int64_t slot, first, rows;
 } RowBlock;
@@ -71,7 +75,7 @@ INLINE void group_fp32(const int rows, const uint32_t *words, const float *x, in
         __builtin_prefetch(words + 16 * LANES);
         UNROLL for (int j = 0; j < 8; j++) {
             const f32x16 weight = number_of(word >> (4 * j));
-            UNROLL for (int r = 0; r < rows; r++) sum[r] += weight * x[r * inner + k + j];
+            UNROLL for (int r = 0; r < rows; r++) sum[r * PARTS(rows) + j % PARTS(rows)] += weight * x[r * inner + k + j];
         }
     }
 }
@@ -92,7 +96,8 @@ INLINE void group_bf16(const int rows, const uint32_t *words, const uint32_t *x,
             const __m512bh weight = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi32(word, 4 * j), table);
             UNROLL for (int r = 0; r < rows; r++) {
                 const __m512bh pair = (__m512bh)_mm512_set1_epi32((int)x[(r * inner + k) / 2 + j]);
-                sum[r] = (f32x16)_mm512_dpbf16_ps((__m512)sum[r], weight, pair);
+                f32x16 *part = &sum[r * PARTS(rows) + j % PARTS(rows)];
+                *part = (f32x16)_mm512_dpbf16_ps((__m512)*part, weight, pair);
             }
         }
     }
@@ -109,14 +114,19 @@ INLINE void multiply(const int rows, const int pairs, const Matrix *of, const vo
                      f32x16 *total) {
     UNROLL for (int r = 0; r < rows; r++) total[r] = zeros();
     for (int64_t group = 0; group < of->groups; group++) {
-        f32x16 sum[MOST_ROWS];
-        UNROLL for (int r = 0; r < rows; r++) sum[r] = zeros();
+        f32x16 sum[MOST_SUMS];
+        for (int part = 0; part < rows * PARTS(rows); part++) sum[part] = zeros();
         const uint32_t *words = of->words + group * of->inner / 8 * LANES;
         const int64_t start = group * rows * of->inner;
         if (pairs)
             group_bf16(rows, words, (const uint32_t *)x + start / 2, of->inner, sum);
         else
             group_fp32(rows, words, (const float *)x + start, of->inner, sum);
+        UNROLL for (int r = 0; r < rows; r++) {
+            f32x16 whole = sum[r * PARTS(rows)];
+            for (int part = 1; part < PARTS(rows); part++) whole += sum[r * PARTS(rows) + part];
+            sum[r] = whole;
+        }
         const f32x16 scale = scale_of(of, group);
         UNROLL for (int r = 0; r < rows; r++) total[r] += sum[r] * scale;
         if (of->zero) {
