@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_kernels.cpu_kernels.calls import plain_tensors
 from moe_kernels.cpu_kernels.dense import compiled_grouped_linear, has_dense_product
 from moe_kernels.machine import Machine, dense_route, this_machine
 
@@ -19,12 +20,9 @@ _TILE_ROWS = 256
 
 def cpu_product_pays(rows_PX: Tensor, weight_SOX: Tensor) -> bool:
     """Say whether :func:`cpu_grouped_linear` is the way for a product: on a CPU, without gradients."""
-    # Tensors of other classes (fake ones, of a tracer) have no memory to read.
-    if type(rows_PX) is not Tensor or torch.compiler.is_compiling():
+    if rows_PX.dtype != weight_SOX.dtype or rows_PX.dtype not in (torch.bfloat16, torch.float32):
         return False
-    if not rows_PX.device.type == weight_SOX.device.type == "cpu" or rows_PX.dtype != weight_SOX.dtype:
-        return False
-    if rows_PX.dtype not in (torch.bfloat16, torch.float32):
+    if not plain_tensors(rows_PX, weight_SOX):
         return False
     if torch.is_grad_enabled() and (rows_PX.requires_grad or weight_SOX.requires_grad):
         return False
@@ -49,7 +47,12 @@ def cpu_grouped_linear(
     Returns:
         ``[P, O]`` in the type of the rows; each number is rounded once.
     """
-    machine = machine or this_machine()
+    # As F.grouped_mm, which knows nothing of autocast either.
+    with torch.autocast("cpu", enabled=False):
+        return _grouped_linear(rows_PX, weight_SOX, offsets_S, machine or this_machine())
+
+
+def _grouped_linear(rows_PX: Tensor, weight_SOX: Tensor, offsets_S: Tensor, machine: Machine) -> Tensor:
     out_PO = rows_PX.new_empty(rows_PX.shape[0], weight_SOX.shape[1])
     ends = offsets_S.tolist()
     starts = [0, *ends[:-1]]
@@ -57,16 +60,12 @@ def cpu_grouped_linear(
     routes = {dense_route(number, rows_PX.shape[1], rows_PX.dtype, machine) for number in numbers}
     compiled = has_dense_product(rows_PX.dtype)
     if routes == {"kernel"} and compiled and weight_SOX.is_contiguous():
-        compiled_grouped_linear(rows_PX.contiguous(), weight_SOX, _ends(offsets_S), out_PO)
+        compiled_grouped_linear(rows_PX.contiguous(), weight_SOX, offsets_S, out_PO)
         return out_PO
     for start, end, weight_OX in zip(starts, ends, weight_SOX, strict=True):
         if start < end:
             _one_group(rows_PX[start:end], weight_OX, out_PO[start:end], machine, compiled)
     return out_PO
-
-
-def _ends(offsets_S: Tensor) -> Tensor:
-    return offsets_S.to("cpu", torch.int32).contiguous()
 
 
 def _one_group(rows_PX: Tensor, weight_OX: Tensor, out_PO: Tensor, machine: Machine, compiled: bool) -> None:

@@ -105,8 +105,8 @@ def _groupable(*tensors: Tensor) -> bool:
 def grouped_linear(rows_PX: Tensor, weight_SOX: Tensor, offsets_S: Tensor) -> Tensor:
     """Multiply each group of rows with its own matrix: ``rows[group s] @ weight[s].T``.
 
-    Takes ``F.grouped_mm`` where it can, and a loop over groups for float64 and for strides that it refuses; on a CPU
-    in bf16, where no gradient is wanted, what `moe_kernels.cpu_dense` knows to be faster.
+    Takes ``F.grouped_mm`` where it can, and a loop over groups for float64 and for strides that it refuses; on a CPU,
+    where no gradient is wanted, what `moe_kernels.cpu_dense` knows to be faster.
 
     Args:
         rows_PX: Rows sorted by group, ``[P, X]``.

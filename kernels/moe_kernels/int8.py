@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels.cpu_kernels.build import library
+from moe_kernels.cpu_kernels.calls import plain_tensors
 from moe_kernels.cpu_kernels.int8 import compiled_int8_linear, takes_int8
 from moe_kernels.int4 import TiledMatrices, row_groups
 from moe_kernels.machine import int8_route, this_machine
@@ -68,7 +69,7 @@ class ByteMatrices(TiledMatrices):
         most = max((group.stop - group.start for _, group in row_groups(ends)), default=0)
         if (
             most == 0
-            or rows_PI.device.type != "cpu"
+            or not plain_tensors(rows_PI, *weights)
             or not takes_int8(*weights)
             or int8_route(most, self.inputs, rows_PI.dtype, this_machine()) != "kernel"
             or library("int8") is None

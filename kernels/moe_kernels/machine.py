@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_kernels.cpu_kernels.build import available, multiplies_pairs, why_not
+from moe_kernels.cpu_kernels.build import available, multiplies_pairs, what_failed
 
 # Rows of one expert from which tiles of bf16 weights in fp32 are faster than an emulated product in bf16. Measured on
 # 4096 x 4096: 1.0 times as fast at 4 rows, 1.1 at 8, 1.2 at 16, 1.8 at 32, 2.0 at 64 and 128, 2.3 at 512.
@@ -228,8 +228,7 @@ def found_out() -> Machine:
     emulated, int4 = _said(os.environ.get(VARIABLE, ""))
     if int4 == "kernel" and not available():
         raise ValueError(
-            f"{VARIABLE}={int4}: there is no kernel, {why_not() or 'for it could not be compiled (see the log)'};"
-            " leave the word out, or give op or tiles"
+            f"{VARIABLE}={int4}: there is no kernel, {what_failed()}; leave the word out, or give op or tiles"
         )
     measured = emulated is None or int4 is None
     bf16_over_fp32, op_over_fp32 = _measure() if measured else (float("nan"), float("nan"))

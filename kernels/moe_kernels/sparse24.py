@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_kernels.cpu_kernels.calls import plain_tensors
 from moe_kernels.cpu_kernels.sparse24 import compiled_sparse24_linear, has_sparse24_product
 from moe_kernels.experts import grouped_linear
 from moe_kernels.int4 import row_groups, tile_type
@@ -244,6 +245,8 @@ def _compiled(
     groups = list(row_groups(ends))
     as_they_lie = values_SOK.is_contiguous() and metadata_SOB.is_contiguous()
     if not groups or not as_they_lie or rows_PI.dtype != values_SOK.dtype:
+        return groups
+    if not plain_tensors(rows_PI, values_SOK, metadata_SOB):
         return groups
     machine = this_machine()
     left = [

@@ -9,6 +9,7 @@ from moe_kernels.cpu_dense import cpu_grouped_linear, cpu_product_pays
 from moe_kernels.cpu_kernels import build, calls
 from moe_kernels.cpu_kernels.dense import compiled_grouped_linear
 from moe_kernels.machine import DenseRoute, Int4Product, Int4Route, Machine, dense_route, int4_route
+from torch.autograd import forward_ad
 
 from tests.kernels.packed import draw_rows, relative_error
 
@@ -221,6 +222,65 @@ def test_a_row_depends_on_nothing_else() -> None:
     others = [row for row in range(30) if row not in (3, 15)]
     torch.testing.assert_close(got[others], both[others], rtol=0, atol=0)
     assert got[[3, 15]].isnan().all()
+
+
+@needs_library
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    rows, weight, offsets = draw_case((2, 4), 8, 64, torch.float32)
+    for given in (
+        (rows[:, :32].contiguous(), weight, offsets),
+        (rows, weight, torch.tensor([2, 6], dtype=torch.int32)),
+        (rows, weight, torch.tensor([3, 2], dtype=torch.int32)),
+        (rows, weight, torch.tensor([2, 3], dtype=torch.int32)),
+        (rows, torch.cat([weight, weight]), offsets),
+    ):
+        with pytest.raises(ValueError, match=r"fit|leave out some"):
+            compiled_grouped_linear(*given, rows.new_empty(4, 8))
+
+
+class Other(torch.Tensor):
+    """A tensor that is not a plain one."""
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "why", ["rows of another class", "weights of another class", "negated", "forward mode", "vmap", "traced"]
+)
+def test_what_follows_operations_gets_those_of_torch(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_dense, "this_machine", lambda: KERNEL)
+    rows, weight, _ = draw_case((4,), 8, 64, torch.float32)
+    seen = []
+
+    def ask(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        seen.append(cpu_product_pays(x, w))
+        return x
+
+    with torch.no_grad():
+        assert cpu_product_pays(rows, weight)
+        if why == "rows of another class":
+            ask(rows.as_subclass(Other), weight)
+        elif why == "weights of another class":
+            ask(rows, weight.as_subclass(Other))
+        elif why == "negated":
+            ask(torch._neg_view(rows), weight)
+        elif why == "forward mode":
+            with forward_ad.dual_level():
+                ask(forward_ad.make_dual(rows, rows), weight)
+        elif why == "vmap":
+            torch.func.vmap(lambda row: ask(row[None], weight))(rows)
+        else:
+            torch.jit.trace(lambda x: ask(x, weight) * 1, rows, check_trace=False)
+    assert seen == [False]
+
+
+@needs_library
+@pytest.mark.parametrize("rows", [4, 600])
+def test_autocast_changes_nothing(rows: int) -> None:
+    case = draw_case((rows,), 16, 512, torch.float32)
+    expected = in_float64(*case)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = cpu_grouped_linear(*case, machine=KERNEL)
+    assert got.dtype == torch.float32 and relative_error(got, expected.numpy()) <= 1e-6
 
 
 def test_every_way_is_taken_somewhere() -> None:

@@ -135,6 +135,17 @@ def test_gradients(dtype: torch.dtype) -> None:
 
 
 @needs_library
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    packed = make_packed(2, 32, 64, 32)
+    matrices = converted(packed)
+    for rows, ends in ((draw_rows(4, 32), [2, 4]), (draw_rows(4, 64), [2, 4, 4]), (draw_rows(4, 64), [2, 6])):
+        with pytest.raises(ValueError, match="fit"):
+            grouped_product(rows, torch.tensor(ends, dtype=torch.int32), matrices)
+    with pytest.raises(ValueError, match="leave out some"):
+        grouped_product(draw_rows(4, 64), torch.tensor([2, 3], dtype=torch.int32), matrices)
+
+
+@needs_library
 @pytest.mark.parametrize("why", ["no rows", "no slots", "matrix units", "strides", "autocast"])
 def test_odd_calls(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = make_packed(2, 32, 64, 32)
@@ -225,14 +236,66 @@ def test_other_cpus_are_not_compiled_for(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "AVX2 and no AVX-512" in str(build.why_not())
 
 
-def test_a_cache_that_others_can_write_is_not_trusted(own_cache: Path) -> None:
+@pytest.fixture
+def own_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path / "temporary"))
+    return tmp_path / "temporary" / f"moe_kernels-{os.getuid()}"
+
+
+def test_a_cache_that_others_can_write_is_not_trusted(own_cache: Path, own_temporary: Path) -> None:
     assert build.cache_folder() == own_cache
     own_cache.chmod(0o777)
-    other = build.cache_folder()
-    assert other != own_cache and stat.S_IMODE(other.stat().st_mode) == 0o700
+    assert build.cache_folder() == own_temporary and stat.S_IMODE(own_temporary.stat().st_mode) == 0o700
     own_cache.rmdir()
     own_cache.write_text("in the way")
-    assert build.cache_folder() == other
+    assert build.cache_folder() == own_temporary
+    own_temporary.chmod(0o722)
+    with pytest.raises(OSError, match=r"kept nowhere: .*; .* is not this user's alone.*; set XDG_CACHE_HOME"):
+        build.cache_folder()
+
+
+def test_without_a_home_libraries_are_among_temporary_files(
+    own_cache: Path, own_temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    assert build.cache_folder() == own_temporary
+
+
+@needs_library
+def test_a_damaged_library_is_made_anew(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged = build._compiled("pairs")
+    damaged.write_bytes(b"")
+    assert build.available() and damaged.stat().st_size > 1000
+    assert [path.name for path in own_cache.iterdir()] == [damaged.name]
+
+
+@needs_library
+@pytest.mark.parametrize("why", ["quotes", "functions", "vectors"])
+def test_a_compiler_can_be_anything(why: str, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if why == "quotes":
+        monkeypatch.setenv("CC", 'gcc "')
+    elif why == "functions":
+        empty = tmp_path / "empty.c"
+        empty.write_text("int nothing(void) { return 0; }")
+        real = build.compiler()
+        monkeypatch.setattr(
+            build,
+            "_compile",
+            lambda command, name, target: build.subprocess.run(
+                [*real, "-shared", "-fPIC", str(empty), "-o", str(target)], check=True
+            ),
+        )
+    else:
+        monkeypatch.setattr(build, "_FLAGS", tuple(flag for flag in build._FLAGS if flag != "-march=native"))
+    assert not build.available()
+    said = {"quotes": "No closing quotation", "functions": "moe_", "vectors": "AVX-512"}
+    assert said[why] in build.what_failed()
 
 
 def test_the_fingerprint_holds_compiler_and_sources(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,6 +146,24 @@ class Other(Tensor):
     """A tensor that is not a plain one."""
 
 
+@pytest.mark.parametrize("kind", [torch.int32, "strided"], ids=str)
+def test_integers_of_another_kind(kind: object) -> None:
+    draw = torch.Generator().manual_seed(2)
+    index, weight = draw_routing(2)
+    hidden, novices = torch.randn(TOKENS, HIDDEN, generator=draw), torch.randn(NOVICES, HIDDEN, generator=draw)
+    gate_up, down = torch.randn(SLOTS, 22, HIDDEN, generator=draw), torch.randn(SLOTS, HIDDEN, 11, generator=draw)
+    slot_map = torch.tensor(SLOT_MAP)
+    silu = torch.nn.functional.silu
+    expected = mix_experts_by_loop(hidden, index, weight, gate_up, down, slot_map, novices, silu)
+    if kind == "strided":
+        slot_map = torch.stack([slot_map, slot_map * 0], 1)[:, 0]
+        assert not slot_map.is_contiguous()
+    else:
+        index = index.int()
+    got = mix_experts(hidden, index, weight, gate_up, down, slot_map, novices, silu)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("ranks", [0, 3])
 def test_a_whole_sum_over_experts(ranks: int) -> None:
     draw = torch.Generator().manual_seed(2)

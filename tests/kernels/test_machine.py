@@ -86,7 +86,7 @@ def test_an_old_compiler_is_not_asked_for_what_torch_does_better(
 
 def test_a_kernel_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with_kernel(False, monkeypatch)
-    monkeypatch.setattr(machine, "why_not", lambda: "there is no C compiler: install gcc")
+    monkeypatch.setattr(machine, "what_failed", lambda: "there is no C compiler: install gcc")
     monkeypatch.setenv(machine.VARIABLE, "native,kernel")
     with pytest.raises(ValueError, match="there is no kernel, there is no C compiler: install gcc; leave the word out"):
         this_machine()

@@ -104,25 +104,41 @@ def library(name: str) -> ctypes.CDLL | None:
     Args:
         name: One of `NAMES`.
     """
-    reason = why_not()
-    if reason is None:
-        try:
+    try:
+        reason = why_not()
+        if reason is None:
             return _load(_compiled(name), name)
-        except (OSError, subprocess.SubprocessError) as error:
-            reason = _said(error)
+    # A compiler can be anything: it may write no library, one without these functions, or words in no known letters.
+    except (OSError, subprocess.SubprocessError, RuntimeError, ValueError, AttributeError) as error:
+        reason = _said(error)
+    _REASONS[name] = reason
     logger.info(f"no compiled products on this CPU ({name}): {reason}")
     return None
+
+
+_REASONS: dict[str, str] = {}
+
+
+def what_failed() -> str:
+    """Say why nothing could be compiled, once that was tried."""
+    return _REASONS.get("pairs", "nothing was tried")
 
 
 def _said(error: Exception) -> str:
     if isinstance(error, subprocess.CalledProcessError):
         lines = (error.stderr or "").strip().splitlines()
+        lines = [line for line in lines if "error" in line.lower()] or lines
         return f"{shlex.join(error.cmd[:1])} failed with {error.returncode}: {' '.join(lines[:3])[:500]}"
     return f"{type(error).__name__}: {error}"
 
 
 def _load(path: Path, name: str) -> ctypes.CDLL:
-    found = ctypes.CDLL(str(path))
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError:
+        # A file that was damaged: made anew, once.
+        path.unlink()
+        found = ctypes.CDLL(str(_compiled(name)))
     for function_name, (arguments, result) in _FUNCTIONS[name].items():
         function = getattr(found, function_name)
         function.argtypes, function.restype = arguments, result
@@ -155,21 +171,32 @@ def _compile(command: list[str], name: str, target: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Return the folder of compiled libraries: the user's own, or one for this process where that cannot be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moe_kernels"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Others must not be able to put a library there.
-        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK) and not folder.stat().st_mode & 0o022:
-            return folder
-    except OSError:
-        pass
-    return _own_folder()
+    """Return the folder of compiled libraries: in the user's cache, or, where that cannot be, among temporary files.
+
+    Raises:
+        OSError: Nothing can be written in either.
+    """
+    reasons = []
+    for folder in (_in_cache, _among_temporary):
+        try:
+            found = folder()
+            found.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Others must not be able to put a library there.
+            if found.stat().st_uid == os.getuid() and os.access(found, os.W_OK) and not found.stat().st_mode & 0o022:
+                return found
+            reasons.append(f"{found} is not this user's alone, or cannot be written")
+        except (OSError, RuntimeError) as error:
+            reasons.append(_said(error))
+    raise OSError(f"compiled products can be kept nowhere: {'; '.join(reasons)}; set XDG_CACHE_HOME to a folder")
 
 
-@functools.cache
-def _own_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="moe_kernels-"))
+def _in_cache() -> Path:
+    # Without a home this is an error.
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moe_kernels"
+
+
+def _among_temporary() -> Path:
+    return Path(tempfile.gettempdir()) / f"moe_kernels-{os.getuid()}"
 
 
 def _fingerprint(command: list[str], name: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels.cpu_kernels.build import library
-from moe_kernels.cpu_kernels.calls import scratch_memory, threads_for
+from moe_kernels.cpu_kernels.calls import checked_ends, scratch_memory, threads_for
 
 FLOATS = (torch.bfloat16, torch.float32)
 """Types of rows, and of scales."""
@@ -71,6 +71,7 @@ def compiled_int8_linear(
             f"rows {list(rows_PI.shape)}, codes {list(codes_SOI.shape)}, {len(ends_S)} ends and results "
             f"{list(out_PO.shape)} do not fit one another"
         )
+    ends_S = checked_ends(ends_S, slots, rows)
     if not rows or not outputs:
         return
     wide, threads = rows_PI.dtype == torch.float32, threads_for(rows * outputs * inputs)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels.cpu_kernels.build import library
-from moe_kernels.cpu_kernels.calls import scratch_memory, threads_for
+from moe_kernels.cpu_kernels.calls import checked_ends, plain_tensors, scratch_memory, threads_for
 from moe_kernels.int4 import TiledMatrices, dequantize_int4, row_groups
 from moe_kernels.machine import int4_route, this_machine
 
@@ -59,21 +59,30 @@ class LaneMatrices(TiledMatrices):
         return dequantize_int4(words[0], scale[0], None if zero is None else zero[0], self.inputs, dtype)
 
     def grouped_product(self, rows_PI: Tensor, offsets_S: Tensor, ends: list[int], out_PO: Tensor) -> None:
-        """See `Int4Matrices.grouped_product`: all slots in one call."""
+        """See `Int4Matrices.grouped_product`: all slots in one call.
+
+        Raises:
+            ValueError: Sizes do not fit one another.
+        """
         most = max((group.stop - group.start for _, group in row_groups(ends)), default=0)
         found = library("int4")
         if (
             found is None
             or rows_PI.dtype not in _ROWS
-            or rows_PI.device.type != "cpu"
+            or not plain_tensors(rows_PI, self.words_SBWL, self.scale_SBGL, self.zero_SBZL)
             or int4_route(most, rows_PI.dtype, this_machine()) != "kernel"
         ):
             super().grouped_product(rows_PI, offsets_S, ends, out_PO)
             return
+        (total, inputs), groups = rows_PI.shape, self.scale_SBGL.shape[2]
+        if inputs != self.inputs or out_PO.shape != (total, self.outputs) or not out_PO.is_contiguous():
+            raise ValueError(
+                f"rows {list(rows_PI.shape)} and results {list(out_PO.shape)} do not fit matrices of {self.outputs} "
+                f"outputs and {self.inputs} inputs"
+            )
+        rows_PI, ends_S = rows_PI.contiguous(), checked_ends(offsets_S, len(self.words_SBWL), total)
         if not most:
             return
-        rows_PI, ends_S = rows_PI.contiguous(), offsets_S.to("cpu", torch.int32).contiguous()
-        (total, inputs), groups = rows_PI.shape, self.scale_SBGL.shape[2]
         wide = rows_PI.dtype == torch.float32
         scratch, start = scratch_memory(found.moe_int4_scratch(total, inputs, groups, wide))
         found.moe_int4_product(
@@ -114,6 +123,7 @@ def to_lanes(words_SOW: Tensor, scale_SOG: Tensor, zero_SOB: Tensor | None, inpu
         outputs == 0
         or outputs % LANES
         or groups == 0
+        or inputs == 0
         or inputs % (groups * WORD_CODES)
         or scale_SOG.dtype not in _SCALES
         or any(tensor.device.type != "cpu" for tensor in tensors)

@@ -11,20 +11,15 @@ import torch
 from torch import Tensor
 
 from moe_kernels.cpu_kernels.build import library
-from moe_kernels.cpu_kernels.calls import threads_for
+from moe_kernels.cpu_kernels.calls import plain_tensors, threads_for
 from moe_kernels.machine import this_machine
 
 _TYPES = (torch.bfloat16, torch.float32)
 
 
 def _taken(*tensors: Tensor) -> ctypes.CDLL | None:
-    """Return the compiled functions if they can be called with these tensors: plain ones, in the memory of the CPU."""
-    if torch.compiler.is_compiling():
-        return None
-    # Tensors of other classes (fake ones, of a tracer) have no memory.
-    if any(type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type != "cpu" for tensor in tensors):
-        return None
-    return library("pairs") if this_machine().int4 == "kernel" else None
+    """Return the compiled functions if they can be called with these tensors."""
+    return library("pairs") if plain_tensors(*tensors) and this_machine().int4 == "kernel" else None
 
 
 def compiled_sort(index_NK: Tensor, slot_map_E: Tensor, num_slots: int) -> tuple[Tensor, Tensor] | None:
@@ -88,9 +83,12 @@ def compiled_combine(
     found = _taken(*given, order_P, index_NK, slot_map_E)
     if found is None or any(tensor.dtype not in _TYPES for tensor in given):
         return None
+    if any(tensor.dtype != torch.int64 for tensor in (order_P, index_NK, slot_map_E)):
+        return None
     (tokens, top_k), hidden = index_NK.shape, outputs_PH.shape[1]
     # In names, so that they are there until the call has returned.
-    outputs, weight, index, order = (part.contiguous() for part in (outputs_PH, weight_NK, index_NK, order_P))
+    outputs, weight = outputs_PH.contiguous(), weight_NK.contiguous()
+    order, index, slot_map = order_P.contiguous(), index_NK.contiguous(), slot_map_E.contiguous()
     novices = None if novices_VH is None else novices_VH.contiguous()
     sums_NH = torch.empty(tokens, hidden, dtype=torch.float32, device="cpu")
     places = torch.empty(tokens * top_k, dtype=torch.int32, device="cpu")
@@ -99,7 +97,7 @@ def compiled_combine(
         order.data_ptr(),
         weight.data_ptr(),
         index.data_ptr(),
-        slot_map_E.data_ptr(),
+        slot_map.data_ptr(),
         None if novices is None else novices.data_ptr(),
         sums_NH.data_ptr(),
         places.data_ptr(),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels.cpu_kernels.build import library
-from moe_kernels.cpu_kernels.calls import scratch_memory, threads_for
+from moe_kernels.cpu_kernels.calls import checked_ends, scratch_memory, threads_for
 
 TYPES = (torch.bfloat16, torch.float32)
 """Of rows and values, which must be the same."""
@@ -59,7 +59,11 @@ def compiled_sparse24_linear(
             f"rows {list(rows_PI.shape)}, values {list(values_SOK.shape)}, places {list(metadata_SOB.shape)}, "
             f"{len(ends_S)} ends and results {list(out_PO.shape)} do not fit one another"
         )
+    ends_S = checked_ends(ends_S, slots, rows)
     if not rows or not outputs:
+        return
+    if not kept:
+        out_PO.zero_()
         return
     scratch, start = scratch_memory(found.moe_sparse24_scratch(rows, 2 * kept, wide))
     found.moe_sparse24_product(

@@ -3,6 +3,10 @@
 #ifndef MOE_VECTORS_H
 #define MOE_VECTORS_H
 
+#ifndef __AVX512F__
+#error "the compiler was not told that this CPU has AVX-512: -march=native did not reach it"
+#endif
+
 #include <stdint.h>
 #include <string.h>
 

@@ -95,7 +95,7 @@ class Int8(WeightStack):
 class Int4(GpuForm):
     """Codes of 4 bits with a scale, and mostly a zero point, for every group: ``w = (code - zero) * scale``.
 
-    On a CPU that computes in bf16, and in the Triton kernels, the weights take another form while they work; see
+    On a CPU, and in the Triton kernels, the weights take another form while they work; see
     `CpuForm` and `GpuForm`.
 
     Attributes:
