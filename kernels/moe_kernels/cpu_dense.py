@@ -11,7 +11,8 @@ from torch import Tensor
 
 from moe_kernels.cpu_kernels.calls import plain_tensors
 from moe_kernels.cpu_kernels.dense import compiled_grouped_linear, has_dense_product
-from moe_kernels.machine import Machine, dense_route, this_machine
+from moe_kernels.int4 import row_groups
+from moe_kernels.machine import DenseRoute, Machine, dense_route, this_machine
 
 # A tile has 4 MiB in fp32, which a cache holds, but no fewer rows than products in fp32 need to run at full speed.
 _TILE_WEIGHTS = 2**20
@@ -28,9 +29,8 @@ def cpu_product_pays(rows_PX: Tensor, weight_SOX: Tensor) -> bool:
         return False
     # How many rows a group has, is seen when they are there.
     machine = this_machine()
-    return (
-        machine.int4 == "kernel" or dense_route(rows_PX.shape[0], rows_PX.shape[1], rows_PX.dtype, machine) != "product"
-    )
+    rows, inputs = rows_PX.shape
+    return machine.compiled or dense_route(rows, inputs, rows_PX.dtype, machine) != "product"
 
 
 def cpu_grouped_linear(
@@ -46,6 +46,9 @@ def cpu_grouped_linear(
 
     Returns:
         ``[P, O]`` in the type of the rows; each number is rounded once.
+
+    Raises:
+        ValueError: There are not as many groups as matrices.
     """
     # As F.grouped_mm, which knows nothing of autocast either.
     with torch.autocast("cpu", enabled=False):
@@ -54,23 +57,22 @@ def cpu_grouped_linear(
 
 def _grouped_linear(rows_PX: Tensor, weight_SOX: Tensor, offsets_S: Tensor, machine: Machine) -> Tensor:
     out_PO = rows_PX.new_empty(rows_PX.shape[0], weight_SOX.shape[1])
-    ends = offsets_S.tolist()
-    starts = [0, *ends[:-1]]
-    numbers = {end - start for start, end in zip(starts, ends, strict=True)} - {0}
-    routes = {dense_route(number, rows_PX.shape[1], rows_PX.dtype, machine) for number in numbers}
+    if len(offsets_S) != len(weight_SOX):
+        raise ValueError(f"{len(offsets_S)} groups of rows do not fit {len(weight_SOX)} matrices")
+    groups = list(row_groups(offsets_S.tolist()))
+    routes = [dense_route(part.stop - part.start, rows_PX.shape[1], rows_PX.dtype, machine) for _, part in groups]
     compiled = has_dense_product(rows_PX.dtype)
-    if routes == {"kernel"} and compiled and weight_SOX.is_contiguous():
+    if set(routes) == {"kernel"} and compiled and weight_SOX.is_contiguous():
         compiled_grouped_linear(rows_PX.contiguous(), weight_SOX, offsets_S, out_PO)
         return out_PO
-    for start, end, weight_OX in zip(starts, ends, weight_SOX, strict=True):
-        if start < end:
-            _one_group(rows_PX[start:end], weight_OX, out_PO[start:end], machine, compiled)
+    for (slot, part), route in zip(groups, routes, strict=True):
+        taken: DenseRoute = "product" if route == "kernel" and not compiled else route
+        _one_group(rows_PX[part], weight_SOX[slot], out_PO[part], taken)
     return out_PO
 
 
-def _one_group(rows_PX: Tensor, weight_OX: Tensor, out_PO: Tensor, machine: Machine, compiled: bool) -> None:
-    route = dense_route(rows_PX.shape[0], rows_PX.shape[1], rows_PX.dtype, machine)
-    if route == "kernel" and compiled and weight_OX.is_contiguous():
+def _one_group(rows_PX: Tensor, weight_OX: Tensor, out_PO: Tensor, route: DenseRoute) -> None:
+    if route == "kernel" and weight_OX.is_contiguous():
         end = torch.tensor([rows_PX.shape[0]], dtype=torch.int32, device="cpu")
         compiled_grouped_linear(rows_PX.contiguous(), weight_OX[None], end, out_PO)
     elif route == "fp32 tiles":

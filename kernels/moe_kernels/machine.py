@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_kernels.cpu_kernels.build import available, multiplies_pairs, what_failed
+from moe_kernels.cpu_kernels.calls import FLOATS
 
 # Rows of one expert from which tiles of bf16 weights in fp32 are faster than an emulated product in bf16. Measured on
 # 4096 x 4096: 1.0 times as fast at 4 rows, 1.1 at 8, 1.2 at 16, 1.8 at 32, 2.0 at 64 and 128, 2.3 at 512.
@@ -106,6 +107,19 @@ class Machine:
     bf16_over_fp32: float = float("nan")
     op_over_fp32: float = float("nan")
 
+    @property
+    def compiled(self) -> bool:
+        """Whether the products of `moe_kernels.cpu_kernels` are taken."""
+        return self.int4 == "kernel"
+
+    @property
+    def has_matrix_units(self) -> bool:
+        """Whether torch's products in bf16 are so fast that the CPU must have units for whole matrices.
+
+        Never where that was not measured.
+        """
+        return self.bf16_over_fp32 < _MATRIX_UNITS
+
 
 DenseRoute = Literal["product", "kernel", "fp32 tiles"]
 Int4Route = Literal["kernel", "op", "bf16 tiles", "fp32 tiles", "exact tiles"]
@@ -126,15 +140,15 @@ def dense_route(rows: int, inputs: int, dtype: torch.dtype, machine: Machine) ->
         ``product``: as they are. ``kernel``: by the product in `moe_kernels.cpu_kernels`. ``fp32 tiles``: a few rows of
         the weights at a time, in fp32.
     """
-    if dtype == torch.float32 and machine.int4 == "kernel":
+    if dtype == torch.float32 and machine.compiled:
         return "kernel" if rows <= min(_COMPILED_ROWS_FP32, inputs // _FP32_INPUTS_A_ROW) else "product"
     if dtype != torch.bfloat16:
         return "product"
-    if machine.int4 == "kernel":
+    if machine.compiled:
         if machine.bf16_emulated:
             return "kernel" if rows > 1 else "product"
         most = _COMPILED_ROWS if inputs >= _NARROW_INPUTS else _COMPILED_ROWS_NARROW
-        if machine.bf16_over_fp32 < _MATRIX_UNITS:
+        if machine.has_matrix_units:
             most = _MATRIX_UNIT_ROWS_DENSE
         return "kernel" if rows <= most else "product"
     return "fp32 tiles" if machine.bf16_emulated and rows >= _UPCAST_ROWS else "product"
@@ -152,9 +166,8 @@ def int4_route(rows: int, dtype: torch.dtype, machine: Machine) -> Int4Route:
         ``kernel``: the product of `moe_kernels.cpu_kernels`. ``op``: torch's. ``bf16 tiles``, ``fp32 tiles``: a few
         rows of the weights at a time, dequantised to that type. ``exact tiles``: the same in the type of the rows.
     """
-    if machine.int4 == "kernel" and dtype in (torch.bfloat16, torch.float32):
-        # Not so where bf16 was not measured.
-        units = dtype == torch.bfloat16 and machine.bf16_over_fp32 < _MATRIX_UNITS
+    if machine.compiled and dtype in FLOATS:
+        units = dtype == torch.bfloat16 and machine.has_matrix_units
         return "bf16 tiles" if units and rows >= _MATRIX_UNIT_ROWS_INT4 else "kernel"
     if dtype != torch.bfloat16:
         return "exact tiles"
@@ -176,11 +189,11 @@ def sparse24_route(rows: int, inputs: int, dtype: torch.dtype, machine: Machine)
         ``kernel``: the product of `moe_kernels.cpu_kernels`. ``tiles``: a few rows of the weights at a time, spelled
         out.
     """
-    if machine.int4 != "kernel" or dtype not in (torch.bfloat16, torch.float32):
+    if not machine.compiled or dtype not in FLOATS:
         return "tiles"
     if dtype == torch.float32 or machine.bf16_emulated:
         return "kernel"
-    if machine.bf16_over_fp32 < _MATRIX_UNITS:
+    if machine.has_matrix_units:
         return "kernel" if rows <= _MATRIX_UNIT_ROWS_SPARSE24 else "tiles"
     return "kernel" if rows <= _SPARSE24_ROWS or inputs >= _SPARSE24_INPUTS else "tiles"
 
@@ -198,9 +211,9 @@ def int8_route(rows: int, inputs: int, dtype: torch.dtype, machine: Machine) -> 
         ``kernel``: the product of `moe_kernels.cpu_kernels`. ``tiles``: a few rows of the weights at a time,
         dequantised.
     """
-    if machine.int4 != "kernel" or dtype not in _INT8_INPUTS:
+    if not machine.compiled or dtype not in _INT8_INPUTS:
         return "tiles"
-    if dtype == torch.bfloat16 and machine.bf16_over_fp32 < _MATRIX_UNITS:
+    if dtype == torch.bfloat16 and machine.has_matrix_units:
         return "kernel" if rows < _MATRIX_UNIT_ROWS_INT8 else "tiles"
     return "kernel" if rows <= _INT8_ROWS_NARROW or inputs >= _INT8_INPUTS[dtype] else "tiles"
 
@@ -212,7 +225,7 @@ _LOCK = threading.Lock()
 def this_machine() -> Machine:
     """Say what this machine is good at: as ``MOE_KERNELS_CPU`` says, or found out, once in a process, in about 20 ms.
 
-    The first time on a machine the products of `moe_kernels.cpu_kernels` are compiled, which takes some seconds.
+    The first time on a machine the shortest of the files of `moe_kernels.cpu_kernels` is compiled, to see that it can.
 
     Raises:
         ValueError: ``MOE_KERNELS_CPU`` holds an unknown word, two that contradict one another, or asks for a kernel

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+FLOATS = (torch.bfloat16, torch.float32)
+"""Types of rows, and of scales, that the compiled products know."""
+
 _ALIGNMENT = 64
 # Products of fewer multiplications are done before other threads have begun.
 _THREADS_FROM = 2**21

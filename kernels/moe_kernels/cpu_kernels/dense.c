@@ -2,8 +2,6 @@
 
 #include "vectors.h"
 
-#ifdef __AVX512F__
-
 typedef uint16_t Weight;
 
 #ifdef __AVX512BF16__
@@ -41,10 +39,7 @@ INLINE __m512 load_wide(const uint16_t *from, int left) {
 
 #endif
 
-#define TO_FLOAT float_of
 #define FROM_FLOAT bf16_of
 #define NAME(function) moe_dense_##function
 
 #include "dense_product.h"
-
-#endif

@@ -2,8 +2,6 @@
 
 #include "vectors.h"
 
-#ifdef __AVX512F__
-
 typedef float Weight;
 typedef float Packed;
 typedef __m512 Numbers;
@@ -13,10 +11,7 @@ typedef __m512 Numbers;
 #define LOAD_WEIGHT load_floats
 #define LOAD_ROW load_floats
 #define MULTIPLY_ADD(sum, weight, x) _mm512_fmadd_ps(weight, x, sum)
-#define TO_FLOAT(number) (number)
 #define FROM_FLOAT(number) (number)
 #define NAME(function) moe_dense_##function
 
 #include "dense_product.h"
-
-#endif

@@ -4,8 +4,8 @@
    of its group while it is in a cache. Sums are in fp32, over sixteen lanes along the inputs.
 
    The file that includes this one says what is multiplied and how: Weight (type of weights, rows and results), Packed
-   (type of a row's numbers as they are multiplied) and REPACKED (whether it is another), Numbers (a vector), STEP
-   (numbers in one), LOAD_WEIGHT, LOAD_ROW, MULTIPLY_ADD, TO_FLOAT, FROM_FLOAT, and NAME for its functions. */
+   (type of a row's numbers as they are multiplied) and REPACKED (whether it is fp32 for bf16), Numbers (a vector), STEP
+   (numbers in one), LOAD_WEIGHT, LOAD_ROW, MULTIPLY_ADD, FROM_FLOAT, and NAME for its functions. */
 
 #include <stddef.h>
 
@@ -14,8 +14,7 @@
 #define OUTPUTS 4
 
 typedef struct {
-    const Weight *weight; /* of four outputs, the last repeated where there are fewer */
-    int64_t rows_of_weight[OUTPUTS];
+    const Weight *weight[OUTPUTS]; /* of each output, the last repeated where there are fewer */
     const Weight *next; /* what the next pass over other weights will read: rows of it to ask for meanwhile */
     int next_rows;
     int64_t inputs;
@@ -33,8 +32,7 @@ INLINE void add_step(const int rows, const Weight *const *weight, const Packed *
 
 INLINE void multiply(const int rows, const Weights *of, const Packed *x, Weight *out, int64_t outputs, int some) {
     __m512 sum[MOST_ROWS][OUTPUTS];
-    const Weight *weight[OUTPUTS];
-    UNROLL for (int o = 0; o < OUTPUTS; o++) weight[o] = of->weight + of->rows_of_weight[o] * of->inputs;
+    const Weight *const *weight = of->weight;
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int o = 0; o < OUTPUTS; o++) sum[r][o] = _mm512_setzero_ps();
     int64_t k = 0;
     for (; k + STEP <= of->inputs; k += STEP) {
@@ -59,7 +57,7 @@ INLINE void multiply(const int rows, const Weights *of, const Packed *x, Weight 
 static void multiply_one(const Weights *of, const Packed *x, Weight *out, int some) {
     __m512 sum[OUTPUTS];
     for (int o = 0; o < OUTPUTS; o++) {
-        const Weight *weight = of->weight + of->rows_of_weight[o] * of->inputs;
+        const Weight *weight = of->weight[o];
         __m512 part[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
         int64_t k = 0;
         for (; k + 4 * STEP <= of->inputs; k += 4 * STEP) {
@@ -93,8 +91,8 @@ static void multiply_group(const Weight *weight, const Packed *x, Weight *out, i
     const int64_t passes = (rows + MOST_ROWS - 1) / MOST_ROWS;
     const int64_t left = outputs - first, after = outputs - first - OUTPUTS;
     const int some = left < OUTPUTS ? (int)left : OUTPUTS;
-    Weights of = {.weight = weight + first * inputs, .inputs = inputs};
-    for (int o = 0; o < OUTPUTS; o++) of.rows_of_weight[o] = o < some ? o : some - 1;
+    Weights of = {.inputs = inputs};
+    for (int o = 0; o < OUTPUTS; o++) of.weight[o] = weight + (first + (o < some ? o : some - 1)) * inputs;
     /* The first pass reads the weights and asks for the next ones; the others ask again, a few rows each: by then there
        is time for it. */
     const int64_t share = passes > 1 ? (OUTPUTS + passes - 2) / (passes - 1) : 0;
@@ -121,20 +119,12 @@ int64_t NAME(scratch)(int64_t rows, int64_t inputs) { return REPACKED ? rows * i
 void NAME(product)(const Weight *rows, const int32_t *ends, const Weight *weight, Weight *out, void *scratch,
                    int64_t slots, int64_t outputs, int64_t inputs, int threads) {
     const int64_t quads = (outputs + OUTPUTS - 1) / OUTPUTS;
-    int64_t step = quads / (4 * threads);
-    if (step > 32) step = 32;
-    if (step < 1) step = 1;
-    const int64_t tasks = (quads + step - 1) / step;
-    (void)threads; /* without OpenMP */
+    const int64_t step = task_size(quads, threads), tasks = (quads + step - 1) / step;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const Packed *x = REPACKED ? scratch : (const void *)rows;
-        if (REPACKED) {
-            const int64_t numbers = ends[slots - 1] * inputs;
-#pragma omp for
-            for (int64_t k = 0; k < numbers; k++) ((Packed *)scratch)[k] = (Packed)TO_FLOAT(rows[k]);
-        }
+        if (REPACKED) widen((const uint16_t *)rows, scratch, ends[slots - 1] * inputs);
         for (int64_t slot = 0; slot < slots; slot++) {
             const int64_t first = slot ? ends[slot - 1] : 0, number = ends[slot] - first;
             if (number == 0) continue;

@@ -18,18 +18,13 @@
 #include <stdlib.h>
 
 /* Rows whose sums the registers hold at once. */
-#ifdef __AVX512F__
 #define MOST_ROWS 16
-#else
-#define MOST_ROWS 6
-#endif
 
 /* Words of a task stay in the second cache while all row blocks of a slot pass. */
 #define TASK_BYTES (256 * 1024)
 
 /* With few rows a sum would wait for itself: it is kept in parts, to which numbers are added in turn. */
 #define PARTS(rows) ((rows) == 1 ? 4 : (rows) <= 5 ? 2 : 1)
-#define MOST_SUMS 16
 
 typedef struct {
     int64_t slot, first, rows;
@@ -59,13 +54,9 @@ INLINE f32x16 shift_of(const Matrix *of, int64_t group) {
 /* ---- rows in fp32: packed [groups][rows][inner] ---- */
 
 INLINE f32x16 number_of(u32x16 codes) {
-#ifdef __AVX512F__
     /* The lookup reads the lowest four bits of each lane only. */
     const f32x16 table = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
     return (f32x16)_mm512_permutexvar_ps((__m512i)codes, (__m512)table);
-#else
-    return __builtin_convertvector((i32x16)(codes & 15), f32x16) - 8.0f;
-#endif
 }
 
 INLINE void group_fp32(const int rows, const uint32_t *words, const float *x, int64_t inner, f32x16 *sum) {
@@ -114,7 +105,7 @@ INLINE void multiply(const int rows, const int pairs, const Matrix *of, const vo
                      f32x16 *total) {
     UNROLL for (int r = 0; r < rows; r++) total[r] = zeros();
     for (int64_t group = 0; group < of->groups; group++) {
-        f32x16 sum[MOST_SUMS];
+        f32x16 sum[MOST_ROWS];
         for (int part = 0; part < rows * PARTS(rows); part++) sum[part] = zeros();
         const uint32_t *words = of->words + group * of->inner / 8 * LANES;
         const int64_t start = group * rows * of->inner;
@@ -147,10 +138,8 @@ INLINE void multiply(const int rows, const int pairs, const Matrix *of, const vo
 static void multiply_rows(int64_t rows, int pairs, const Matrix *of, const void *x, const float *sums_of_x,
                           f32x16 *total) {
     switch (rows) {
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#if MOST_ROWS == 16
-        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15) CASE(16)
-#endif
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+        CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15) CASE(16)
     }
 }
 
@@ -226,7 +215,6 @@ void moe_int4_product(const void *rows, const int32_t *ends, const uint32_t *wor
     if (step > fair) step = fair;
     if (step < 1) step = 1;
     const int64_t tasks = (columns + step - 1) / step;
-    (void)threads; /* without OpenMP */
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {

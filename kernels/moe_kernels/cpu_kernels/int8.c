@@ -14,11 +14,7 @@
 
 #include <stddef.h>
 
-#ifdef _OPENMP
 #include <omp.h>
-#endif
-
-#ifdef __AVX512F__
 
 /* Rows and outputs whose sums the registers hold at once. */
 #define MOST_ROWS 6
@@ -35,8 +31,6 @@ enum { CODES, KEPT, SPELT };
 
 INLINE int size_of(const int kind) { return kind == PAIRS ? 2 : 4; }
 INLINE int step_of(const int kind) { return kind == PAIRS ? 32 : 16; }
-
-INLINE uint32_t lowest(int bits) { return bits >= 32 ? ~0u : bits <= 0 ? 0 : (1u << bits) - 1; }
 
 /* ---- numbers of a step in a register: of a row, of weights ---- */
 
@@ -256,25 +250,17 @@ void moe_int8_product(const void *rows, const int32_t *ends, const uint8_t *code
                       int64_t groups, int wide, int wide_scale, int threads) {
     const int kind = wide ? WIDE : KIND_OF_BF16;
     const int64_t quads = (outputs + OUTPUTS - 1) / OUTPUTS, total = ends[slots - 1];
-    int64_t step = quads / (4 * threads);
-    if (step > 32) step = 32;
-    if (step < 1) step = 1;
-    const int64_t tasks = (quads + step - 1) / step;
-    (void)threads; /* without OpenMP */
+    const int64_t step = task_size(quads, threads), tasks = (quads + step - 1) / step;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const char *x = rows;
         char *own = scratch;
         if (widens(wide)) {
-            float *packed = scratch;
             x = scratch, own += (total * inputs * 4 + 63) / 64 * 64;
-#pragma omp for
-            for (int64_t k = 0; k < total * inputs; k++) packed[k] = float_of(((const uint16_t *)rows)[k]);
+            widen(rows, scratch, total * inputs);
         }
-#ifdef _OPENMP
         own += omp_get_thread_num() * own_size(inputs, groups, size_of(kind));
-#endif
         for (int64_t slot = 0; slot < slots; slot++) {
             const int64_t first = slot ? ends[slot - 1] : 0, number = ends[slot] - first;
             if (number == 0) continue;
@@ -302,5 +288,3 @@ void moe_int8_product(const void *rows, const int32_t *ends, const uint8_t *code
         }
     }
 }
-
-#endif

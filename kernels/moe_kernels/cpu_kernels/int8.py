@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels.cpu_kernels.build import library
-from moe_kernels.cpu_kernels.calls import checked_ends, scratch_memory, threads_for
-
-FLOATS = (torch.bfloat16, torch.float32)
-"""Types of rows, and of scales."""
+from moe_kernels.cpu_kernels.calls import FLOATS, checked_ends, scratch_memory, threads_for
 
 
 def takes_int8(codes_SOI: Tensor, scale_SOG: Tensor, zero_SOG: Tensor | None) -> bool:

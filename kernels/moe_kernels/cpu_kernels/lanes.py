@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from moe_kernels.cpu_kernels.build import library
-from moe_kernels.cpu_kernels.calls import checked_ends, plain_tensors, scratch_memory, threads_for
+from moe_kernels.cpu_kernels.calls import FLOATS, checked_ends, plain_tensors, scratch_memory, threads_for
 from moe_kernels.int4 import TiledMatrices, dequantize_int4, row_groups
 from moe_kernels.machine import int4_route, this_machine
 
 LANES = 16
 WORD_CODES = 8
-_SCALES = (torch.bfloat16, torch.float32)
-_ROWS = (torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class LaneMatrices(TiledMatrices):
         found = library("int4")
         if (
             found is None
-            or rows_PI.dtype not in _ROWS
+            or rows_PI.dtype not in FLOATS
             or not plain_tensors(rows_PI, self.words_SBWL, self.scale_SBGL, self.zero_SBZL)
             or int4_route(most, rows_PI.dtype, this_machine()) != "kernel"
         ):
@@ -125,7 +123,7 @@ def to_lanes(words_SOW: Tensor, scale_SOG: Tensor, zero_SOB: Tensor | None, inpu
         or groups == 0
         or inputs == 0
         or inputs % (groups * WORD_CODES)
-        or scale_SOG.dtype not in _SCALES
+        or scale_SOG.dtype not in FLOATS
         or any(tensor.device.type != "cpu" for tensor in tensors)
     ):
         return None

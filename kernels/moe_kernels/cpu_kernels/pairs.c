@@ -52,7 +52,6 @@ void moe_combine(const void *outputs, const int64_t *order, const void *weight, 
                  int wide_weight, int wide_novices, int threads) {
     for (int64_t pair = 0; pair < tokens * top_k; pair++) place_of[pair] = -1;
     for (int64_t place = 0; place < reached; place++) place_of[order[place]] = (int32_t)place;
-    (void)threads; /* without OpenMP */
 
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t token = 0; token < tokens; token++) {

@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 
 from moe_kernels.cpu_kernels.build import library
-from moe_kernels.cpu_kernels.calls import plain_tensors, threads_for
+from moe_kernels.cpu_kernels.calls import FLOATS, plain_tensors, threads_for
 from moe_kernels.machine import this_machine
-
-_TYPES = (torch.bfloat16, torch.float32)
 
 
 def _taken(*tensors: Tensor) -> ctypes.CDLL | None:
     """Return the compiled functions if they can be called with these tensors."""
-    return library("pairs") if plain_tensors(*tensors) and this_machine().int4 == "kernel" else None
+    return library("pairs") if plain_tensors(*tensors) and this_machine().compiled else None
 
 
 def compiled_sort(index_NK: Tensor, slot_map_E: Tensor, num_slots: int) -> tuple[Tensor, Tensor] | None:
@@ -81,7 +79,7 @@ def compiled_combine(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         return None
     found = _taken(*given, order_P, index_NK, slot_map_E)
-    if found is None or any(tensor.dtype not in _TYPES for tensor in given):
+    if found is None or any(tensor.dtype not in FLOATS for tensor in given):
         return None
     if any(tensor.dtype != torch.int64 for tensor in (order_P, index_NK, slot_map_E)):
         return None

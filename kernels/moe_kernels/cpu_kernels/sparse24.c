@@ -13,8 +13,6 @@
 
 #include <stddef.h>
 
-#ifdef __AVX512F__
-
 /* Rows and outputs whose sums the registers hold at once. */
 #define MOST_ROWS 5
 #define OUTPUTS 4
@@ -36,8 +34,6 @@ INLINE int size_of_values(const int kind) { return kind == WIDE ? 4 : 2; }
 INLINE int size_of_rows(const int kind) { return kind == PAIRS ? 2 : 4; }
 /* Inputs of a step. */
 INLINE int step_of(const int kind) { return kind == PAIRS ? 64 : 32; }
-
-INLINE uint32_t lowest(int bits) { return bits >= 32 ? ~0u : bits <= 0 ? 0 : (1u << bits) - 1; }
 
 /* The values of a step, or of the inputs that are left of it, and zeros. */
 INLINE __m512i load_values(const int kind, const char *from, int left) {
@@ -256,21 +252,14 @@ void moe_sparse24_product(const void *rows, const int32_t *ends, const void *val
     const int kind = wide ? WIDE : KIND_OF_BF16;
     const Multiply multiply = wide ? multiply_fp32 : multiply_bf16;
     const int64_t quads = (outputs + OUTPUTS - 1) / OUTPUTS, size = size_of_values(kind);
-    int64_t step = quads / (4 * threads);
-    if (step > 32) step = 32;
-    if (step < 1) step = 1;
-    const int64_t tasks = (quads + step - 1) / step;
-    (void)threads; /* without OpenMP */
+    const int64_t step = task_size(quads, threads), tasks = (quads + step - 1) / step;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const char *x = rows;
         if (kind == NARROW) {
-            float *packed = scratch;
             x = scratch;
-            const int64_t numbers = ends[slots - 1] * inputs;
-#pragma omp for
-            for (int64_t k = 0; k < numbers; k++) packed[k] = float_of(((const uint16_t *)rows)[k]);
+            widen(rows, scratch, ends[slots - 1] * inputs);
         }
         for (int64_t slot = 0; slot < slots; slot++) {
             const int64_t first = slot ? ends[slot - 1] : 0, number = ends[slot] - first;
@@ -292,5 +281,3 @@ void moe_sparse24_product(const void *rows, const int32_t *ends, const void *val
         }
     }
 }
-
-#endif

@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels.cpu_kernels.build import library
-from moe_kernels.cpu_kernels.calls import checked_ends, scratch_memory, threads_for
-
-TYPES = (torch.bfloat16, torch.float32)
-"""Of rows and values, which must be the same."""
+from moe_kernels.cpu_kernels.calls import FLOATS, checked_ends, scratch_memory, threads_for
 
 
 def has_sparse24_product() -> bool:
@@ -42,7 +39,7 @@ def compiled_sparse24_linear(
     numbers = (rows_PI, values_SOK, out_PO)
     if (
         found is None
-        or rows_PI.dtype not in TYPES
+        or rows_PI.dtype not in FLOATS
         or any(tensor.dtype != rows_PI.dtype for tensor in numbers)
         or (metadata_SOB.dtype, ends_S.dtype) != (torch.uint8, torch.int32)
         or any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in (*numbers, metadata_SOB, ends_S))

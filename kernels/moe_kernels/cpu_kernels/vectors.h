@@ -1,4 +1,4 @@
-/* Sixteen numbers at a time, on any CPU that GCC or clang compile for: they cut these vectors into what it has. */
+/* What the products share: sixteen numbers at a time, and how work is cut. For CPUs with AVX-512. */
 
 #ifndef MOE_VECTORS_H
 #define MOE_VECTORS_H
@@ -7,12 +7,9 @@
 #error "the compiler was not told that this CPU has AVX-512: -march=native did not reach it"
 #endif
 
+#include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
-
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 
 #define LANES 16
 
@@ -31,8 +28,6 @@ typedef uint16_t u16x16 __attribute__((vector_size(32)));
 #endif
 
 INLINE f32x16 zeros(void) { return (f32x16){0}; }
-
-INLINE f32x16 all(float number) { return number - zeros(); }
 
 INLINE f32x16 load_f32(const float *from) {
     f32x16 numbers;
@@ -73,10 +68,12 @@ INLINE uint16_t bf16_of(float number) {
     return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-#ifdef __AVX512F__
+/* A mask of so many of the lowest bits, of all or of none too. */
+INLINE uint32_t lowest(int bits) { return bits >= 32 ? ~0u : bits <= 0 ? 0 : (1u << bits) - 1; }
+
 /* Sixteen numbers, or those that are left and zeros. */
 INLINE __m512 load_floats(const float *from, int left) {
-    return left >= LANES ? _mm512_loadu_ps(from) : _mm512_maskz_loadu_ps((__mmask16)((1u << left) - 1), from);
+    return left >= LANES ? _mm512_loadu_ps(from) : _mm512_maskz_loadu_ps((__mmask16)lowest(left), from);
 }
 
 /* Adds up the lanes of four vectors. */
@@ -90,6 +87,17 @@ INLINE __m128 add_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
                                       _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1)));
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
-#endif
+
+/* Pieces of a task: enough for all threads, and for those that are late. */
+INLINE int64_t task_size(int64_t pieces, int threads) {
+    const int64_t size = pieces / (4 * threads);
+    return size > 32 ? 32 : size < 1 ? 1 : size;
+}
+
+/* Turns bf16 numbers into fp32 ones; called by all threads of a team, which share the work and wait for its end. */
+INLINE void widen(const uint16_t *narrow, float *wide, int64_t numbers) {
+#pragma omp for
+    for (int64_t k = 0; k < numbers; k++) wide[k] = float_of(narrow[k]);
+}
 
 #endif

@@ -124,7 +124,7 @@ class CpuForm(WeightStack):
         form: dict[str, Tensor | None] | None = None
         if self.scale.shape[-1] == self._num_groups and (self.zero is None) == self.format.symmetric:
             stored = self.words, self.scale, self.zero, self.inputs
-            if this_machine().int4 == "kernel":
+            if this_machine().compiled:
                 lanes = to_lanes(*stored)
                 if lanes is not None:
                     form = dict(zip(_LANES, (lanes.words_SBWL, lanes.scale_SBGL, lanes.zero_SBZL), strict=True))
