@@ -4,6 +4,8 @@ import functools
 import logging
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +23,7 @@ from tests.kernels.packed import Packed, draw_rows, make_packed, relative_error
 needs_library = pytest.mark.skipif(
     not build.available(), reason=f"no compiled products: {build.why_not() or 'compiling failed, see the log'}"
 )
+ROOT = Path(__file__).parents[2]
 SYMMETRIC = pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
 SCALES = pytest.mark.parametrize("scale_type", [torch.bfloat16, torch.float32], ids=["bf16 scales", "fp32 scales"])
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float32: 1e-6, torch.float16: 1e-3, torch.float64: 1e-12}
@@ -165,6 +168,14 @@ def test_odd_calls(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert got.shape == (number, 32)
     if number:
         assert relative_error(got, packed.product(rows, torch.tensor(ends))) <= 4e-3
+
+
+@needs_library
+def test_nothing_outside_of_tensors_is_touched() -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.guarded"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert (found.returncode, found.stdout) == (0, "nothing outside was touched\n"), found.stderr
 
 
 @pytest.fixture
